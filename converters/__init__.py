@@ -1,0 +1,1 @@
+"""From one adapter form to another, one module per direction."""

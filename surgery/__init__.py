@@ -1,0 +1,54 @@
+"""surgery: model surgery and adapter compression for PEFT.
+
+`import surgery` makes our adapter types known to PEFT, so that `PeftModel.from_pretrained` opens them, whichever of
+the two is imported first. It imports neither torch nor peft by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from surgery import errors
+    from surgery.checkpoints.adapter import Adapter
+    from surgery.checkpoints.base_model import BaseModel
+    from surgery.initialization import init
+    from surgery.reports.report import Report
+    from surgery.runtime.loading import load
+
+__all__ = ["Adapter", "BaseModel", "Report", "__version__", "errors", "init", "load"]
+
+__version__ = version("adapter-surgery")
+
+_HOMES = {
+    "Adapter": "surgery.checkpoints.adapter",
+    "BaseModel": "surgery.checkpoints.base_model",
+    "Report": "surgery.reports.report",
+    "errors": "surgery.errors",
+    "init": "surgery.initialization",
+    "load": "surgery.runtime.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if name == "errors" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _peft_imported(peft: Any) -> None:
+    from surgery.runtime.registry import register_types
+
+    register_types(peft)
+
+
+wrapt.register_post_import_hook(_peft_imported, "peft")

@@ -1,0 +1,168 @@
+"""The table of adapter methods: what each is called, what it needs, and its published defaults.
+
+Reading this table imports neither torch nor peft, so that the command line can list methods and check options at
+once. The formulas are in one module per method, named in `module`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import MethodError
+
+if TYPE_CHECKING:
+    from surgery.methods.base import Method
+
+__all__ = ["METHODS", "OWN_TYPES", "MethodInfo", "method_for_type", "method_info", "method_named"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the table.
+
+    Attributes:
+        name: as on the command line.
+        title: as in the paper.
+        peft_type: the `peft_type` of the adapters it makes.
+        module: where its formulas are, below `surgery.methods`.
+        change: its formula for the weight change.
+        trains: what a trainer changes.
+        stores: what an adapter folder holds besides.
+        paper: where the method was published.
+        options: the options of `surgery init` that it takes besides those of every method.
+        rank: default rank, or None for a method without one.
+        alpha: default `alpha`; None stands for "equal to the rank" where the method has one.
+        learning_rate: a published setting, or None where none was published.
+        reads_weights: its start depends on the values of the base weights.
+    """
+
+    name: str
+    title: str
+    peft_type: str
+    module: str
+    change: str
+    trains: str
+    stores: str
+    paper: str
+    options: frozenset[str] = frozenset()
+    rank: int | None = None
+    alpha: float | None = None
+    learning_rate: float | None = None
+    reads_weights: bool = True
+
+    def load(self) -> Method:
+        """Import the method's formulas (this imports torch and peft)."""
+        method: Method = importlib.import_module(f"surgery.methods.{self.module}").METHODS[self.name]
+        return method
+
+
+_INILORA: dict[str, Any] = {
+    "peft_type": "INILORA",
+    "module": "inilora",
+    "change": "s (B A - B0 A0)",
+    "trains": "A (r, in), B (out, r)",
+    "paper": "arXiv 2510.03731",
+    "rank": 8,
+}
+_RANKED = frozenset({"rank", "alpha", "store_bases"})
+
+METHODS: dict[str, MethodInfo] = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            name="vera",
+            title="VeRA",
+            peft_type="VERA",
+            module="vera",
+            change="diag(b) B diag(d) A",
+            trains="b (out), d (r)",
+            stores="A, B once for the model, or their seed",
+            paper="arXiv 2310.11454",
+            options=frozenset({"rank", "store_bases"}),
+            rank=256,
+            learning_rate=4e-3,
+            reads_weights=False,
+        ),
+        MethodInfo(
+            name="inilora",
+            title="IniLoRA",
+            stores="A0, B0: the weight's best rank-r approximation",
+            options=_RANKED,
+            learning_rate=None,
+            **_INILORA,
+        ),
+        MethodInfo(
+            name="inilora-alpha",
+            title="IniLoRA-alpha",
+            stores="A0, B0: Gaussian, or their seed",
+            options=_RANKED,
+            learning_rate=2e-5,
+            reads_weights=False,
+            **_INILORA,
+        ),
+        MethodInfo(
+            name="inilora-beta",
+            title="IniLoRA-beta",
+            stores="A0, B0: Kaiming-normal, or their seed",
+            options=_RANKED,
+            learning_rate=2e-5,
+            reads_weights=False,
+            **_INILORA,
+        ),
+        MethodInfo(
+            name="frod",
+            title="FRoD",
+            peft_type="FROD_PORTABLE",
+            module="frod",
+            change="U (diag(l) + S) V^T - W",
+            trains="l (in), the nonzeros of a sparse S (in, in)",
+            stores="V once for each role, or what recognises it",
+            paper="doi 10.1609/aaai.v40i31.39813",
+            options=frozenset({"sparse_rate", "store_bases"}),
+        ),
+        MethodInfo(
+            name="smoa",
+            title="SMoA",
+            peft_type="SMOA",
+            module="smoa",
+            change="sum_k M_k * (B_k A_k)",
+            trains="A_k (r_k, in), B_k (out, r_k)",
+            stores="where W's spectrum is cut; the masks M_k come from W",
+            paper="arXiv 2601.07507v1",
+            options=frozenset({"rank", "groups"}),
+            rank=32,
+        ),
+    )
+}
+
+# The PEFT types that only surgery knows, with the module of their formulas.
+OWN_TYPES: dict[str, str] = {
+    info.peft_type: info.module for info in METHODS.values() if info.peft_type not in {"LORA", "VERA"}
+}
+
+
+def method_info(name: str) -> MethodInfo:
+    """The row called `name`.
+
+    Raises:
+        MethodError: there is none.
+    """
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise MethodError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}") from None
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`, with its formulas."""
+    return method_info(name).load()
+
+
+def method_for_type(peft_type: str) -> Method | None:
+    """The method that understands adapters of a PEFT type, or None."""
+    for info in METHODS.values():
+        if info.peft_type == peft_type:
+            return info.load()
+    return None

@@ -1,0 +1,159 @@
+"""An adapter folder in PEFT's format: read whole, carried whole, written atomically and verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from surgery.checkpoints.atomic import atomic_folder
+from surgery.checkpoints.tensor_files import read_json, read_tensor, tensor_names
+from surgery.errors import AdapterError, CheckpointError, OutputError
+from surgery.hub.resolve import local_folder
+
+__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PROVENANCE_FILE = "surgery.json"
+CARD_FILE = "README.md"
+MODEL_PREFIX = "base_model.model."
+TUNER_PREFIX = "base_model."
+
+
+class Adapter:
+    """A PEFT adapter: configuration, tensors, provenance.
+
+    Attributes:
+        config: `adapter_config.json`, every key of it.
+        tensors: every tensor of `adapter_model.safetensors` by its name there, what surgery interprets and what it
+            only carries (heads, biases, embeddings) alike.
+        provenance: `surgery.json`, or an empty dictionary.
+        card: `README.md`, or None.
+        folder: where it was read from, or None.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        provenance: Mapping[str, Any] | None = None,
+        card: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.config = dict(config)
+        self.tensors = dict(tensors)
+        self.provenance = dict(provenance or {})
+        self.card = card
+        self.folder = folder
+
+    @classmethod
+    def open(cls, adapter: str | Path) -> Adapter:
+        """Read an adapter folder, or an adapter repository on the Hub.
+
+        Raises:
+            AdapterError: a file is missing, broken, or a pickle.
+            CheckpointError: there is no such folder or repository.
+        """
+        folder = local_folder(str(adapter))
+        if not (folder / CONFIG_FILE).is_file():
+            raise AdapterError(f"{folder}: no {CONFIG_FILE}; this is not an adapter folder")
+        config = read_json(folder / CONFIG_FILE)
+        if not isinstance(config.get("peft_type"), str):
+            raise AdapterError(f"{folder / CONFIG_FILE}: has no peft_type")
+        weights = folder / WEIGHTS_FILE
+        if not weights.is_file():
+            if (folder / PICKLE_FILE).is_file():
+                raise AdapterError(
+                    f"{folder}: only {PICKLE_FILE}, a pickle, which can run code when opened; load it with PEFT where "
+                    "you trust it and save it again, which writes safetensors"
+                )
+            raise AdapterError(f"{folder}: no {WEIGHTS_FILE}")
+        tensor_names(weights)  # a broken file is named here
+        provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
+        card = folder / CARD_FILE
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        return cls(config, load_file(weights), provenance, text, folder)
+
+    @property
+    def peft_type(self) -> str:
+        """The adapter's PEFT type."""
+        return str(self.config["peft_type"])
+
+    @property
+    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors by module and short name: `modules["encoder.layer.0.output.dense"]["inilora_A"]`.
+
+        Tensors that sit above the model (VeRA's projections) are under the empty module name.
+        """
+        result: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            inside = name.startswith(MODEL_PREFIX)
+            stem = name.removeprefix(MODEL_PREFIX if inside else TUNER_PREFIX)
+            module, _, short = stem.rpartition(".")
+            result.setdefault(module, {})[short] = tensor
+        return result
+
+    def save(self, folder: str | Path, force: bool = False) -> int:
+        """Write the adapter and read it back.
+
+        The folder appears whole or not at all; the tensors are compared bit by bit before it takes its name.
+
+        Args:
+            folder: where to.
+            force: replace a folder that is there.
+
+        Returns:
+            Bytes of `adapter_model.safetensors`.
+
+        Raises:
+            OutputError: the folder may not be written, writing fails, or what was written is not what was meant.
+        """
+        with atomic_folder(Path(folder), force) as partial:
+            _write_json(partial / CONFIG_FILE, self.config)
+            weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(self.tensors.items())}
+            try:
+                save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OutputError(
+                    f"{folder}: {WEIGHTS_FILE} cannot be written ({error}); nothing was changed"
+                ) from None
+            if self.provenance:
+                _write_json(partial / PROVENANCE_FILE, self.provenance)
+            if self.card is not None:
+                (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
+            _verify(partial, self.config, weights, str(folder))
+            return (partial / WEIGHTS_FILE).stat().st_size
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verify(written: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: str) -> None:
+    """Read back what was written, one tensor at a time."""
+    try:
+        if read_json(written / CONFIG_FILE) != json.loads(json.dumps(config)):
+            raise OutputError(f"{target}: {CONFIG_FILE} read back differs from what was written")
+        names = tensor_names(written / WEIGHTS_FILE)
+        if sorted(names) != sorted(tensors):
+            raise OutputError(f"{target}: {WEIGHTS_FILE} read back holds other tensors than were written")
+        for name in names:
+            found = read_tensor(written / WEIGHTS_FILE, name)
+            expected = tensors[name]
+            same = found.dtype == expected.dtype and found.shape == expected.shape
+            # Compared as bytes: exact for every dtype.
+            if not same or not torch.equal(_as_bytes(found), _as_bytes(expected)):
+                raise OutputError(f"{target}: tensor {name} read back differs from what was written")
+    except CheckpointError as error:
+        raise OutputError(f"{target}: what was written cannot be read back ({error})") from None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

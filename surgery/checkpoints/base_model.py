@@ -1,0 +1,234 @@
+"""A base model folder, opened without loading it: configuration, sites, and weights one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from surgery.checkpoints.naming import Source, parameter_sources
+from surgery.checkpoints.tensor_files import TensorFiles, read_json
+from surgery.errors import CheckpointError, listing
+from surgery.hub.resolve import local_folder
+from surgery.sites import Site, select_sites
+
+__all__ = ["TASKS", "BaseModel", "Task"]
+
+
+class Task:
+    """What a model is used for: the name on the command line, PEFT's task type, and transformers' model class."""
+
+    def __init__(self, name: str, peft_task_type: str | None, mapping: str) -> None:
+        self.name = name
+        self.peft_task_type = peft_task_type
+        self.mapping = mapping
+
+    def model_class(self, config: PretrainedConfig) -> type[Any]:
+        """The transformers class for this task and configuration.
+
+        Raises:
+            CheckpointError: transformers has no such class for the configuration's model type.
+        """
+        classes = getattr(modeling_auto, self.mapping)
+        try:
+            found = classes[type(config)]
+        except KeyError:
+            raise CheckpointError(
+                f"transformers has no {self.name} class for model type {config.model_type!r}"
+            ) from None
+        return found[0] if isinstance(found, tuple) else found
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("causal-lm", "CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+        Task("seq2seq-lm", "SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
+        Task("seq-cls", "SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+        Task("token-cls", "TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
+        Task("question-answering", "QUESTION_ANS", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
+        # PEFT knows no task type for these: its generic wrapper passes everything through.
+        Task("masked-lm", None, "MODEL_FOR_MASKED_LM_MAPPING"),
+        Task("image-cls", None, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+        Task("feature-extraction", None, "MODEL_MAPPING"),
+    )
+}
+
+
+class BaseModel:
+    """A base model on disk.
+
+    Attributes:
+        name: what the user called it: a folder or a Hub id.
+        folder: where its files lie.
+        config: transformers' configuration.
+        model: the model on the meta device: names, classes and shapes, no values.
+        task: the task whose class was chosen, or None for a class that serves none of the known tasks.
+        files: the checkpoint's tensors.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, config: PretrainedConfig, model: Any, task: Task | None, files: TensorFiles
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.config = config
+        self.model = model
+        self.task = task
+        self.files = files
+        self._sources: dict[str, Source] | None = None
+
+    @classmethod
+    def open(cls, model: str | Path, task: str | None = None, trust_remote_code: bool = False) -> BaseModel:
+        """Open a folder or Hub id; no weight is read.
+
+        Args:
+            model: a folder with `config.json` and safetensors, or a Hub id (`org/name`, `org/name@revision`).
+            task: a key of `TASKS`; without it the class that the configuration names.
+            trust_remote_code: run model code that comes with the checkpoint.
+
+        Raises:
+            CheckpointError: the folder or one of its files is missing, broken or unsupported.
+        """
+        folder = local_folder(str(model))
+        read_json(folder / "config.json")
+        files = TensorFiles.open(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().split(chr(10))[0]}") from None
+        model_class, chosen = _model_class(folder, config, task, trust_remote_code)
+        return cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
+
+    def select(self, targets: Sequence[str] = ()) -> list[Site]:
+        """The sites that `targets` name (see `select_sites`), each of them present in the checkpoint.
+
+        Raises:
+            TargetError: nothing matches.
+            CheckpointError: a matched layer has no weight in the checkpoint.
+        """
+        sites = select_sites(self.model, targets)
+        absent = [site.module for site in sites if site.parameter not in self.sources]
+        if absent:
+            raise CheckpointError(f"{self.folder}: no weights for {listing(absent, 4)} in the checkpoint")
+        return sites
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each parameter of the model comes from in the checkpoint."""
+        if self._sources is None:
+            self._sources = parameter_sources(self.model, self.files.files)
+        return self._sources
+
+    def refuse_quantized(self) -> None:
+        """Refuse a checkpoint whose linear weights are stored in a quantised form.
+
+        Raises:
+            CheckpointError: the configuration has a `quantization_config`.
+        """
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization:
+            as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            kind = as_dict.get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint is quantised ({kind}); this method needs the true weights: give the "
+                "unquantised model"
+            )
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Read one parameter onto the CPU, in the checkpoint's dtype and the model's orientation.
+
+        Raises:
+            CheckpointError: the checkpoint lacks it, or its shape is not the model's.
+        """
+        if name not in self.sources:
+            raise CheckpointError(f"{self.folder}: no tensor for {name} in the checkpoint")
+        tensor = self.sources[name].read(name, self.model, self.files.read)
+        expected = tuple(self.model.state_dict()[name].shape)
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the model of config.json wants {expected}"
+            )
+        return tensor
+
+    def raw_weight(self, site: Site) -> torch.Tensor:
+        """The weight of `site`, `(out, in)`, on the CPU in the checkpoint's dtype.
+
+        Raises:
+            CheckpointError: it is missing, of another shape, not floating point, or holds NaN or Inf.
+        """
+        tensor = self.parameter(site.parameter)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.folder}: {site.parameter} is {tensor.dtype}, not floating point")
+        if not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
+            raise CheckpointError(f"{self.folder}: {site.parameter} holds NaN or Inf")
+        return tensor.T if site.transposed else tensor
+
+    def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The weight of `site`, `(out, in)`, float32, on `device`."""
+        return self.raw_weight(site).to(device=device, dtype=torch.float32)
+
+
+def _model_class(
+    folder: Path, config: PretrainedConfig, task: str | None, trust_remote_code: bool
+) -> tuple[type[Any], Task | None]:
+    if task is not None:
+        return TASKS[task].model_class(config), TASKS[task]
+    architectures = getattr(config, "architectures", None) or []
+    if not architectures:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: names no architectures; say what the model is for with --task"
+        )
+    name = architectures[0]
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and auto_map:
+        return _remote_class(folder, name, auto_map), None
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise CheckpointError(f"{folder / 'config.json'}: transformers {transformers.__version__} has no class {name}")
+    return model_class, _task_of(model_class, config)
+
+
+def _task_of(model_class: type[Any], config: PretrainedConfig) -> Task | None:
+    for task in TASKS.values():
+        with contextlib.suppress(CheckpointError):
+            if task.model_class(config) is model_class:
+                return task
+    return None
+
+
+def _remote_class(folder: Path, name: str, auto_map: dict[str, str]) -> type[Any]:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    for reference in auto_map.values():
+        if isinstance(reference, str) and reference.split(".")[-1] == name:
+            return get_class_from_dynamic_module(reference, folder)
+    raise CheckpointError(f"{folder / 'config.json'}: auto_map does not say where {name} is")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' advice while a model without values is built: nothing is loaded."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _on_meta(folder: Path, model_class: type[Any], config: PretrainedConfig) -> Any:
+    try:
+        with _quiet(), torch.device("meta"):
+            return model_class(config)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {model_class.__name__} cannot be built from it ({first_line})"
+        ) from None

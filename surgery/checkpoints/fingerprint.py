@@ -1,0 +1,79 @@
+"""Digests of base weights, by which an adapter recognises the model that it was made from.
+
+A base is loaded in float32 here and in bfloat16 there; rounding is deterministic, so one digest is kept for the
+values as they are in float32, and one for the values rounded to each half precision. The digests guard against
+mistakes, not against attackers: a fast non-cryptographic hash is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+
+__all__ = ["Fingerprint", "matches"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Fingerprint:
+    """Collects weights one at a time, in any order, each counted once."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, dict[str, str]] = {}
+
+    def add(self, key: str, weight: torch.Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> None:
+        """Take in one weight, `(out, in)`, under a name; a name already known is skipped."""
+        if key in self._digests:
+            return
+        self._digests[key] = {
+            name: xxhash.xxh3_128_hexdigest(_bytes(weight.detach().to(DTYPES[name]))) for name in dtypes
+        }
+
+    def digests(self) -> dict[str, str]:
+        """One digest for each dtype, over all weights taken in."""
+        result = {}
+        for dtype in DTYPES:
+            lines = [f"{key} {self._digests[key].get(dtype)}" for key in sorted(self._digests)]
+            if all(dtype in digests for digests in self._digests.values()):
+                result[dtype] = xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+        return result
+
+
+def matches(expected: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these weights are the fingerprinted ones, possibly rounded to half precision.
+
+    Args:
+        expected: as from `Fingerprint.digests`.
+        weights: by the same names, in the dtype they are used in.
+    """
+    dtype = _common_dtype(weights)
+    # A base rounded to half precision may since have been widened again.
+    candidates = [dtype] if dtype != "float32" else ["float32", "bfloat16", "float16"]
+    for candidate in candidates:
+        if candidate != dtype and not _representable(weights, candidate):
+            continue
+        found = Fingerprint()
+        for key, weight in weights.items():
+            found.add(key, weight, (candidate,))
+        if candidate in expected and found.digests().get(candidate) == expected[candidate]:
+            return True
+    return False
+
+
+def _common_dtype(weights: Mapping[str, torch.Tensor]) -> str:
+    dtypes = {weight.dtype for weight in weights.values()}
+    for name, dtype in DTYPES.items():
+        if dtypes == {dtype}:
+            return name
+    return "float32"
+
+
+def _representable(weights: Mapping[str, torch.Tensor], name: str) -> bool:
+    return all(bool((weight == weight.to(DTYPES[name]).to(weight.dtype)).all()) for weight in weights.values())
+
+
+def _bytes(weight: torch.Tensor) -> Any:
+    return weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()

@@ -1,0 +1,132 @@
+"""The safetensors files of a checkpoint folder: which tensor lies in which file, and reading one of them.
+
+A file is opened for each read and closed again, so that the memory-mapped pages of a large checkpoint do not pile
+up in the process: the peak is the tensor being read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from surgery.errors import CheckpointError, listing
+
+__all__ = ["SINGLE_FILE", "TensorFiles", "read_json", "read_tensor", "tensor_names"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in one safetensors file, in the file's order; only the header is read.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_broken_file(path, error)) from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor onto the CPU, in the file's dtype, without keeping the file mapped.
+
+    Raises:
+        CheckpointError: the file is broken or lacks the tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name).clone()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{_broken_file(path, error)} (reading tensor {name})") from None
+    return tensor
+
+
+class TensorFiles:
+    """The weights of a checkpoint folder, as a map from tensor name to file.
+
+    Attributes:
+        folder: where the files lie.
+        files: tensor name -> path of the safetensors file that holds it.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self.files = dict(files)
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorFiles:
+        """Find the single file or the sharded index in `folder`; no tensor is read.
+
+        Raises:
+            CheckpointError: there are no safetensors, the index is broken or names a file that is missing or
+                lies outside the folder.
+        """
+        if (folder / INDEX_FILE).is_file():
+            return cls(folder, _files_from_index(folder))
+        single = folder / SINGLE_FILE
+        if single.is_file():
+            return cls(folder, dict.fromkeys(tensor_names(single), single))
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise CheckpointError(
+                f"{folder}: only pickle weights ({listing(pickles, 3)}), which can run code when opened; convert "
+                "them to safetensors first (model.save_pretrained in transformers writes safetensors)"
+            )
+        raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read the tensor called `name` in the checkpoint."""
+        return read_tensor(self.files[name], name)
+
+
+def _files_from_index(folder: Path) -> dict[str, Path]:
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX_FILE}: has no weight_map")
+    files: dict[str, Path] = {}
+    for name, file_name in weight_map.items():
+        # A name such as ../other.safetensors must never lead out of the checkpoint's own folder.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(f"{folder / INDEX_FILE}: {name} names {file_name!r}, which is not a plain file name")
+        files[name] = folder / file_name
+    missing = sorted({path.name for path in files.values() if not path.is_file()})
+    if missing:
+        raise CheckpointError(f"{folder / INDEX_FILE}: names files that are missing: {listing(missing)}")
+    return files
+
+
+def _broken_file(path: Path, error: Exception) -> str:
+    if not path.exists():
+        return f"{path}: no such file"
+    return f"{path}: not a complete safetensors file ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

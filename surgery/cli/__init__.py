@@ -1,0 +1,5 @@
+"""The `surgery` command. Nothing here imports torch before a command runs."""
+
+from surgery.cli.main import main
+
+__all__ = ["main"]

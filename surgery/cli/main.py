@@ -1,0 +1,87 @@
+"""The command group, and how errors and interruptions end the program."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from surgery import __version__
+from surgery.errors import SurgeryError
+
+__all__ = ["cli", "main"]
+
+COMMANDS = {"init": "surgery.cli.init", "methods": "surgery.cli.methods"}
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when it is needed, and turns named errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            # One line, whatever a library put into the message.
+            message = " ".join(str(error).split())
+            raise click.ClickException(message) from None
+
+
+def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    click.echo(f"surgery {__version__}")
+    for package in ("torch", "transformers", "peft", "safetensors", "huggingface-hub"):
+        try:
+            click.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"{package} is not installed")
+    click.echo(f"python {sys.version.split()[0]}")
+    ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, callback=_versions, expose_value=False, is_eager=True, help="Show versions.")
+def cli() -> None:
+    """Model surgery and adapter compression.
+
+    Make adapters that start well from any base model, and open them with PEFT.
+
+    \b
+    Example:
+      surgery init --method frod model/
+    """
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(prog_name="surgery", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Interrupted; nothing was written.", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)

@@ -1,0 +1,96 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from surgery.catalogue import method_info
+
+__all__ = ["common_options", "compute_options", "output_options", "refuse_idle_options", "set_verbosity"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stack(options: list[Callable[[F], F]]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def common_options() -> Callable[[F], F]:
+    """`--json`, `-q` and `-v`."""
+    return _stack(
+        [
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+            click.option("-q", "--quiet", is_flag=True, help="Print only the result, no notes and no progress."),
+            click.option("-v", "--verbose", is_flag=True, help="Print what the libraries log, and a row per layer."),
+        ]
+    )
+
+
+def output_options() -> Callable[[F], F]:
+    """`-o`, `--dry-run` and `--force`."""
+    return _stack(
+        [
+            click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <model>-<method>]"),
+            click.option("--dry-run", is_flag=True, help="Check everything and show the sizes; write nothing."),
+            click.option("--force", is_flag=True, help="Replace OUT where it exists."),
+        ]
+    )
+
+
+def compute_options() -> Callable[[F], F]:
+    """`--device`, `--dtype` and `--seed`."""
+    return _stack(
+        [
+            click.option(
+                "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+            ),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Type of the stored tensors.",
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
+        ]
+    )
+
+
+def refuse_idle_options(method: str, flags: dict[str, str], given: dict[str, Any]) -> None:
+    """An option that the chosen method would ignore is a usage error.
+
+    Args:
+        method: the method.
+        flags: option name -> how it is written on the command line.
+        given: option name -> value, None where it was not given.
+    """
+    taken = method_info(method).options
+    for name, flag in flags.items():
+        if given[name] is not None and name not in taken:
+            others = ", ".join(sorted(flags[option] for option in taken)) or "none of its own"
+            raise click.UsageError(f"method {method} takes no {flag}; its options are: {others}")
+
+
+def set_verbosity(verbose: bool, quiet: bool) -> None:
+    """Quieten the libraries unless `-v` was given: their advice is about calls that are ours, not the user's."""
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other")
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        return
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")

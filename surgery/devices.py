@@ -1,0 +1,30 @@
+"""Where tensors are computed."""
+
+from __future__ import annotations
+
+import torch
+
+from surgery.errors import MethodError
+
+__all__ = ["resolve_device"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; `auto` takes the first GPU, or the CPU.
+
+    Raises:
+        MethodError: there is no such device, or it lacks double precision.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MethodError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "mps":
+        raise MethodError("device mps has no double precision, which the decompositions need: use --device cpu")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise MethodError(f"device {name} is not available here: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in {"cpu", "cuda"}:
+        raise MethodError(f"device {name} is not supported: use auto, cpu, cuda or cuda:N")
+    return device

@@ -1,0 +1,55 @@
+"""The errors that surgery raises on purpose.
+
+Everything a user can cause is a `SurgeryError`: the command line prints its one line and exits with 1. Any
+other exception that reaches the user is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "MethodError",
+    "OutputError",
+    "SurgeryError",
+    "TargetError",
+    "WrongBaseError",
+    "listing",
+]
+
+
+class SurgeryError(Exception):
+    """Base of every error that names a problem in the input, the options or the output place."""
+
+
+class CheckpointError(SurgeryError):
+    """A base model folder cannot be used: a file is missing, broken, or of a kind that is not supported."""
+
+
+class AdapterError(SurgeryError):
+    """An adapter folder cannot be used: a file is missing, or configuration and tensors disagree."""
+
+
+class TargetError(SurgeryError):
+    """No module, or no module that can be adapted, matches what was asked for."""
+
+
+class MethodError(SurgeryError):
+    """The options do not make sense for the chosen adapter method."""
+
+
+class OutputError(SurgeryError):
+    """The output cannot be written where it was asked for."""
+
+
+class WrongBaseError(SurgeryError, ValueError):
+    """An adapter was opened on another base model than the one it was made from."""
+
+
+def listing(names: Iterable[str], limit: int = 10) -> str:
+    """Join names for a message: the first `limit`, then how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … and {len(names) - limit} more"

@@ -1,0 +1,256 @@
+"""`surgery.init`: an adapter at its method's start, from a base model's files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.catalogue import method_info
+from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, Adapter
+from surgery.checkpoints.atomic import check_output
+from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.devices import resolve_device
+from surgery.errors import MethodError
+from surgery.heads import head_modules, head_tensors
+from surgery.methods.base import Method, OwnMethod
+from surgery.reports.report import Report, SiteReport
+from surgery.sites import Site, target_modules, unsupported_modules
+
+__all__ = ["init"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# (weights read so far, weights to read, what is being read)
+Progress = Callable[[int, int, str], None]
+
+
+def init(
+    model: str | Path,
+    method: str,
+    out: str | Path | None = None,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    sparse_rate: float | None = None,
+    groups: int | None = None,
+    store_bases: bool | None = None,
+    target: Sequence[str] = (),
+    task: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    dry_run: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Adapter, Report]:
+    """Make an adapter that starts well from a base model, without loading the model.
+
+    Weights are read one at a time; the base checkpoint is not touched. The adapter starts at a weight change of
+    zero, and opens with `PeftModel.from_pretrained` (after `import surgery` for our own types).
+
+    Args:
+        model: a folder with `config.json` and safetensors, or a Hub id.
+        method: a name from `surgery methods`.
+        out: the adapter folder to write; None writes nothing.
+        rank: for the methods that have one; see the method table for the defaults.
+        alpha: numerator of the scale `alpha / rank`.
+        sparse_rate: FRoD: share of the entries of S that train.
+        groups: SMoA: number of spectral groups K.
+        store_bases: store the frozen bases (default), or regenerate and check them on load.
+        target: module names, endings of names, or regular expressions; default every linear of the blocks.
+        task: what the model is for, which chooses its class; default the class that `config.json` names.
+        seed: of everything drawn at random.
+        device: where to compute: auto, cpu, cuda.
+        dtype: of the stored floating-point tensors: float32, bfloat16, float16.
+        dry_run: check everything and report sizes, but read no weights and write nothing.
+        force: replace an output folder that exists.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: called after each weight that is read.
+
+    Returns:
+        The adapter and the report. After a dry run the adapter holds no tensors.
+
+    Raises:
+        CheckpointError: the base model cannot be used.
+        TargetError: a target matches nothing that can be adapted.
+        MethodError: an option is out of range, or the method does not take it.
+        OutputError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    info = method_info(method)
+    options = {
+        "rank": rank,
+        "alpha": alpha,
+        "sparse_rate": sparse_rate,
+        "groups": groups,
+        "store_bases": store_bases,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in info.options:
+            raise MethodError(f"method {method} takes no {name}")
+    if dtype not in DTYPES:
+        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if out is not None:
+        check_output(Path(out), force)
+    where = resolve_device(device)
+    base = BaseModel.open(model, task, trust_remote_code)
+    sites = base.select(target)
+    formulas = info.load()
+    common = _common_config(base, sites, seed)
+    config = formulas.make_config(options, common)
+    notes = formulas.notes(config, sites)
+    if info.reads_weights:
+        base.refuse_quantized()
+    heads, fresh = head_tensors(base, seed)
+    notes += [f"the checkpoint has no {name}: a fresh one, seeded, is saved with the adapter" for name in fresh]
+    if dry_run:
+        tensors = _planned(formulas, config, sites)
+    else:
+        reader = _Reader(base, sites, formulas, where, progress)
+        tensors = formulas.initial_tensors(config, sites, reader.read)
+        if isinstance(formulas, OwnMethod) and formulas.needs_base(config):
+            config.base_fingerprint = reader.fingerprint.digests()
+    tensors = {_file_name(name): _stored_dtype(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
+    tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in heads.items()})
+    adapter = Adapter(_config_dict(config), tensors)
+    report = _report(adapter, base, sites, formulas, config, notes)
+    report.device = str(where) if info.reads_weights else "cpu"
+    report.dry_run = dry_run
+    adapter.provenance = _provenance(report, options, seed, dtype, base)
+    if dry_run:
+        adapter.tensors = {}
+    elif out is not None:
+        report.bytes = adapter.save(out, force)
+    report.out = str(out) if out is not None else None
+    report.seconds = time.perf_counter() - started
+    return adapter, report
+
+
+class _Reader:
+    """Reads weights for a method, counting them and taking their fingerprint."""
+
+    def __init__(
+        self, base: BaseModel, sites: Sequence[Site], method: Method, device: torch.device, progress: Progress | None
+    ) -> None:
+        self.base = base
+        self.device = device
+        self.fingerprint = Fingerprint()
+        self.progress = progress
+        self.total = len(sites) * method.passes
+        self.count = 0
+
+    def read(self, site: Site) -> torch.Tensor:
+        raw = self.base.raw_weight(site)
+        self.fingerprint.add(site.key, raw)
+        self.count += 1
+        if self.progress is not None:
+            self.progress(self.count, self.total, site.role)
+        return raw.to(device=self.device, dtype=torch.float32)
+
+
+def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[str, Any]:
+    return {
+        "target_modules": target_modules(base.model, sites),
+        "task_type": base.task.peft_task_type if base.task else None,
+        "base_model_name_or_path": base.name.rstrip("/") or base.name,
+        "modules_to_save": head_modules(base) or None,
+        "fan_in_fan_out": all(site.transposed for site in sites),
+        "seed": seed,
+        "inference_mode": True,
+    }
+
+
+def _config_dict(config: Any) -> dict[str, Any]:
+    """`adapter_config.json` exactly as PEFT writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        result: dict[str, Any] = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    return result
+
+
+def _file_name(name: str) -> str:
+    """Tensors above the model are marked by a leading dot."""
+    return f"{TUNER_PREFIX}{name[1:]}" if name.startswith(".") else f"{MODEL_PREFIX}{name}"
+
+
+def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """The tensors that would be made, on the meta device."""
+    if not isinstance(method, OwnMethod):
+        return {name: t.to("meta") for name, t in method.initial_tensors(config, sites, _no_reading).items()}
+    planned = {}
+    for group in method.groups(sites):
+        for index, site in enumerate(group):
+            shapes = method.shapes(config, site)
+            for name in method.stored(config, owner=index == 0):
+                planned[f"{site.module}.{method.prefix}{name}"] = torch.empty(shapes[name], device="meta")
+    return planned
+
+
+def _no_reading(site: Site) -> torch.Tensor:
+    raise AssertionError(f"{site.module}: this method reads no weights")
+
+
+def _report(
+    adapter: Adapter, base: BaseModel, sites: Sequence[Site], method: Method, config: Any, notes: list[str]
+) -> Report:
+    modules = adapter.modules
+    trainable = set(method.trainable_names)
+    entries = []
+    for site in sites:
+        tensors = modules[site.module]
+        parameters = sum(tensor.numel() for name, tensor in tensors.items() if name in trainable)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        shape = (site.out_features, site.in_features)
+        entries.append(SiteReport(site.module, shape, method.rank_at(config, site), parameters, size))
+    carried = sum(tensor.numel() for name, tensor in adapter.tensors.items() if name.startswith(_head_prefixes(config)))
+    return Report(
+        command="init",
+        out=None,
+        method=method.info.name,
+        peft_type=adapter.peft_type,
+        modules=len(sites),
+        trainable_parameters=sum(entry.parameters for entry in entries) + carried,
+        bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
+        seconds=0.0,
+        base=base.name,
+        device="cpu",
+        notes=notes,
+        not_adapted=unsupported_modules(base.model),
+        sites=entries,
+    )
+
+
+def _head_prefixes(config: Any) -> tuple[str, ...]:
+    return tuple(f"{MODEL_PREFIX}{name}." for name in config.modules_to_save or ())
+
+
+def _provenance(report: Report, options: dict[str, Any], seed: int, dtype: str, base: BaseModel) -> dict[str, Any]:
+    """`surgery.json`: how the adapter came about, without paths of the machine it was made on."""
+    from surgery import __version__
+
+    # A Hub id says which model it was; of a folder only its own name is kept.
+    name = base.folder.resolve().name if Path(base.name).is_dir() else base.name
+    return {
+        "format_version": 1,
+        "tool": "surgery",
+        "version": __version__,
+        "command": "init",
+        "method": report.method,
+        "options": {**options, "seed": seed, "dtype": dtype},
+        "base": name,
+        "modules": report.modules,
+        "trainable_parameters": report.trainable_parameters,
+        "notes": report.notes,
+    }

@@ -1,0 +1,126 @@
+"""Truncated singular value decompositions: of a matrix by randomised block Krylov, of a product by its factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["TruncatedSVD", "svd_of_product", "truncated_svd"]
+
+OVERSAMPLING = 8
+# Stop when another block adds less than this share to the energy captured so far.
+CONVERGED = 1e-5
+MAX_BLOCKS = 24
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """`U diag(S) Vh`, the leading part of a singular value decomposition.
+
+    Attributes:
+        U: `(m, r)`, orthonormal columns.
+        S: `(r,)`, in falling order.
+        Vh: `(r, n)`, orthonormal rows.
+        energy: squared Frobenius norm of the whole matrix.
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    energy: float
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of what was cut off, over that of the whole; 0 for a zero matrix."""
+        kept = float(self.S.double().square().sum())
+        return max(1.0 - kept / self.energy, 0.0) ** 0.5 if self.energy > 0 else 0.0
+
+    def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors `B (m, r)` and `A (r, n)` of equal norm in every rank, `B A = U diag(S) Vh`."""
+        root = self.S.clamp_min(0).sqrt()
+        return self.U * root, root[:, None] * self.Vh
+
+
+def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> TruncatedSVD:
+    """The leading `rank` singular triplets of a matrix.
+
+    A randomised block Krylov iteration (Musco and Musco, arXiv 1504.05477) with full reorthogonalisation, which
+    stops when a further block no longer adds to the captured energy. Where the Krylov space would fill the
+    smaller side anyway, the dense decomposition is taken.
+
+    Args:
+        matrix: `(m, n)`, float32 or float64, on any device.
+        rank: at least 1; capped at min(m, n).
+        seed: of the starting block.
+
+    Returns:
+        The decomposition, in the matrix's dtype and on its device. Signs are canonical: the largest entry of
+        every row of `Vh` is positive.
+    """
+    rows, columns = matrix.shape
+    rank = min(rank, rows, columns)
+    energy = float(matrix.double().square().sum()) if matrix.numel() < 1 << 22 else _energy(matrix)
+    block = rank + OVERSAMPLING
+    if 3 * block >= min(rows, columns):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        U, S, Vh = _block_krylov(matrix, rank, block, seed)
+    return _canonical(TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], energy))
+
+
+def svd_of_product(B: torch.Tensor, A: torch.Tensor) -> TruncatedSVD:
+    """The singular value decomposition of `B @ A` from its factors: two QRs and one small dense SVD.
+
+    Args:
+        B: `(m, r)`.
+        A: `(r, n)`, same dtype and device.
+
+    Returns:
+        All min(m, r, n) triplets, in the factors' dtype.
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return _canonical(TruncatedSVD(Q_B @ U, S, Vh @ Q_A.T, float(S.double().square().sum())))
+
+
+def _block_krylov(
+    matrix: torch.Tensor, rank: int, block: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix)
+    limit = min(matrix.shape)
+    Q = torch.linalg.qr(matrix @ start)[0]  # (m, block): the Krylov basis so far
+    newest = Q
+    projected = Q.T @ matrix  # (k, n), row for row with the basis
+    captured = 0.0
+    for _ in range(MAX_BLOCKS):
+        # eigvalsh of the small Gram matrix is enough to judge; the SVD is taken once at the end.
+        gram = projected.double() @ projected.double().T
+        now = float(torch.linalg.eigvalsh(gram)[-rank:].clamp_min(0).sum())
+        if now - captured <= CONVERGED * now or Q.shape[1] + block > limit:
+            break
+        captured = now
+        newest = matrix @ (matrix.T @ newest)
+        for _ in range(2):  # twice is enough to be orthogonal to rounding
+            newest = newest - Q @ (Q.T @ newest)
+        newest = torch.linalg.qr(newest)[0]
+        newest = torch.linalg.qr(newest - Q @ (Q.T @ newest))[0]
+        Q = torch.cat([Q, newest], 1)
+        projected = torch.cat([projected, newest.T @ matrix])
+    U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+def _canonical(svd: TruncatedSVD) -> TruncatedSVD:
+    if svd.Vh.numel() == 0:
+        return svd
+    largest = svd.Vh.gather(1, svd.Vh.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(svd.Vh)  # (r, 1)
+    return TruncatedSVD(svd.U * sign.T, svd.S, svd.Vh * sign, svd.energy)
+
+
+def _energy(matrix: torch.Tensor) -> float:
+    """Squared norm of a large matrix in float64 without a float64 copy of it."""
+    return sum(float(rows.double().square().sum()) for rows in matrix.split(1024))

@@ -1,0 +1,301 @@
+"""What a method of our own PEFT types supplies: its tensors, its start, and its weight change.
+
+Everything else (files, the PEFT layer, merging, the command line) is written once for all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from peft import PeftConfig
+
+from surgery.errors import AdapterError, MethodError
+from surgery.linalg.delta import Delta
+from surgery.linalg.seeded import sketch
+from surgery.catalogue import METHODS, MethodInfo
+from surgery.sites import Site
+
+__all__ = ["CHECK", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
+
+FORMAT_VERSION = 1
+# Stored in place of the bases: what recognises a regenerated copy of them.
+CHECK = "check"
+# Relative to a base's norm. Regenerating on other hardware moves the sketch by about 1e-6; one column of 4096
+# with the wrong sign moves it by about 1e-2.
+CHECK_TOLERANCE = 1e-3
+
+# (site) -> its weight (out, in), float32, on the device the work is done on.
+WeightReader = Callable[[Site], torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+class OwnType(str, Enum):
+    """Our PEFT types. PEFT's tables, and transformers', need a member of a string enumeration, not a bare string."""
+
+    INILORA = "INILORA"
+    SMOA = "SMOA"
+    FROD_PORTABLE = "FROD_PORTABLE"
+
+
+class Role(Enum):
+    """What a tensor is to an adapter."""
+
+    TRAINABLE = "trained, stored"
+    KEPT = "frozen, always stored"
+    BASE = "frozen, stored or regenerated from the base model or a seed"
+    DERIVED = "computed on load, never stored"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of an adapter: its name, what it is, and whether the sites of a group share it."""
+
+    name: str
+    role: Role
+    shared: bool = False
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """What all our PEFT configurations hold.
+
+    An adapter must survive a trainer that knows only `save_pretrained`, which keeps configuration and tensors and
+    nothing else; so everything needed to load it safely is here.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, named like target_modules."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
+    bias: str = field(default="none", metadata={"help": "Which biases train: 'none', 'all' or 'adapter_only'."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Kept for PEFT's sake; Conv1D layers are recognised by their class."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapter that train and are saved with it."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; all if None."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Compute the method's start. Saved adapters say False: theirs is in the file."}
+    )
+    store_bases: bool = field(
+        default=True, metadata={"help": "Store the frozen bases, or regenerate and check them on load."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything drawn at random."})
+    base_fingerprint: dict[str, str] | None = field(
+        default=None, metadata={"help": "Digests of the adapted base weights, by dtype."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this layout of files."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` is given without `layers_to_transform`")
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise AdapterError(
+                f"the adapter has format version {self.format_version}, this surgery reads up to {FORMAT_VERSION}: "
+                "upgrade with pip install -U adapter-surgery"
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, saying that the start is in the file and need not be computed again."""
+        stored = copy.copy(self)
+        stored.init_weights = False
+        if isinstance(stored.target_modules, (set, frozenset)):
+            stored.target_modules = sorted(stored.target_modules)
+        super(OwnConfig, stored).save_pretrained(save_directory, **kwargs)
+
+
+class Method(ABC):
+    """An adapter method.
+
+    Attributes:
+        info: its row in the table of methods.
+    """
+
+    info: MethodInfo
+
+    @abstractmethod
+    def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> PeftConfig:
+        """The PEFT configuration for the options of `surgery init`.
+
+        Raises:
+            MethodError: an option is out of range.
+        """
+
+    @abstractmethod
+    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Tensors:
+        """The adapter's tensors at its start, by their names in the file (without `base_model.model.`)."""
+
+    @abstractmethod
+    def delta(self, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+        """The weight change of a site, from all its tensors and, where the method needs it, its base weight."""
+
+    def notes(self, config: Any, sites: Sequence[Site]) -> list[str]:
+        """What the user should know about the choice of options for these sites."""
+        return []
+
+    @property
+    @abstractmethod
+    def trainable_names(self) -> list[str]:
+        """What the trained tensors of a site are called in the file, after the module's name."""
+
+    @property
+    def passes(self) -> int:
+        """How many times the start reads each weight."""
+        return 1 if self.info.reads_weights else 0
+
+    def rank_at(self, config: Any, site: Site) -> int | None:
+        """The adapter's rank at a site; None for a method without one."""
+        rank = getattr(config, "r", None)
+        return None if rank is None else min(rank, site.max_rank)
+
+
+class OwnMethod(Method):
+    """A method whose PEFT type is ours.
+
+    Attributes:
+        peft_type: the type.
+        config_class: its configuration.
+        specs: its tensors.
+    """
+
+    peft_type: OwnType
+    config_class: type[OwnConfig]
+    specs: tuple[Spec, ...]
+
+    def __init__(self, name: str) -> None:
+        self.info = METHODS[name]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors start with in a state dict."""
+        return f"{self.peft_type.value.lower()}_"
+
+    @property
+    def trainable_names(self) -> list[str]:
+        return [f"{self.prefix}{name}" for name in self.names(Role.TRAINABLE)]
+
+    @abstractmethod
+    def shapes(self, config: Any, site: Site) -> dict[str, tuple[int, ...]]:
+        """Shape of every stored tensor (not the derived ones) at a site."""
+
+    def bases(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> tuple[Tensors, list[Tensors]]:
+        """The frozen bases of one group of sites: those they share, and those of each site."""
+        return {}, [{} for _ in sites]
+
+    def kept(self, config: Any, site: Site, bases: Tensors, weight: WeightReader) -> Tensors:
+        """The small frozen tensors that are always stored, given the site's bases."""
+        return {}
+
+    def shared_derived(self, config: Any, bases: Tensors) -> Tensors:
+        """What a group computes from its shared bases once, on load."""
+        return {}
+
+    def derived(self, config: Any, tensors: Tensors, weight: Callable[[], torch.Tensor]) -> Tensors:
+        """What a site computes from its stored tensors and its weight, on load."""
+        return {}
+
+    @abstractmethod
+    def trainables(self, config: Any, site: Site, frozen: Tensors) -> Tensors:
+        """The trainable tensors at the start, where the weight change is zero."""
+
+    def group_key(self, site: Site) -> str:
+        """Sites of one key share the shared tensors; the first of them stores these."""
+        return site.key
+
+    def needs_base(self, config: Any) -> bool:
+        """Whether an adapter computes something else on another base model, so that the base must be checked."""
+        return False
+
+    def names(self, *roles: Role, shared: bool | None = None) -> list[str]:
+        """Names of the tensors of these roles, optionally only the shared or only the unshared ones."""
+        return [s.name for s in self.specs if s.role in roles and shared in (None, s.shared)]
+
+    def stored(self, config: Any, owner: bool) -> list[str]:
+        """Names of what the file holds for a site; the owner of a group also holds what the group shares."""
+        roles = (Role.TRAINABLE, Role.KEPT, Role.BASE) if config.store_bases else (Role.TRAINABLE, Role.KEPT)
+        names = [s.name for s in self.specs if s.role in roles and (owner or not s.shared)]
+        if not config.store_bases and self.names(Role.BASE) and (owner or self.names(Role.BASE, shared=False)):
+            names.append(CHECK)
+        return names
+
+    def groups(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Sites by `group_key`, in order."""
+        grouped: dict[str, list[Site]] = {}
+        for site in sites:
+            grouped.setdefault(self.group_key(site), []).append(site)
+        return list(grouped.values())
+
+    def check(self, bases: Tensors) -> torch.Tensor:
+        """What recognises a copy of the bases: a sketch of each, `(number of bases, 9)`.
+
+        The float64 values are kept as int64 bits, so that no cast of a model to half precision touches them.
+        """
+        return torch.stack([sketch(bases[name]) for name in self.names(Role.BASE)]).view(torch.int64)
+
+    def agrees(self, check: torch.Tensor, bases: Tensors) -> bool:
+        """Whether these bases are the ones that `check` was made from, up to rounding."""
+        expected, found = check.cpu().view(torch.float64), self.check(bases).view(torch.float64)
+        scale = expected[:, :1].abs().clamp_min(torch.finfo(torch.float64).tiny)
+        return bool(((found - expected).abs() <= CHECK_TOLERANCE * scale).all())
+
+    def start(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> list[Tensors]:
+        """Everything the sites of one group store at the start; the first site also has the shared tensors."""
+        shared, own = self.bases(config, sites, weight)
+        shared = {**shared, **self.shared_derived(config, shared)}
+        result = []
+        for index, site in enumerate(sites):
+            bases = {**shared, **own[index]}
+            kept = self.kept(config, site, bases, weight)
+            tensors = {**bases, **kept, **self.trainables(config, site, {**bases, **kept})}
+            if not config.store_bases and self.names(Role.BASE):
+                tensors[CHECK] = self.check(bases)
+            names = self.stored(config, owner=index == 0)
+            result.append({name: tensors[name] for name in names})
+        return result
+
+    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Tensors:
+        tensors: Tensors = {}
+        for group in self.groups(sites):
+            for site, start in zip(group, self.start(config, group, weight), strict=True):
+                for name, tensor in start.items():
+                    # Cloned: tied starting values must be tensors of their own in the file.
+                    tensors[f"{site.module}.{self.prefix}{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+        return tensors
+
+
+def positive_rank(rank: Any) -> int:
+    """Check a rank.
+
+    Raises:
+        MethodError: it is not a positive whole number.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise MethodError(f"rank must be a whole number of at least 1, got {rank!r}")
+    return rank
+
+
+def capped_rank_note(rank: int, sites: Sequence[Site]) -> list[str]:
+    """A note naming the sites at which a rank is capped at min(in, out)."""
+    small = [site for site in sites if site.max_rank < rank]
+    if not small:
+        return []
+    least = min(site.max_rank for site in small)
+    return [f"rank {rank} is capped at min(in, out) in {len(small)} of {len(sites)} layers (down to {least})"]

@@ -1,0 +1,134 @@
+"""FRoD (doi 10.1609/aaai.v40i31.39813, arXiv 2512.23485): `dW = U (diag(l) + S) V^T - W`.
+
+The layers of one role share the right basis V; `W = U diag(l0) V^T` with unit columns in U. Since
+`U = W V^-T diag(1 / l0)`,
+
+    dW = W T,   T = V^-T diag(1 / l0) (diag(l - l0) + S) V^T,
+
+so the adapted layer computes `W (x + T x)`. No U is stored, computed or held in memory, the start is exactly the
+base in every dtype, and U always belongs to the V in use: a file cannot be opened with a U that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.errors import MethodError
+from surgery.linalg.delta import Delta, InputMap
+from surgery.linalg.joint import gram_matrices, joint_basis, left_norms, right_inverse_transposed
+from surgery.linalg.seeded import generator_for, off_diagonal_pattern
+from surgery.methods.base import OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
+from surgery.sites import Site
+
+DEFAULT_SPARSE_RATE = 0.01
+
+
+@dataclass
+class FrodPortableConfig(OwnConfig):
+    """Configuration of a `FROD_PORTABLE` adapter.
+
+    Attributes:
+        sparse_rate: share of the entries of S `(in, in)` that train, off the diagonal.
+        regularization: `a`, the ridge in the joint decomposition.
+    """
+
+    sparse_rate: float = field(default=DEFAULT_SPARSE_RATE, metadata={"help": "Share of S that trains."})
+    regularization: float = field(default=1e-3, metadata={"help": "Ridge of the joint decomposition."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = OwnType.FROD_PORTABLE  # type: ignore[assignment]
+        if not 0 <= self.sparse_rate < 1:
+            raise MethodError(f"sparse rate must be at least 0 and below 1, got {self.sparse_rate}")
+        if not self.regularization > 0:
+            raise MethodError(f"regularization must be positive, got {self.regularization}")
+
+
+class FRoD(OwnMethod):
+    """Joint decomposition across the layers of a role."""
+
+    peft_type = OwnType.FROD_PORTABLE
+    config_class = FrodPortableConfig
+    specs = (
+        Spec("l", Role.TRAINABLE),
+        Spec("s", Role.TRAINABLE),
+        Spec("l0", Role.KEPT),
+        Spec("V", Role.BASE, shared=True),
+        Spec("positions", Role.BASE, shared=True),
+        Spec("P", Role.DERIVED, shared=True),
+        Spec("places", Role.DERIVED, shared=True),
+    )
+
+    def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> FrodPortableConfig:
+        rate = options.get("sparse_rate")
+        return FrodPortableConfig(
+            sparse_rate=DEFAULT_SPARSE_RATE if rate is None else rate,
+            store_bases=options.get("store_bases", True),
+            **common,
+        )
+
+    @property
+    def passes(self) -> int:
+        # The sum of the Gram matrices, their inverses, and the column norms of U.
+        return 3
+
+    def group_key(self, site: Site) -> str:
+        return f"{site.role}|{site.in_features}"
+
+    def shapes(self, config: FrodPortableConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        size = site.in_features
+        count = nonzeros(size, config.sparse_rate)
+        return {
+            "l": (size,),
+            "s": (count,),
+            "l0": (size,),
+            "V": (size, size),
+            "positions": (count,),
+            "check": (2, 9),
+        }
+
+    def bases(
+        self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader
+    ) -> tuple[Tensors, list[Tensors]]:
+        rows = sum(site.out_features for site in sites)
+        V = joint_basis(lambda: gram_matrices(weight(site) for site in sites), rows, config.regularization)
+        size = sites[0].in_features
+        generator = generator_for(config.seed, self.group_key(sites[0]))
+        positions = off_diagonal_pattern(size, nonzeros(size, config.sparse_rate), generator)
+        # 32 bits are enough for a place in a matrix of up to 46,340 columns.
+        narrow = positions.to(torch.int32) if size * size < 2**31 else positions
+        return {"V": V.to(torch.float32), "positions": narrow}, [{} for _ in sites]
+
+    def kept(self, config: FrodPortableConfig, site: Site, bases: Tensors, weight: WeightReader) -> Tensors:
+        return {"l0": left_norms(weight(site), bases["P"])}
+
+    def trainables(self, config: FrodPortableConfig, site: Site, frozen: Tensors) -> Tensors:
+        count = nonzeros(site.in_features, config.sparse_rate)
+        return {"l": frozen["l0"].clone(), "s": torch.zeros(count)}
+
+    def shared_derived(self, config: FrodPortableConfig, bases: Tensors) -> Tensors:
+        return {"P": right_inverse_transposed(bases["V"]), "places": bases["positions"].to(torch.int64)}
+
+    def delta(self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+        l0 = tensors["l0"]
+        # Columns of U without length stay zero: no weight of this layer lies in that direction.
+        gain = torch.where(l0 > 1e-12, 1.0 / l0.clamp_min(1e-30), torch.zeros_like(l0))
+        diagonal = tensors["l"] - l0
+        return InputMap(weight, tensors["P"], gain, diagonal, tensors["s"], tensors["places"], tensors["V"])
+
+    def needs_base(self, config: FrodPortableConfig) -> bool:
+        return True
+
+
+def nonzeros(size: int, sparse_rate: float) -> int:
+    """How many entries of S `(size, size)` train: at least one where the rate is not zero and there is room."""
+    available = size * (size - 1)
+    count = min(int(size * size * sparse_rate), available)
+    return max(count, 1) if sparse_rate > 0 and available else count
+
+
+METHODS = {"frod": FRoD("frod")}

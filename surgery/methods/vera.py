@@ -1,0 +1,79 @@
+"""VeRA (arXiv 2310.11454), PEFT's own type: `dW = diag(b) B diag(d) A` with one random pair A, B for the model.
+
+A and B are PEFT's to the last bit: Kaiming-uniform, drawn on the CPU from one generator seeded with
+`projection_prng_key`, A first, at the largest width of the adapted layers. Only shapes are needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import VeraConfig
+
+from surgery.linalg.delta import Delta, LowRank
+from surgery.linalg.seeded import kaiming_uniform
+from surgery.methods.base import Method, Tensors, WeightReader, positive_rank
+from surgery.catalogue import METHODS as TABLE
+from surgery.sites import Site
+
+
+class VeRA(Method):
+    """Vectors on a random projection that all layers share."""
+
+    info = TABLE["vera"]
+
+    @property
+    def trainable_names(self) -> list[str]:
+        return ["vera_lambda_b", "vera_lambda_d"]
+
+    def rank_at(self, config: VeraConfig, site: Site) -> int:
+        # The projections are shared and random: their rank is not capped by a layer's size.
+        return config.r
+
+    def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> VeraConfig:
+        # PEFT's name for the seed; the rest of `common` is named alike.
+        settings = {**common, "projection_prng_key": common["seed"]}
+        del settings["seed"]
+        with warnings.catch_warnings():
+            # PEFT warns that a projection that is not saved depends on the random generator; the notes say it too.
+            warnings.simplefilter("ignore")
+            return VeraConfig(
+                r=positive_rank(options.get("rank") or self.info.rank),
+                save_projection=options.get("store_bases", True),
+                **settings,
+            )
+
+    def notes(self, config: VeraConfig, sites: Sequence[Site]) -> list[str]:
+        if config.save_projection:
+            return []
+        return ["the projections are not stored: PEFT draws them again from the seed when the adapter is loaded"]
+
+    def initial_tensors(self, config: VeraConfig, sites: Sequence[Site], weight: WeightReader) -> Tensors:
+        tensors: Tensors = {}
+        for site in sites:
+            tensors[f"{site.module}.vera_lambda_b"] = torch.zeros(site.out_features)
+            tensors[f"{site.module}.vera_lambda_d"] = torch.full((config.r,), float(config.d_initial))
+        if config.save_projection:
+            A, B = projections(config.r, sites, config.projection_prng_key)
+            # The leading dot marks names that sit above the model, at base_model.
+            tensors[".vera_A"], tensors[".vera_B"] = A, B
+        return tensors
+
+    def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+        b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
+        B, A = tensors["vera_B"][: b.shape[0]], tensors["vera_A"]
+        return LowRank(b[:, None] * B, d[:, None] * A)
+
+
+def projections(rank: int, sites: Sequence[Site], key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A (r, largest in)` and `B (largest out, r)`, float32, as PEFT draws them."""
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    A = kaiming_uniform((rank, max(site.in_features for site in sites)), generator)
+    B = kaiming_uniform((max(site.out_features for site in sites), rank), generator)
+    return A, B
+
+
+METHODS = {"vera": VeRA()}

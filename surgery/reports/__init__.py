@@ -1,0 +1,1 @@
+"""What surgery tells about its results: the `Report`, and its tables."""

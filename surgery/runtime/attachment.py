@@ -1,0 +1,168 @@
+"""One adapter of ours inside a model: its sites, what they share, and when it is ready to compute.
+
+An adapter's tensors arrive by several roads: computed by the method's start, loaded by PEFT, loaded by transformers.
+None of these roads ends in a common call, so tensors are allocated as NaN, and an adapter is made ready (its base
+checked, regenerated tensors regenerated, derived ones computed) as soon as none is left, at the latest when it is
+first used. An adapter that never received its tensors says so instead of computing with garbage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.checkpoints.fingerprint import Fingerprint, matches
+from surgery.errors import AdapterError, WrongBaseError
+from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
+from surgery.sites import Site
+
+if TYPE_CHECKING:
+    from surgery.runtime.layer import AdapterLayer
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """An adapter's presence in a model.
+
+    Attributes:
+        name: the adapter's name in PEFT.
+        method: its method.
+        config: its configuration.
+        layers: the adapted layers by site, in the model's order.
+    """
+
+    def __init__(self, name: str, method: OwnMethod, config: Any) -> None:
+        self.name = name
+        self.method = method
+        self.config = config
+        self.layers: dict[Site, AdapterLayer] = {}
+        self._owners: dict[str, Site] = {}
+        self._ready = False
+
+    def add(self, site: Site, layer: AdapterLayer) -> bool:
+        """Add a layer; returns whether it is the one that holds what its group shares."""
+        self.layers[site] = layer
+        return self._owners.setdefault(self.method.group_key(site), site) == site
+
+    def owner(self, site: Site) -> AdapterLayer:
+        """The layer that holds the tensors which `site` shares with its group."""
+        return self.layers[self._owners[self.method.group_key(site)]]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether every stored tensor has received its values."""
+        return all(_arrived(tensor) for layer in self.layers.values() for tensor in layer.stored(self.name).values())
+
+    def invalidate(self) -> None:
+        """Note that stored tensors are about to change: what was derived from them is out of date."""
+        self._ready = False
+
+    def start(self) -> None:
+        """Compute the method's start from the weights of the live model."""
+        if self.method.needs_base(self.config) or self.method.info.reads_weights:
+            self._refuse_quantized()
+        with torch.no_grad():
+            for group in self.method.groups(list(self.layers)):
+                starts = self.method.start(self.config, group, self._read)
+                for site, tensors in zip(group, starts, strict=True):
+                    self.layers[site].set_stored(self.name, tensors)
+        if self.method.needs_base(self.config):
+            self.config.base_fingerprint = self._fingerprint()
+        self._ready = False
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the adapter ready to compute; does nothing where it is.
+
+        Raises:
+            AdapterError: its tensors never arrived.
+            WrongBaseError: the model is not the one that the adapter was made from.
+        """
+        if self._ready:
+            return
+        for site, layer in self.layers.items():
+            for name, tensor in layer.stored(self.name).items():
+                if not _arrived(tensor):
+                    raise AdapterError(
+                        f"adapter {self.name!r}: {site.module}.{self.method.prefix}{name} was never loaded; open the "
+                        "adapter with PeftModel.from_pretrained, or start afresh with init_weights=True"
+                    )
+        if self.method.needs_base(self.config):
+            self._refuse_quantized()
+            self._check_base()
+        with torch.no_grad():
+            for group in self.method.groups(list(self.layers)):
+                self._prepare_group(group)
+        self._ready = True
+
+    def tensors(self, site: Site) -> Tensors:
+        """All tensors of a site by their short names, its own and its group's, on the site's device."""
+        self.prepare()
+        layer, owner = self.layers[site], self.owner(site)
+        tensors = layer.all_tensors(self.name)
+        if owner is not layer:
+            device = layer.device
+            for name, tensor in owner.all_tensors(self.name, shared=True).items():
+                tensors[name] = tensor if tensor.device == device else owner.copy_on(device, self.name, name, tensor)
+        return tensors
+
+    def _prepare_group(self, group: list[Site]) -> None:
+        method, config, owner = self.method, self.config, self.layers[group[0]]
+        if not config.store_bases and method.names(Role.BASE):
+            shared, own = method.bases(config, group, self._read)
+            for site, bases in zip(group, own, strict=True):
+                layer = self.layers[site]
+                stored = layer.stored(self.name)
+                if CHECK in stored and not method.agrees(stored[CHECK], {**shared, **bases}):
+                    raise WrongBaseError(
+                        f"adapter {self.name!r}: the bases regenerated at {site.module} are not those it was made "
+                        "with; the base model, or this machine's arithmetic, differs. Store them: surgery init "
+                        "without --no-store-bases"
+                    )
+                layer.set_unstored(self.name, bases)
+            owner.set_unstored(self.name, shared)
+        owner.set_unstored(self.name, method.shared_derived(config, owner.all_tensors(self.name)))
+        for site in group:
+            layer = self.layers[site]
+            derived = method.derived(config, layer.all_tensors(self.name), layer.pristine_weight)
+            layer.set_unstored(self.name, derived)
+
+    def _read(self, site: Site) -> torch.Tensor:
+        return self.layers[site].pristine_weight().to(torch.float32)
+
+    def _refuse_quantized(self) -> None:
+        for site, layer in self.layers.items():
+            if layer.is_quantized:
+                title = self.method.info.title
+                raise AdapterError(f"{site.module}: the layer is quantised; {title} needs the base model's true weights")
+
+    def _fingerprint(self) -> dict[str, str]:
+        fingerprint = Fingerprint()
+        for site, layer in self.layers.items():
+            fingerprint.add(site.key, layer.pristine_weight())
+        return fingerprint.digests()
+
+    def _check_base(self) -> None:
+        expected = self.config.base_fingerprint
+        if not expected:
+            raise AdapterError(f"adapter {self.name!r}: its configuration lacks base_fingerprint")
+        weights = {site.key: layer.pristine_weight() for site, layer in self.layers.items()}
+        if not matches(expected, weights):
+            name = self.config.base_model_name_or_path or "the one it was made from"
+            raise WrongBaseError(
+                f"adapter {self.name!r} ({self.method.info.title}) was made from other base weights: its base is "
+                f"{name}, and the weights of this model's adapted layers differ from it"
+            )
+
+
+def _arrived(tensor: torch.Tensor) -> bool:
+    if tensor.device.type == "meta":
+        return False
+    if tensor.numel() == 0:
+        return True
+    first = tensor.reshape(-1)[0]
+    if tensor.is_floating_point():
+        return not bool(torch.isnan(first))
+    return bool(first != torch.iinfo(tensor.dtype).min)

@@ -1,0 +1,240 @@
+"""The layer that replaces an adapted linear, for all our PEFT types."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from surgery.errors import AdapterError
+from surgery.linalg.delta import Delta, InputMap
+from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
+from surgery.runtime.attachment import Attachment
+from surgery.sites import Site
+
+__all__ = ["AdapterLayer"]
+
+# Integer tensors and their dtypes; everything else is float32.
+INTEGER_TENSORS = {"cuts": torch.int32, "positions": torch.int32, CHECK: torch.int64}
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with any number of adapters of one method.
+
+    It computes `base(x + sum_a T_a x) + sum_a dW_a x`: an adapter acts on the layer's input or adds to its output,
+    as its method's `Delta` says.
+    """
+
+    def __init__(self, base_layer: nn.Module, method: OwnMethod, site: Site) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.method = method
+        self.site = site
+        self.adapter_layer_names = tuple(f"{method.prefix}{name}" for name in method.names(Role.TRAINABLE))
+        frozen = [*method.names(Role.KEPT, Role.BASE, Role.DERIVED), CHECK]
+        self.other_param_names = (*(f"{method.prefix}{name}" for name in frozen), "adapter_dropout", "attachments")
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict())
+        for name in frozen:
+            setattr(self, f"{method.prefix}{name}", BufferDict())
+        self.adapter_dropout = nn.ModuleDict()
+        self.attachments: dict[str, Attachment] = {}
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.fan_in_fan_out = site.transposed
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._weight_before_merge: torch.Tensor | None = None
+        self._copies: dict[tuple[str, str, torch.device], tuple[int, torch.Tensor]] = {}
+
+    @property
+    def linear(self) -> Any:
+        """The linear layer at the bottom, below any other adapter layers."""
+        return BaseTunerLayer.get_base_layer(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight lies."""
+        return self.linear.weight.device
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base layer is a quantised replacement of a linear."""
+        weight = getattr(self.linear, "weight", None)
+        return weight is None or hasattr(weight, "quant_state") or not weight.is_floating_point()
+
+    def update_layer(self, adapter_name: str, config: Any, attachment: Attachment, inference_mode: bool) -> None:
+        """Allocate an adapter's tensors, to be filled by its start or by loading."""
+        self.attachments[adapter_name] = attachment
+        owner = attachment.add(self.site, self)
+        shapes = self.method.shapes(config, self.site)
+        device = self.device if self.device.type != "meta" else torch.device("cpu")
+        trainable = self.method.names(Role.TRAINABLE)
+        for name in self.method.stored(config, owner):
+            dtype = INTEGER_TENSORS.get(name, torch.float32)
+            if name == "positions" and self.in_features**2 >= 2**31:
+                dtype = torch.int64
+            missing = torch.iinfo(dtype).min if name in INTEGER_TENSORS else float("nan")
+            tensor = torch.full(shapes[name], missing, dtype=dtype, device=device)
+            if name in trainable:
+                self._dict(name)[adapter_name] = nn.Parameter(tensor)
+            else:
+                self._dict(name).register_buffer(adapter_name, tensor, persistent=True)
+        dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.adapter_dropout[adapter_name] = dropout
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def stored(self, adapter_name: str) -> Tensors:
+        """The tensors that this layer keeps in the adapter's file, by short name."""
+        config = self.attachments[adapter_name].config
+        owner = self.attachments[adapter_name].owner(self.site) is self
+        return {name: self._dict(name)[adapter_name] for name in self.method.stored(config, owner)}
+
+    def all_tensors(self, adapter_name: str, shared: bool | None = None) -> Tensors:
+        """The tensors that are on this layer, by short name; with `shared`, only those a group shares or not."""
+        names = [spec.name for spec in self.method.specs if shared in (None, spec.shared)]
+        return {name: self._dict(name)[adapter_name] for name in names if adapter_name in self._dict(name)}
+
+    def set_stored(self, adapter_name: str, tensors: Tensors) -> None:
+        """Copy values into the stored tensors, keeping their dtype and device."""
+        for name, tensor in tensors.items():
+            self._dict(name)[adapter_name].data.copy_(tensor)
+
+    def set_unstored(self, adapter_name: str, tensors: Tensors) -> None:
+        """Hold regenerated or derived tensors, which are in no state dict."""
+        dtype = next(iter(self.all_tensors(adapter_name).values())).dtype
+        for name, tensor in tensors.items():
+            kept = tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            self._dict(name).register_buffer(adapter_name, kept, persistent=False)
+
+    def copy_on(self, device: torch.device, adapter_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A shared tensor on another device, copied there once."""
+        key = (adapter_name, name, device)
+        version, copy = self._copies.get(key, (-1, None))
+        if copy is None or version != tensor._version:
+            copy = tensor.to(device)
+            self._copies[key] = (tensor._version, copy)
+        return copy
+
+    def pristine_weight(self) -> torch.Tensor:
+        """The base weight without any merged adapter, `(out, in)`, in its own dtype."""
+        weight = self.linear.weight.data if self._weight_before_merge is None else self._weight_before_merge
+        weight = weight.to(self.device)
+        return weight.T if self.fan_in_fan_out else weight
+
+    def delta(self, adapter_name: str) -> Delta:
+        """The weight change of one adapter, as a structured operator."""
+        attachment = self.attachments[adapter_name]
+        tensors = attachment.tensors(self.site)
+        weight = self.pristine_weight() if self._needs_weight(attachment) else None
+        return self.method.delta(attachment.config, tensors, weight)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The weight change in the base weight's own orientation, float32."""
+        with torch.no_grad():
+            attachment = self.attachments[adapter]
+            tensors = {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in attachment.tensors(self.site).items()
+            }
+            weight = self.pristine_weight().float() if self._needs_weight(attachment) else None
+            dense = self.method.delta(attachment.config, tensors, weight).dense()
+        return dense.T if self.fan_in_fan_out else dense
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        shift: torch.Tensor | None = None
+        added: torch.Tensor | None = None
+        for name in self._active_names():
+            delta = self.delta(name)
+            h = self.adapter_dropout[name](self._cast_input_dtype(x, self._dtype(name)))
+            if isinstance(delta, InputMap):
+                part = delta.input_shift(h)
+                shift = part if shift is None else shift + part
+            else:
+                part = delta.apply(h)
+                added = part if added is None else added + part
+        result = self.base_layer(x if shift is None else x + shift.to(x.dtype), *args, **kwargs)
+        return result if added is None else result + added.to(result.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' weight changes to the base weight, keeping what `unmerge` puts back.
+
+        Raises:
+            ValueError: `safe_merge` is set and the merged weight is not finite.
+            AdapterError: the base layer is quantised.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.attachments]
+        if not names:
+            return
+        weight = self.linear.weight
+        if self.is_quantized:
+            raise AdapterError(f"{self.site.module}: cannot merge into a quantised layer")
+        changes = [self.get_delta_weight(name) for name in names]
+        merged = weight.data.float()
+        for change in changes:
+            merged = merged + change
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaN or Inf in the merged weights of {self.site.module}: adapters {', '.join(names)}")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = weight.data.detach().clone()
+        weight.data = merged.to(weight.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was, to the last bit."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.linear.weight.data = self._weight_before_merge.to(self.device)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """All our changes are additive in the weight."""
+        return True
+
+    def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast an adapter's floating-point tensors, trained and frozen alike."""
+        for spec in self.method.specs:
+            holder = self._dict(spec.name)
+            if adapter_name not in holder or not holder[adapter_name].is_floating_point():
+                continue
+            if isinstance(holder, nn.ParameterDict):
+                holder[adapter_name].data = holder[adapter_name].data.to(dtype)
+            else:
+                holder._buffers[adapter_name] = holder[adapter_name].to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, but never round: PEFT's own would pass a bfloat16 base's dtype on to float32 tensors."""
+        target = self.device if device is None else device
+        for spec in self.method.specs:
+            holder = self._dict(spec.name)
+            if adapter_name in holder and holder[adapter_name].device.type != "meta":
+                if isinstance(holder, nn.ParameterDict):
+                    holder[adapter_name].data = holder[adapter_name].data.to(target)
+                else:
+                    holder._buffers[adapter_name] = holder[adapter_name].to(target)
+
+    def _dict(self, name: str) -> Any:
+        return getattr(self, f"{self.method.prefix}{name}")
+
+    def _dtype(self, adapter_name: str) -> torch.dtype:
+        dtype: torch.dtype = self._dict(self.method.names(Role.TRAINABLE)[0])[adapter_name].dtype
+        return dtype
+
+    def _active_names(self) -> list[str]:
+        active = [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+        return [name for name in active if name in self.attachments]
+
+    def _needs_weight(self, attachment: Attachment) -> bool:
+        return self.method.needs_base(attachment.config)
+
+    def __repr__(self) -> str:
+        return f"surgery.{self.method.info.title}{super().__repr__().removeprefix(type(self).__name__)}"

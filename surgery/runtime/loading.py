@@ -1,0 +1,128 @@
+"""`surgery.load`: an adapter on its base model, whichever class of the model it was made for."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.sites import Site, linear_sites, target_modules
+
+__all__ = ["load"]
+
+
+def load(
+    adapter: str | Path | Adapter,
+    base: str | Path | torch.nn.Module | None = None,
+    *,
+    task: str | None = None,
+    is_trainable: bool = False,
+    device_map: Any = None,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """Open an adapter on its base model.
+
+    Unlike `PeftModel.from_pretrained`, which ignores tensors that find no place, an adapter made for another class
+    of the same model (bare, or with a head) is fitted, and one that does not fit is refused. Stock FROD adapters are
+    opened as our portable type, with U belonging to the stored V.
+
+    Args:
+        adapter: a folder, a Hub id, or an opened `Adapter`.
+        base: a model, a folder or a Hub id; default the one that the adapter names.
+        task: chooses the model class where `base` is not a model; default the class that its configuration names.
+        is_trainable: leave the adapter trainable.
+        device_map: passed to transformers where the model is loaded here.
+        dtype: of the base model, where it is loaded here.
+        trust_remote_code: run model code that comes with the base.
+
+    Returns:
+        The model with the adapter active.
+
+    Raises:
+        AdapterError: the adapter does not fit the model, or its configuration is not understood.
+        WrongBaseError: the adapter was made from other base weights.
+    """
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    model = base if isinstance(base, torch.nn.Module) else None
+    if model is None:
+        name = str(base) if base is not None else opened.config.get("base_model_name_or_path")
+        if not name:
+            raise AdapterError(f"{opened.folder}: names no base model; give it")
+        model = _load_base(name, task, device_map, dtype, trust_remote_code)
+    if opened.peft_type == "FROD":
+        from surgery.converters.stock_frod import portable_frod
+
+        opened = portable_frod(opened, model)
+    fitted = fit_to_model(opened, model)
+    if fitted is opened and opened.folder is not None:
+        return PeftModel.from_pretrained(model, opened.folder, is_trainable=is_trainable)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        fitted.save(Path(folder) / "adapter")
+        return PeftModel.from_pretrained(model, Path(folder) / "adapter", is_trainable=is_trainable)
+
+
+def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
+    """Rename an adapter's modules to those of a model of another class over the same body.
+
+    Returns:
+        The adapter itself where its names are the model's, otherwise a renamed copy.
+
+    Raises:
+        AdapterError: some of its modules are not in the model, with or without the model's own prefix.
+    """
+    names = {name for name, _ in model.named_modules()}
+    wanted = [module for module in adapter.modules if module]
+    if all(_in_model(module, names) for module in wanted):
+        return adapter
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    renamed = {}
+    for module in wanted:
+        candidates = (module, f"{prefix}{module}", module.removeprefix(prefix))
+        found = next((name for name in candidates if _in_model(name, names)), None)
+        if found is not None:
+            renamed[module] = found
+    lost = [module for module in wanted if module not in renamed]
+    if lost:
+        raise AdapterError(
+            f"the adapter does not fit {type(model).__name__}: it changes {listing(lost, 3)}, which this model does "
+            f"not have (base: {adapter.config.get('base_model_name_or_path')})"
+        )
+    return _renamed(adapter, model, renamed)
+
+
+def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
+    tensors = {}
+    for name, tensor in adapter.tensors.items():
+        module, _, short = name.removeprefix(MODEL_PREFIX).rpartition(".")
+        above = not name.startswith(MODEL_PREFIX)
+        tensors[f"{TUNER_PREFIX}{short}" if above else f"{MODEL_PREFIX}{renamed[module]}.{short}"] = tensor
+    linears: dict[str, Site] = {site.module: site for site in linear_sites(model)}
+    sites = [linears[name] for name in dict.fromkeys(renamed.values()) if name in linears]
+    config = {**adapter.config, "target_modules": target_modules(model, sites)}
+    return Adapter(config, tensors, adapter.provenance, adapter.card)
+
+
+def _in_model(module: str, names: set[str]) -> bool:
+    # lora_A.weight: PEFT's LoRA keeps its factors in modules of their own.
+    return module in names or module.rpartition(".")[0] in names
+
+
+def _load_base(name: str, task: str | None, device_map: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    opened = BaseModel.open(name, task, trust_remote_code)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model = type(opened.model).from_pretrained(opened.folder, dtype=dtype, device_map=device_map)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model

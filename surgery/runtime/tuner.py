@@ -1,0 +1,125 @@
+"""The PEFT tuner for all our adapter types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from surgery.errors import AdapterError, listing
+from surgery.methods.base import OwnMethod
+from surgery.catalogue import OWN_TYPES, method_for_type
+from surgery.runtime.attachment import Attachment
+from surgery.runtime.layer import AdapterLayer
+from surgery.sites import site_of
+
+__all__ = ["AdapterModel", "tuner_class"]
+
+
+class AdapterModel(BaseTuner):
+    """Replaces the target linears of a model by `AdapterLayer`s. One subclass for each PEFT type."""
+
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    method: OwnMethod
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the adapter's layers and, unless they will be loaded, compute its start."""
+        config: Any = self.peft_config[adapter_name]
+        # Which of the -alpha and -beta variants it is, is in the configuration: the formulas are one method's.
+        self._attachment = Attachment(adapter_name, self.method, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        on_meta = any(p.device.type == "meta" for layer in self._attachment.layers.values() for p in layer.parameters())
+        if config.init_weights and not on_meta:
+            self._attachment.start()
+
+    def _create_and_replace(
+        self,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, AdapterLayer):
+            target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
+            return
+        layer = AdapterLayer(target, self.method, site_of(self.model, current_key, _linear(target)))
+        layer.update_layer(adapter_name, config, self._attachment, config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Called by PEFT after creating and after loading an adapter.
+
+        Tensors are float32 throughout; only on request do they take the dtype of the base. Rounding trained and
+        frozen tensors alike keeps a start at zero change.
+        """
+        attachment = attachment_of(self.model, adapter_name)
+        if attachment is None:
+            return
+        for layer in attachment.layers.values():
+            base_dtype = layer.linear.weight.dtype
+            if not autocast_adapter_dtype and base_dtype.is_floating_point:
+                layer.cast(adapter_name, base_dtype)
+            elif autocast_adapter_dtype:
+                layer.cast(adapter_name, torch.float32)
+        if attachment.loaded:
+            attachment.prepare()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Refuse a file that does not hold this adapter's tensors: PEFT alone would ignore that."""
+        attachment = attachment_of(model, adapter_name)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        if attachment is None:
+            return remapped
+        attachment.invalidate()
+        names = {id(module): name for name, module in model.named_modules()}
+        prefix = cls.method.prefix
+        missing = [
+            f"{names[id(layer)]}.{prefix}{short}"
+            for layer in attachment.layers.values()
+            for short in layer.stored(adapter_name)
+            if f"{names[id(layer)]}.{prefix}{short}.{adapter_name}" not in remapped
+        ]
+        if missing:
+            found = sorted(key for key in state_dict if f".{prefix}" in key)
+            hint = f"; the file has {listing(found, 2)}" if found else ""
+            raise AdapterError(
+                f"the file lacks {len(missing)} of the adapter's tensors ({listing(missing, 2)}){hint}. An adapter "
+                "made for another model class (bare or with a head) opens with surgery.load"
+            )
+        return remapped
+
+
+def attachment_of(model: nn.Module, adapter_name: str) -> Attachment | None:
+    """The attachment of an adapter of ours in a model, if it has one."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayer) and adapter_name in module.attachments:
+            return module.attachments[adapter_name]
+    return None
+
+
+def tuner_class(peft_type: str) -> type[AdapterModel]:
+    """The tuner for one of our PEFT types."""
+    method = method_for_type(peft_type)
+    assert isinstance(method, OwnMethod) and peft_type in OWN_TYPES
+    name = f"{method.config_class.__name__.removesuffix('Config')}Model"
+    return type(name, (AdapterModel,), {"method": method, "prefix": method.prefix, "__module__": __name__})
+
+
+def _linear(target: Any) -> nn.Module:
+    while hasattr(target, "base_layer"):
+        target = target.base_layer
+    return target
