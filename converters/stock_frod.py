@@ -16,7 +16,7 @@ from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import AdapterError
 from surgery.linalg.joint import left_norms, right_inverse_transposed
 from surgery.methods.base import OwnMethod
-from surgery.sites import Site, linear_sites
+from surgery.sites import linear_sites
 
 __all__ = ["portable_frod"]
 

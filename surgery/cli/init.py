@@ -106,6 +106,7 @@ def _show(report: Report, verbose: bool) -> None:
         ]
         click.echo(table(["module", "shape", "rank", "parameters", "size"], rows, right=(1, 2, 3, 4)) + "\n")
     planned = "would be " if report.dry_run else ""
+    written = ("dry run", "nothing written") if report.dry_run else ("written", str(report.out))
     info = METHODS[report.method]
     click.echo(
         summary(
@@ -116,10 +117,7 @@ def _show(report: Report, verbose: bool) -> None:
                 ("trainable", f"{report.trainable_parameters:,} parameters"),
                 ("file", f"{planned}{human_bytes(report.bytes)} ({info.stores})"),
                 ("time", f"{report.seconds:.2f} s on {report.device}"),
-                (
-                    "written" if not report.dry_run else "dry run",
-                    report.out if not report.dry_run else "nothing written",
-                ),
+                written,
             ]
         )
     )

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
+from surgery.catalogue import METHODS, MethodInfo
 from surgery.errors import AdapterError, MethodError
 from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import sketch
-from surgery.catalogue import METHODS, MethodInfo
 from surgery.sites import Site
 
 __all__ = ["CHECK", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]

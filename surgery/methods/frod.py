@@ -41,7 +41,7 @@ class FrodPortableConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.FROD_PORTABLE  # type: ignore[assignment]
+        self.peft_type = OwnType.FROD_PORTABLE
         if not 0 <= self.sparse_rate < 1:
             raise MethodError(f"sparse rate must be at least 0 and below 1, got {self.sparse_rate}")
         if not self.regularization > 0:

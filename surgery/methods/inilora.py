@@ -50,7 +50,7 @@ class IniloraConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.INILORA  # type: ignore[assignment]
+        self.peft_type = OwnType.INILORA
         positive_rank(self.r)
         if self.variant not in {"svd", "alpha", "beta"}:
             raise MethodError(f"IniLoRA has variants svd, alpha and beta, not {self.variant!r}")

@@ -48,7 +48,7 @@ class SmoaConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.SMOA  # type: ignore[assignment]
+        self.peft_type = OwnType.SMOA
         positive_rank(self.r)
         if not isinstance(self.groups, int) or self.groups < 1:
             raise MethodError(f"the number of groups must be at least 1, got {self.groups!r}")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from peft import VeraConfig
 
+from surgery.catalogue import METHODS as TABLE
 from surgery.linalg.delta import Delta, LowRank
 from surgery.linalg.seeded import kaiming_uniform
 from surgery.methods.base import Method, Tensors, WeightReader, positive_rank
-from surgery.catalogue import METHODS as TABLE
 from surgery.sites import Site
 
 

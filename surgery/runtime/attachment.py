@@ -136,7 +136,9 @@ class Attachment:
         for site, layer in self.layers.items():
             if layer.is_quantized:
                 title = self.method.info.title
-                raise AdapterError(f"{site.module}: the layer is quantised; {title} needs the base model's true weights")
+                raise AdapterError(
+                    f"{site.module}: the layer is quantised; {title} needs the base model's true weights"
+                )
 
     def _fingerprint(self) -> dict[str, str]:
         fingerprint = Fingerprint()

@@ -85,7 +85,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self._dict(name).register_buffer(adapter_name, tensor, persistent=True)
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.adapter_dropout[adapter_name] = dropout
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        BaseTunerLayer.set_adapter(self, self._active(), inference_mode=inference_mode)
 
     def stored(self, adapter_name: str) -> Tensors:
         """The tensors that this layer keeps in the adapter's file, by short name."""
@@ -148,12 +148,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         shift: torch.Tensor | None = None
         added: torch.Tensor | None = None
-        for name in self._active_names():
+        for name in self._active():
+            if name not in self.attachments:
+                continue
             delta = self.delta(name)
-            h = self.adapter_dropout[name](self._cast_input_dtype(x, self._dtype(name)))
+            h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
             if isinstance(delta, InputMap):
                 part = delta.input_shift(h)
                 shift = part if shift is None else shift + part
@@ -229,9 +231,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         dtype: torch.dtype = self._dict(self.method.names(Role.TRAINABLE)[0])[adapter_name].dtype
         return dtype
 
-    def _active_names(self) -> list[str]:
-        active = [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
-        return [name for name in active if name in self.attachments]
+    def _active(self) -> list[str]:
+        active: Any = self.active_adapters
+        return list(active)
 
     def _needs_weight(self, attachment: Attachment) -> bool:
         return self.method.needs_base(attachment.config)

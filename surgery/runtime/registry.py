@@ -11,13 +11,13 @@ def register_types(_peft: Any = None) -> None:
     """Enter our types in PEFT's tables. Called once, as soon as both peft and surgery are imported."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    from surgery.methods.base import OwnMethod, OwnType
     from surgery.catalogue import OWN_TYPES, method_for_type
+    from surgery.methods.base import OwnMethod, OwnType
     from surgery.runtime.tuner import tuner_class
 
-    configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING  # type: ignore[assignment]
-    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING  # type: ignore[assignment]
-    prefixes: dict[Any, str] = PEFT_TYPE_TO_PREFIX_MAPPING  # type: ignore[assignment]
+    configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    prefixes: dict[Any, str] = PEFT_TYPE_TO_PREFIX_MAPPING
     for peft_type in OWN_TYPES:
         member = OwnType(peft_type)
         method = method_for_type(peft_type)

@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from surgery.catalogue import OWN_TYPES, method_for_type
 from surgery.errors import AdapterError, listing
 from surgery.methods.base import OwnMethod
-from surgery.catalogue import OWN_TYPES, method_for_type
 from surgery.runtime.attachment import Attachment
 from surgery.runtime.layer import AdapterLayer
 from surgery.sites import site_of
