@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.devices import resolve_device
 from surgery.errors import MethodError
 from surgery.heads import head_modules, head_tensors
+from surgery.memory import release_freed
 from surgery.methods.base import Method, OwnMethod
 from surgery.reports.report import Report, SiteReport
 from surgery.sites import Site, target_modules, unsupported_modules
@@ -115,7 +118,7 @@ def init(
         tensors = _planned(formulas, config, sites)
     else:
         reader = _Reader(base, sites, formulas, where, progress)
-        tensors = formulas.initial_tensors(config, sites, reader.read)
+        tensors = formulas.initial_tensors(config, sites, reader)
         if isinstance(formulas, OwnMethod) and formulas.needs_base(config):
             config.base_fingerprint = reader.fingerprint.digests()
     tensors = {_file_name(name): _stored_dtype(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
@@ -146,14 +149,33 @@ class _Reader:
         self.progress = progress
         self.total = len(sites) * method.passes
         self.count = 0
+        self.seen: set[Site] = set()
 
-    def read(self, site: Site) -> torch.Tensor:
-        raw = self.base.raw_weight(site)
-        self.fingerprint.add(site.key, raw)
+    def __call__(self, site: Site) -> torch.Tensor:
         self.count += 1
         if self.progress is not None:
             self.progress(self.count, self.total, site.role)
-        return raw.to(device=self.device, dtype=torch.float32)
+        return self._read(site).to(self.device)
+
+    def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
+        """Read one weight ahead of the one that is worked on."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            upcoming = deque([pool.submit(self._read, site) for site in sites[:1]])
+            for index, site in enumerate(sites):
+                upcoming.extend(pool.submit(self._read, following) for following in sites[index + 1 : index + 2])
+                self.count += 1
+                if self.progress is not None:
+                    self.progress(self.count, self.total, site.role)
+                yield upcoming.popleft().result().to(self.device)
+                release_freed()
+
+    def _read(self, site: Site) -> torch.Tensor:
+        first = site not in self.seen
+        raw = self.base.raw_weight(site, check=first)
+        if first:
+            self.seen.add(site)
+            self.fingerprint.add(site.key, raw)
+        return raw.to(torch.float32)
 
 
 def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[str, Any]:
@@ -188,7 +210,7 @@ def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
     """The tensors that would be made, on the meta device."""
     if not isinstance(method, OwnMethod):
-        return {name: t.to("meta") for name, t in method.initial_tensors(config, sites, _no_reading).items()}
+        return {name: t.to("meta") for name, t in method.initial_tensors(config, sites, None).items()}
     planned = {}
     for group in method.groups(sites):
         for index, site in enumerate(group):
@@ -196,10 +218,6 @@ def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, to
             for name in method.stored(config, owner=index == 0):
                 planned[f"{site.module}.{method.prefix}{name}"] = torch.empty(shapes[name], device="meta")
     return planned
-
-
-def _no_reading(site: Site) -> torch.Tensor:
-    raise AssertionError(f"{site.module}: this method reads no weights")
 
 
 def _report(

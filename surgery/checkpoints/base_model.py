@@ -71,6 +71,7 @@ class BaseModel:
         model: the model on the meta device: names, classes and shapes, no values.
         task: the task whose class was chosen, or None for a class that serves none of the known tasks.
         files: the checkpoint's tensors.
+        shapes: shape of every parameter of the model.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class BaseModel:
         self.task = task
         self.files = files
         self._sources: dict[str, Source] | None = None
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @classmethod
     def open(cls, model: str | Path, task: str | None = None, trust_remote_code: bool = False) -> BaseModel:
@@ -150,15 +152,15 @@ class BaseModel:
         if name not in self.sources:
             raise CheckpointError(f"{self.folder}: no tensor for {name} in the checkpoint")
         tensor = self.sources[name].read(name, self.model, self.files.read)
-        expected = tuple(self.model.state_dict()[name].shape)
+        expected = self.shapes[name]
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the model of config.json wants {expected}"
             )
         return tensor
 
-    def raw_weight(self, site: Site) -> torch.Tensor:
-        """The weight of `site`, `(out, in)`, on the CPU in the checkpoint's dtype.
+    def raw_weight(self, site: Site, check: bool = True) -> torch.Tensor:
+        """The weight of `site`, `(out, in)`, on the CPU in the checkpoint's dtype; `check` looks for NaN and Inf.
 
         Raises:
             CheckpointError: it is missing, of another shape, not floating point, or holds NaN or Inf.
@@ -166,7 +168,7 @@ class BaseModel:
         tensor = self.parameter(site.parameter)
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.folder}: {site.parameter} is {tensor.dtype}, not floating point")
-        if not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
+        if check and not _is_finite(tensor):
             raise CheckpointError(f"{self.folder}: {site.parameter} holds NaN or Inf")
         return tensor.T if site.transposed else tensor
 
@@ -210,6 +212,13 @@ def _remote_class(folder: Path, name: str, auto_map: dict[str, str]) -> type[Any
         if isinstance(reference, str) and reference.split(".")[-1] == name:
             return get_class_from_dynamic_module(reference, folder)
     raise CheckpointError(f"{folder / 'config.json'}: auto_map does not say where {name} is")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all entries are finite; NaN and Inf survive a sum, so its value mostly settles the question."""
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor.float()).all())
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The safetensors files of a checkpoint folder: which tensor lies in which file, and reading one of them.
 
-A file is opened for each read and closed again, so that the memory-mapped pages of a large checkpoint do not pile
-up in the process: the peak is the tensor being read.
+A file is opened for each read, so that the memory-mapped pages of a large checkpoint do not pile up in the process:
+a mapping ends with the tensor that was read through it.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor onto the CPU, in the file's dtype, without keeping the file mapped.
+    """Read one tensor onto the CPU, in the file's dtype: a view of the mapped file, which goes when it goes.
 
     Raises:
         CheckpointError: the file is broken or lacks the tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name).clone()
+            tensor: torch.Tensor = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{_broken_file(path, error)} (reading tensor {name})") from None
     return tensor

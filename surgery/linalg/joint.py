@@ -4,61 +4,88 @@ For `W_1 .. W_L`, all `(out_i, n)`: `W_i = U_i diag(l_i) V^T` with unit columns 
 all, the higher-order generalised singular value decomposition. With `C_i = W_i^T W_i`, `C = sum C_i = R^T R` and
 `T = R mean_i[(C_i + a C)^-1] R^T = Z diag(t) Z^T`, it is `V = R^T Z`.
 
-Only `n x n` matrices are held, however many layers there are: the matrices are visited one at a time, twice.
+Only a few `n x n` matrices are held, however many layers there are: the weights are visited one at a time, twice.
+Squaring the weights costs half the digits, so all of it is float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["gram_matrices", "joint_basis", "left_norms", "right_inverse_transposed"]
+from surgery.linalg.symmetric import (
+    Widener,
+    add_gram_,
+    cholesky_,
+    eigh_,
+    fill_upper_,
+    quiet_torch_threads,
+    spd_inverse_,
+    triangular_product,
+    triangular_solve,
+)
 
-# Squaring in float64 leaves directions below 1e-8 of the largest singular value to rounding.
+__all__ = ["JointBasis", "joint_basis", "left_norms", "right_inverse_transposed"]
+
+# In float64, squaring leaves directions below 1e-8 of the largest singular value to rounding.
 RANK_TOLERANCE = 1e-14
+PIVOT_TOLERANCE = 1e-7
+
+# Visits the weights (out, n) one at a time, in the same order at every call.
+Weights = Callable[[], Iterable[torch.Tensor]]
 
 
-def gram_matrices(weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """`W^T W` in float64, `(n, n)`, for each `W (out, n)`, on its device."""
-    for weight in weights:
-        wide = weight.to(torch.float64)
-        yield wide.T @ wide
-
-
-def joint_basis(
-    grams: Callable[[], Iterable[torch.Tensor]], total_rows: int, regularization: float = 1e-3
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class JointBasis:
     """The shared right basis of a category of weights.
 
-    Follows FRoD (doi 10.1609/aaai.v40i31.39813) with one matrix at a time. Where the stacked weights have fewer
-    rows than columns, the basis is their full right singular basis, as in the reference. Where they are
-    rank-deficient, the basis of their row space is completed by an orthonormal basis of the rest, so that it can
-    always be inverted; no weight has a part there.
+    Attributes:
+        V: `(n, n)`, float64, columns in rising order of the eigenvalues, the largest entry of each positive.
+        inverse_transposed: `V^-T (n, n)`, float64.
+        fallback: why the Cholesky factor was not used, or None.
+    """
+
+    V: torch.Tensor
+    inverse_transposed: torch.Tensor
+    fallback: str | None = None
+
+
+@quiet_torch_threads()
+def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) -> JointBasis:
+    """Decompose the weights of one category jointly.
+
+    Follows FRoD (doi 10.1609/aaai.v40i31.39813), with Gram matrices in place of the stacked weights' QR. Where the
+    stack has fewer rows than columns, the basis is its full right singular basis, as in the reference. Where the stack
+    is rank-deficient, the basis of its row space is completed by an orthonormal basis of the rest, so that it can
+    always be inverted; no weight has a part there. A weight alone gets its own right singular basis: every basis
+    satisfies the definition there.
 
     Args:
-        grams: called twice; each call visits `C_i = W_i^T W_i`, float64 `(n, n)`, in the same order.
-        total_rows: number of rows of all the weights stacked.
+        weights: called twice.
+        columns: n.
         regularization: `a`, the ridge that keeps the inverses stable when layers are alike.
 
-    Returns:
-        `V (n, n)`, float64, columns in rising order of the eigenvalues, each with its largest entry positive.
+    Raises:
+        ValueError: there are no weights.
     """
-    total, count = None, 0
-    for gram in grams():
-        total = gram.clone() if total is None else total.add_(gram)
-        count += 1
-    if total is None:
-        raise ValueError("a joint decomposition needs at least one matrix")
-    if total_rows < total.shape[0]:
-        return canonical_columns(torch.linalg.eigh(total)[1].flip(1))
-    if count == 1:
-        return canonical_columns(_single_basis(total))
-    R, info = torch.linalg.cholesky_ex(total, upper=True)
-    pivots = R.diagonal()
-    if int(info) == 0 and float(pivots.min()) > 1e-7 * float(pivots.max()):
-        return canonical_columns(R.T @ _eigenvectors(grams, R, total, count, regularization))
-    return canonical_columns(_deficient_basis(grams, total, count, regularization))
+    total, heights = _sum_of_grams(weights, columns)
+    if sum(heights) < columns:
+        return _with_inverse(eigh_(total)[1].flip(1), "fewer rows than columns")
+    if len(heights) == 1:
+        return _with_inverse(_single_basis(total), "a single matrix")
+    L = total.clone()
+    if not cholesky_(L) or float(L.diagonal().min()) <= PIVOT_TOLERANCE * float(L.diagonal().max()):
+        del L
+        return _with_inverse(_deficient_basis(weights, total, len(heights), regularization), "rank-deficient")
+    rotated = _rotated_by_wide if _favours_wide(max(heights), columns) else _rotated_by_tall
+    T = rotated(weights, L, total, len(heights), regularization)
+    Z = eigh_(T)[1]
+    inverse_transposed = triangular_solve(L, Z, transposed=True)  # V^-T = R^-1 Z, because Z is orthogonal
+    V = triangular_product(L, Z, transposed=False)
+    sign = _column_signs(V)
+    return JointBasis(V.mul_(sign), inverse_transposed.mul_(sign))
 
 
 def right_inverse_transposed(V: torch.Tensor) -> torch.Tensor:
@@ -71,51 +98,97 @@ def left_norms(weight: torch.Tensor, V_inverse_transposed: torch.Tensor) -> torc
 
     Args:
         weight: `(out, n)`.
-        V_inverse_transposed: `(n, n)`, same device.
+        V_inverse_transposed: `(n, n)`, same device; its dtype is computed in.
 
     Returns:
         `(n,)`, float32.
     """
-    product = weight.to(V_inverse_transposed.dtype) @ V_inverse_transposed
-    return torch.linalg.vector_norm(product, dim=0).to(torch.float32)
+    # Transposed, so that each norm is over memory in a row.
+    product = V_inverse_transposed.T @ weight.to(V_inverse_transposed.dtype).T  # (n, out)
+    return torch.linalg.vector_norm(product, dim=1).to(torch.float32)
 
 
-def canonical_columns(basis: torch.Tensor) -> torch.Tensor:
-    """Fix the free signs: the largest entry of every column positive."""
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return basis * torch.where(largest < 0, -1.0, 1.0).to(basis)
+def _sum_of_grams(weights: Weights, columns: int) -> tuple[torch.Tensor, list[int]]:
+    """`C` (lower triangle), and the number of rows of each weight."""
+    total, heights, widen = None, [], Widener()
+    for weight in weights():
+        if total is None:
+            total = torch.zeros(columns, columns, dtype=torch.float64, device=weight.device)
+        add_gram_(total, widen(weight))
+        heights.append(weight.shape[0])
+    if total is None:
+        raise ValueError("a joint decomposition needs at least one matrix")
+    return total, heights
 
 
-def _eigenvectors(
-    grams: Callable[[], Iterable[torch.Tensor]], R: torch.Tensor, total: torch.Tensor, count: int, a: float
-) -> torch.Tensor:
-    """`Z`, the eigenvectors of `T`, for an invertible Cholesky factor `R` (upper) of `total`."""
-    inverses = torch.zeros_like(total)
-    for gram in grams():
-        factor = torch.linalg.cholesky(gram.add(total, alpha=a))
-        inverses += torch.cholesky_inverse(factor)
-    T = R @ (inverses / count) @ R.T
-    return torch.linalg.eigh((T + T.T) / 2)[1]
+def _favours_wide(m: int, n: int) -> bool:
+    """Whether the small inverses cost fewer operations than the large ones, for weights `(m, n)`."""
+    return 2 * m * n**2 + 2 * m**2 * n + m**3 / 3 < m * n**2 + n**3
+
+
+def _rotated_by_tall(weights: Weights, L: torch.Tensor, total: torch.Tensor, count: int, a: float) -> torch.Tensor:
+    """`T` by one `n x n` inverse for each weight; `total` is overwritten and returned."""
+    mean = torch.zeros_like(total)
+    shifted, widen = torch.empty_like(total), Widener()
+    for weight in weights():
+        shifted.copy_(total).mul_(a)
+        mean += spd_inverse_(add_gram_(shifted, widen(weight)))
+    del shifted
+    # T = R X R^T: the product is formed as (R (R X)^T)^T, and T is symmetric.
+    half = triangular_product(L, fill_upper_(mean).div_(count), transposed=True)
+    del mean
+    return total.copy_(triangular_product(L, half.T, transposed=True))
+
+
+def _rotated_by_wide(weights: Weights, L: torch.Tensor, total: torch.Tensor, count: int, a: float) -> torch.Tensor:
+    """`T` for weights with few rows, by inverses of that size; `total` is overwritten and returned.
+
+    With `Y = W R^-1`, `(Y^T Y + a I)^-1 = (I - Y^T (a I + Y Y^T)^-1 Y) / a` (Woodbury).
+    """
+    total.zero_()
+    widen = Widener()
+    for weight in weights():
+        Y = triangular_solve(L, widen(weight).T, transposed=False, overwrite=True).T  # (m, n)
+        inner = torch.zeros(Y.shape[0], Y.shape[0], dtype=Y.dtype, device=Y.device)
+        inner.diagonal().fill_(a)
+        if not cholesky_(add_gram_(inner, Y.T)):
+            raise ValueError("the regularised Gram matrix of a weight is not positive definite")
+        # Y^T (G G^T)^-1 Y = (G^-1 Y)^T (G^-1 Y)
+        add_gram_(total, triangular_solve(inner, Y, transposed=False))
+    total.mul_(-1 / (a * count))
+    total.diagonal().add_(1 / a)
+    return total
 
 
 def _single_basis(total: torch.Tensor) -> torch.Tensor:
-    """One matrix alone: `T` is a multiple of the identity, any `Z` will do; its own right singular basis is taken."""
-    eigenvalues, E = torch.linalg.eigh(total)
+    eigenvalues, E = eigh_(total)
     scale = eigenvalues.clamp_min(0).sqrt()
     # Directions without energy get unit length: the basis must stay invertible.
-    return (E * torch.where(eigenvalues > RANK_TOLERANCE * eigenvalues[-1].clamp_min(1e-300), scale, 1.0)).flip(1)
+    tiny = RANK_TOLERANCE * total.shape[0] * eigenvalues[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    return (E * torch.where(eigenvalues > tiny, scale, 1.0)).flip(1)
 
 
-def _deficient_basis(
-    grams: Callable[[], Iterable[torch.Tensor]], total: torch.Tensor, count: int, a: float
-) -> torch.Tensor:
-    eigenvalues, E = torch.linalg.eigh(total)
-    kept = eigenvalues > RANK_TOLERANCE * total.shape[0] * eigenvalues[-1]
+def _deficient_basis(weights: Weights, total: torch.Tensor, count: int, a: float) -> torch.Tensor:
+    size = total.shape[0]
+    eigenvalues, E = eigh_(total)
+    kept = eigenvalues > RANK_TOLERANCE * size * eigenvalues[-1]
     E_kept, root = E[:, kept], eigenvalues[kept].sqrt()
     identity = torch.eye(E_kept.shape[1], dtype=total.dtype, device=total.device)
     mean = torch.zeros_like(identity)
-    for gram in grams():
-        whitened = (E_kept.T @ gram @ E_kept) / (root[:, None] * root)
-        mean += torch.linalg.inv((whitened + whitened.T) / 2 + a * identity)
+    for weight in weights():
+        whitened = (weight.to(torch.float64) @ E_kept) / root
+        mean += torch.linalg.inv(whitened.T @ whitened + a * identity)
     Z = torch.linalg.eigh((mean + mean.T) / (2 * count))[1]
     return torch.cat([(E_kept * root) @ Z, E[:, ~kept]], 1)
+
+
+def _with_inverse(V: torch.Tensor, fallback: str) -> JointBasis:
+    V = V * _column_signs(V)
+    return JointBasis(V, right_inverse_transposed(V), fallback)
+
+
+def _column_signs(basis: torch.Tensor) -> torch.Tensor:
+    """What makes the largest entry of every column positive, `(1, n)`."""
+    # From the extremes of each column, without a copy of absolute values.
+    highest, lowest = basis.max(0, keepdim=True).values, basis.min(0, keepdim=True).values
+    return torch.where(highest >= -lowest, 1.0, -1.0).to(basis)

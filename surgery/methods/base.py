@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig
@@ -30,8 +30,17 @@ CHECK = "check"
 # with the wrong sign moves it by about 1e-2.
 CHECK_TOLERANCE = 1e-3
 
-# (site) -> its weight (out, in), float32, on the device the work is done on.
-WeightReader = Callable[[Site], torch.Tensor]
+
+class WeightReader(Protocol):
+    """Gives the weights of sites, `(out, in)`, float32, on the device the work is done on."""
+
+    def __call__(self, site: Site) -> torch.Tensor:
+        """The weight of one site."""
+
+    def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
+        """The weights of several sites, one at a time; the next may be read while one is worked on."""
+
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -140,8 +149,11 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Tensors:
-        """The adapter's tensors at its start, by their names in the file (without `base_model.model.`)."""
+    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
+        """The adapter's tensors at its start, by their names in the file (without `base_model.model.`).
+
+        A method that reads no weights may be given no reader.
+        """
 
     @abstractmethod
     def delta(self, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
@@ -197,11 +209,17 @@ class OwnMethod(Method):
         """Shape of every stored tensor (not the derived ones) at a site."""
 
     def bases(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> tuple[Tensors, list[Tensors]]:
-        """The frozen bases of one group of sites: those they share, and those of each site."""
+        """The frozen bases of one group of sites: those they share, and those of each site.
+
+        What the group derives from its shared bases may come along where it falls off on the way.
+        """
         return {}, [{} for _ in sites]
 
-    def kept(self, config: Any, site: Site, bases: Tensors, weight: WeightReader) -> Tensors:
-        """The small frozen tensors that are always stored, given the site's bases."""
+    def kept(self, config: Any, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
+        """The small frozen tensors that are always stored, from the site's bases and its weight.
+
+        The weight is None for a method that keeps no such tensors.
+        """
         return {}
 
     def shared_derived(self, config: Any, bases: Tensors) -> Tensors:
@@ -259,11 +277,14 @@ class OwnMethod(Method):
     def start(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> list[Tensors]:
         """Everything the sites of one group store at the start; the first site also has the shared tensors."""
         shared, own = self.bases(config, sites, weight)
-        shared = {**shared, **self.shared_derived(config, shared)}
+        if not set(self.names(Role.DERIVED, shared=True)) <= set(shared):
+            shared = {**shared, **self.shared_derived(config, shared)}
+        keeps = bool(self.names(Role.KEPT))
+        weights = weight.each(sites)
         result = []
         for index, site in enumerate(sites):
             bases = {**shared, **own[index]}
-            kept = self.kept(config, site, bases, weight)
+            kept = self.kept(config, site, bases, next(weights) if keeps else None)
             tensors = {**bases, **kept, **self.trainables(config, site, {**bases, **kept})}
             if not config.store_bases and self.names(Role.BASE):
                 tensors[CHECK] = self.check(bases)
@@ -271,7 +292,8 @@ class OwnMethod(Method):
             result.append({name: tensors[name] for name in names})
         return result
 
-    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Tensors:
+    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
+        assert weight is not None
         tensors: Tensors = {}
         for group in self.groups(sites):
             for site, start in zip(group, self.start(config, group, weight), strict=True):

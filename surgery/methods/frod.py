@@ -19,7 +19,7 @@ import torch
 
 from surgery.errors import MethodError
 from surgery.linalg.delta import Delta, InputMap
-from surgery.linalg.joint import gram_matrices, joint_basis, left_norms, right_inverse_transposed
+from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
 from surgery.methods.base import OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
 from surgery.sites import Site
@@ -94,17 +94,23 @@ class FRoD(OwnMethod):
     def bases(
         self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader
     ) -> tuple[Tensors, list[Tensors]]:
-        rows = sum(site.out_features for site in sites)
-        V = joint_basis(lambda: gram_matrices(weight(site) for site in sites), rows, config.regularization)
         size = sites[0].in_features
+        joint = joint_basis(lambda: weight.each(sites), size, config.regularization)
         generator = generator_for(config.seed, self.group_key(sites[0]))
         positions = off_diagonal_pattern(size, nonzeros(size, config.sparse_rate), generator)
         # 32 bits are enough for a place in a matrix of up to 46,340 columns.
         narrow = positions.to(torch.int32) if size * size < 2**31 else positions
-        return {"V": V.to(torch.float32), "positions": narrow}, [{} for _ in sites]
+        shared = {
+            "V": joint.V.to(torch.float32),
+            "P": joint.inverse_transposed.to(torch.float32),
+            "positions": narrow,
+            "places": positions,
+        }
+        return shared, [{} for _ in sites]
 
-    def kept(self, config: FrodPortableConfig, site: Site, bases: Tensors, weight: WeightReader) -> Tensors:
-        return {"l0": left_norms(weight(site), bases["P"])}
+    def kept(self, config: FrodPortableConfig, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
+        assert weight is not None
+        return {"l0": left_norms(weight, bases["P"])}
 
     def trainables(self, config: FrodPortableConfig, site: Site, frozen: Tensors) -> Tensors:
         count = nonzeros(site.in_features, config.sparse_rate)

@@ -25,7 +25,6 @@ from surgery.methods.base import (
     Role,
     Spec,
     Tensors,
-    WeightReader,
     capped_rank_note,
     positive_rank,
 )
@@ -83,8 +82,9 @@ class SMoA(OwnMethod):
         rank = min(config.r, site.max_rank)
         return {"A": (rank, site.in_features), "B": (site.out_features, rank), "cuts": (config.groups - 1,)}
 
-    def kept(self, config: SmoaConfig, site: Site, bases: Tensors, weight: WeightReader) -> Tensors:
-        return {"cuts": torch.tensor(equal_share_cuts(weight(site), config.groups), dtype=torch.int32)}
+    def kept(self, config: SmoaConfig, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
+        assert weight is not None
+        return {"cuts": torch.tensor(equal_share_cuts(weight, config.groups), dtype=torch.int32)}
 
     def trainables(self, config: SmoaConfig, site: Site, frozen: Tensors) -> Tensors:
         generator = generator_for(config.seed, site.key)

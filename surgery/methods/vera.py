@@ -51,7 +51,7 @@ class VeRA(Method):
             return []
         return ["the projections are not stored: PEFT draws them again from the seed when the adapter is loaded"]
 
-    def initial_tensors(self, config: VeraConfig, sites: Sequence[Site], weight: WeightReader) -> Tensors:
+    def initial_tensors(self, config: VeraConfig, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
         tensors: Tensors = {}
         for site in sites:
             tensors[f"{site.module}.vera_lambda_b"] = torch.zeros(site.out_features)

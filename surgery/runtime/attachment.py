@@ -8,6 +8,7 @@ first used. An adapter that never received its tensors says so instead of comput
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,7 @@ class Attachment:
             self._refuse_quantized()
         with torch.no_grad():
             for group in self.method.groups(list(self.layers)):
-                starts = self.method.start(self.config, group, self._read)
+                starts = self.method.start(self.config, group, _LiveWeights(self.layers))
                 for site, tensors in zip(group, starts, strict=True):
                     self.layers[site].set_stored(self.name, tensors)
         if self.method.needs_base(self.config):
@@ -111,7 +112,7 @@ class Attachment:
     def _prepare_group(self, group: list[Site]) -> None:
         method, config, owner = self.method, self.config, self.layers[group[0]]
         if not config.store_bases and method.names(Role.BASE):
-            shared, own = method.bases(config, group, self._read)
+            shared, own = method.bases(config, group, _LiveWeights(self.layers))
             for site, bases in zip(group, own, strict=True):
                 layer = self.layers[site]
                 stored = layer.stored(self.name)
@@ -123,14 +124,12 @@ class Attachment:
                     )
                 layer.set_unstored(self.name, bases)
             owner.set_unstored(self.name, shared)
-        owner.set_unstored(self.name, method.shared_derived(config, owner.all_tensors(self.name)))
+        if config.store_bases:
+            owner.set_unstored(self.name, method.shared_derived(config, owner.all_tensors(self.name)))
         for site in group:
             layer = self.layers[site]
             derived = method.derived(config, layer.all_tensors(self.name), layer.pristine_weight)
             layer.set_unstored(self.name, derived)
-
-    def _read(self, site: Site) -> torch.Tensor:
-        return self.layers[site].pristine_weight().to(torch.float32)
 
     def _refuse_quantized(self) -> None:
         for site, layer in self.layers.items():
@@ -157,6 +156,19 @@ class Attachment:
                 f"adapter {self.name!r} ({self.method.info.title}) was made from other base weights: its base is "
                 f"{name}, and the weights of this model's adapted layers differ from it"
             )
+
+
+class _LiveWeights:
+    """Reads weights off the layers of a live model."""
+
+    def __init__(self, layers: dict[Site, AdapterLayer]) -> None:
+        self.layers = layers
+
+    def __call__(self, site: Site) -> torch.Tensor:
+        return self.layers[site].pristine_weight().to(torch.float32)
+
+    def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
+        return map(self, sites)
 
 
 def _arrived(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,190 @@
+"""Every method on every kind of model: PEFT opens the start, it changes nothing, it trains, it survives saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import surgery
+from surgery.catalogue import METHODS
+from tests.models import load_base, model_inputs, output, relative_difference
+
+KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
+# Exact zero by construction, except where the frozen bases are regenerated (tested further down).
+START_TOLERANCE = 1e-5
+
+ADAPTED = {"minilm": 36, "bert": 12, "llama": 21, "gpt2": 8, "t5": 36, "vit": 12, "llama-bf16-sharded": 21}
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Move every trained tensor by a seeded step, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(step.to(parameter.dtype) * 0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", list(METHODS))
+def test_start_trains_and_survives(method: str, kind: str, model_folder, tmp_path: Path) -> None:
+    folder = model_folder(kind)
+    rank = {} if method == "frod" else {"rank": 6}
+    _, report = surgery.init(folder, method=method, out=tmp_path / "start", **rank)
+    assert report.modules == ADAPTED[kind]
+    inputs = model_inputs(kind.removesuffix("-bf16-sharded"))
+    base = load_base(folder)
+    with torch.no_grad():
+        expected = output(base, inputs)
+    model = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True).eval()
+    with torch.no_grad():
+        start = output(model, inputs)
+    assert relative_difference(start, expected) <= START_TOLERANCE
+
+    # VeRA's projections and heads aside, what trains is what the report counts.
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert sum(p.numel() for _, p in trained) == report.trainable_parameters
+
+    optimizer = torch.optim.Adam([p for _, p in trained], lr=0.02)
+    touched: set[str] = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        target = torch.linspace(-1, 1, expected.numel()).reshape(expected.shape)
+        (output(model, inputs) - target).square().mean().backward()
+        assert all(p.grad is not None for _, p in trained)
+        touched |= {name for name, p in trained if p.grad.abs().max() > 0}
+        optimizer.step()
+    assert touched == {name for name, _ in trained}
+    with torch.no_grad():
+        moved = output(model, inputs)
+    assert relative_difference(moved, expected) > 1e-3
+
+    model.save_pretrained(tmp_path / "trained")
+    again = PeftModel.from_pretrained(load_base(folder), tmp_path / "trained").eval()
+    with torch.no_grad():
+        assert relative_difference(output(again, inputs), moved) <= 1e-6
+
+
+FRESH_PROCESS = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[3]))
+import surgery
+from pathlib import Path
+from peft import PeftModel
+from tests.models import load_base, model_inputs, output
+model = PeftModel.from_pretrained(load_base(Path(sys.argv[1])), sys.argv[2]).eval()
+with torch.no_grad():
+    torch.save(output(model, model_inputs(sys.argv[5])), sys.argv[4])
+"""
+
+
+def in_fresh_process(folder: Path, adapter: Path, threads: int, kind: str, tmp_path: Path) -> torch.Tensor:
+    """The output of an adapted model, computed by another process with so many threads."""
+    path = tmp_path / f"out-{threads}.pt"
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(folder), str(adapter), str(threads), str(path), kind],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+    )
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vera", {}),
+        ("inilora", {}),
+        ("inilora", {"store_bases": False}),
+        ("inilora-beta", {"store_bases": False}),
+        ("frod", {}),
+        ("frod", {"store_bases": False}),
+        ("smoa", {}),
+    ],
+)
+def test_fresh_process_with_other_thread_count(method, options, model_folder, tmp_path: Path) -> None:
+    folder = model_folder("minilm")
+    surgery.init(folder, method=method, out=tmp_path / "start", **options)
+    model = PeftModel.from_pretrained(load_base(folder), tmp_path / "start", is_trainable=True).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "trained")
+    inputs = model_inputs("minilm")
+    with torch.no_grad():
+        here = output(model, inputs)
+        base = output(load_base(folder), inputs)
+    for threads in (1, 2):
+        there = in_fresh_process(folder, tmp_path / "trained", threads, "minilm", tmp_path)
+        assert relative_difference(there, here) <= 1e-5
+    # The control: the adapter does something.
+    assert relative_difference(here, base) > 1e-2
+
+
+@pytest.mark.parametrize("method", ["inilora", "frod"])
+def test_no_store_bases_is_smaller_and_equal(method: str, llama: Path, tmp_path: Path) -> None:
+    _, stored = surgery.init(llama, method=method, out=tmp_path / "stored")
+    _, bare = surgery.init(llama, method=method, out=tmp_path / "bare", store_bases=False)
+    assert bare.bytes < 0.8 * stored.bytes
+    outputs = []
+    for name in ("stored", "bare"):
+        model = PeftModel.from_pretrained(load_base(llama), tmp_path / name, is_trainable=True).eval()
+        perturb(model)
+        with torch.no_grad():
+            outputs.append(output(model, model_inputs("llama")))
+    assert relative_difference(outputs[0], outputs[1]) <= 1e-5
+
+
+def test_dry_run_reads_and_writes_nothing(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    from surgery.checkpoints.base_model import BaseModel
+
+    monkeypatch.setattr(BaseModel, "raw_weight", lambda *args: pytest.fail("a weight was read"))
+    adapter, plan = surgery.init(llama, method="frod", out=tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert adapter.tensors == {}
+    monkeypatch.undo()
+    _, report = surgery.init(llama, method="frod", out=tmp_path / "out")
+    assert plan.trainable_parameters == report.trainable_parameters
+    assert [s.bytes for s in plan.sites] == [s.bytes for s in report.sites]
+    assert plan.bytes <= report.bytes <= plan.bytes + 20_000  # the header comes on top
+
+
+def test_provenance_has_no_absolute_path(llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, method="inilora", out=tmp_path / "out")
+    text = (tmp_path / "out" / "surgery.json").read_text()
+    assert str(llama) not in text and str(tmp_path) not in text
+    assert json.loads(text)["method"] == "inilora"
+
+
+def test_dtype_halves_the_file_and_keeps_the_start(llama: Path, tmp_path: Path) -> None:
+    _, wide = surgery.init(llama, method="inilora", out=tmp_path / "wide")
+    _, narrow = surgery.init(llama, method="inilora", out=tmp_path / "narrow", dtype="bfloat16")
+    assert narrow.bytes < 0.7 * wide.bytes
+    model = PeftModel.from_pretrained(load_base(llama), tmp_path / "narrow").eval()
+    inputs = model_inputs("llama")
+    with torch.no_grad():
+        assert relative_difference(output(model, inputs), output(load_base(llama), inputs)) <= START_TOLERANCE
+
+
+def test_fresh_head_is_seeded_and_saved(model_folder, tmp_path: Path) -> None:
+    """A classifier on a checkpoint without one: PEFT's own type needs the head in the file."""
+    import transformers
+
+    folder = model_folder("bert")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _, report = surgery.init(folder, method="vera", rank=4, task="seq-cls", seed=seed, out=tmp_path / name)
+        assert any("classifier" in line for line in report.notes)
+    heads = {n: surgery.Adapter.open(tmp_path / n).modules["classifier"]["weight"] for n in "abc"}
+    assert torch.equal(heads["a"], heads["b"]) and not torch.equal(heads["a"], heads["c"])
+    assert 0.005 < float(heads["a"].std()) < 0.1
+    base = transformers.BertForSequenceClassification.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "a", is_trainable=True)
+    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, heads["a"])
+    assert model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
