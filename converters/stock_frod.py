@@ -14,8 +14,9 @@ from surgery.catalogue import method_named
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import AdapterError
-from surgery.linalg.joint import left_norms, right_inverse_transposed
+from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod
+from surgery.methods.frod import column_norms
 from surgery.sites import linear_sites
 
 __all__ = ["portable_frod"]
@@ -79,7 +80,7 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
         raw = weights[module].weight.detach()
         weight = raw.T if site.transposed else raw
         fingerprint.add(site.key, weight)
-        own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": left_norms(weight.cpu(), inverses[category])}
+        own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverses[category])}
         if category not in seen:
             own.update(V=V, positions=(indices[0] * V.shape[0] + indices[1]).to(torch.int32))
             seen.add(category)

@@ -25,6 +25,7 @@ from surgery.methods.base import OwnConfig, OwnMethod, OwnType, Role, Spec, Tens
 from surgery.sites import Site
 
 DEFAULT_SPARSE_RATE = 0.01
+ROUNDING = 1e-5
 
 
 @dataclass
@@ -110,7 +111,7 @@ class FRoD(OwnMethod):
 
     def kept(self, config: FrodPortableConfig, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
         assert weight is not None
-        return {"l0": left_norms(weight, bases["P"])}
+        return {"l0": column_norms(weight, bases["P"])}
 
     def trainables(self, config: FrodPortableConfig, site: Site, frozen: Tensors) -> Tensors:
         count = nonzeros(site.in_features, config.sparse_rate)
@@ -121,13 +122,23 @@ class FRoD(OwnMethod):
 
     def delta(self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
         l0 = tensors["l0"]
-        # Columns of U without length stay zero: no weight of this layer lies in that direction.
-        gain = torch.where(l0 > 1e-12, 1.0 / l0.clamp_min(1e-30), torch.zeros_like(l0))
+        gain = torch.where(l0 > 0, 1.0 / torch.where(l0 > 0, l0, 1.0), 0.0).to(l0.dtype)
         diagonal = tensors["l"] - l0
         return InputMap(weight, tensors["P"], gain, diagonal, tensors["s"], tensors["places"], tensors["V"])
 
     def needs_base(self, config: FrodPortableConfig) -> bool:
         return True
+
+
+def column_norms(weight: torch.Tensor, V_inverse_transposed: torch.Tensor) -> torch.Tensor:
+    """`l0` of one layer, `(in,)` float32: the column norms of `W V^-T`.
+
+    Norms that are rounding next to the largest are set to zero, and their columns of U with them: the layer has no
+    part in that direction (it has fewer rows than columns, say), and a column made of rounding would be another one
+    on every machine.
+    """
+    norms = left_norms(weight, V_inverse_transposed)
+    return torch.where(norms > ROUNDING * norms.max(), norms, 0.0)
 
 
 def nonzeros(size: int, sparse_rate: float) -> int:

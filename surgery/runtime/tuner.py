@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from surgery.catalogue import OWN_TYPES, method_for_type
-from surgery.errors import AdapterError, listing
+from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.runtime.attachment import Attachment
 from surgery.runtime.layer import AdapterLayer
@@ -46,6 +46,8 @@ class AdapterModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TargetError(f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing")
         if isinstance(target, AdapterLayer):
             target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
             return

@@ -1,0 +1,163 @@
+"""The joint decomposition against a float64 QR reference, PEFT's own code, and shapes that hurt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.frod.model import _projection_from_weights
+
+from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
+
+
+def category(layers: int, rows: int, columns: int, seed: int = 0, spread: float = 1.0) -> list[torch.Tensor]:
+    """Weights of one role: a shared right structure plus a part of their own, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -spread, columns)
+    return [torch.randn(rows, columns, generator=generator) @ mixing / columns**0.5 for _ in range(layers)]
+
+
+def reference_basis(weights: list[torch.Tensor], a: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
+    """V and the eigenvalues of T, by the paper's formulas: one QR of the stack, one inverse for each slice."""
+    stack = torch.cat([w.double() for w in weights])
+    Q, R = torch.linalg.qr(stack)
+    identity = torch.eye(R.shape[0], dtype=torch.float64)
+    slices = Q.split([w.shape[0] for w in weights])
+    T = torch.stack([torch.linalg.inv(q.T @ q + a * identity) for q in slices]).mean(0)
+    values, Z = torch.linalg.eigh(T)
+    return R.T @ Z, values
+
+
+def up_to_signs(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative difference of each column, whatever its sign."""
+    expected = expected.double()
+    sign = torch.sign((found.double() * expected).sum(0))
+    return (found.double() * sign - expected).norm(dim=0) / expected.norm(dim=0)
+
+
+def separated(values: torch.Tensor, gap: float) -> torch.Tensor:
+    """Columns whose eigenvalue is at least `gap` (relative) away from its neighbours."""
+    distance = values.diff()
+    padded = torch.cat([torch.tensor([torch.inf]), distance, torch.tensor([torch.inf])])
+    return torch.minimum(padded[:-1], padded[1:]) > gap * values.abs().max()
+
+
+# Tall weights take one inverse each, wide ones the smaller inverses of Woodbury's formula.
+SHAPES = [(4, 48, 32), (4, 32, 32), (6, 12, 32), (3, 20, 32), (12, 3, 32)]
+
+
+@pytest.mark.parametrize(("layers", "rows", "columns"), SHAPES)
+def test_equals_float64_reference(layers: int, rows: int, columns: int) -> None:
+    weights = category(layers, rows, columns)
+    joint = joint_basis(lambda: weights, columns)
+    expected, values = reference_basis(weights)
+    assert joint.fallback is None
+    clear = separated(values, 1e-6)
+    assert clear.sum() > columns // 2
+    assert float(up_to_signs(joint.V, expected)[clear].max()) < 1e-6
+    identity = torch.eye(columns, dtype=torch.float64)
+    assert float((joint.inverse_transposed.T @ joint.V - identity).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("layers", "rows", "columns"), SHAPES)
+def test_equals_peft_in_its_precision(layers: int, rows: int, columns: int) -> None:
+    weights = category(layers, rows, columns)
+    found = joint_basis(lambda: weights, columns).V
+    peft = _projection_from_weights(weights, 1e-3)
+    _, values = reference_basis(weights)
+    clear = separated(values, 1e-3)
+    assert float(up_to_signs(found, peft)[clear].max()) < 1e-2
+    # Where eigenvalues come close, single columns are free; together they span what PEFT's do.
+    close = ~clear
+    if close.any():
+        ours, theirs = torch.linalg.qr(found[:, close])[0], torch.linalg.qr(peft[:, close].double())[0]
+        assert float(torch.linalg.svdvals(ours.T @ theirs).min()) > 1 - 1e-3
+
+
+@pytest.mark.parametrize(("layers", "rows", "columns"), [*SHAPES, (1, 40, 32), (1, 12, 32), (2, 9, 32)])
+def test_reconstructs_every_weight(layers: int, rows: int, columns: int) -> None:
+    weights = category(layers, rows, columns, spread=2.0)
+    joint = joint_basis(lambda: weights, columns)
+    for weight in weights:
+        product = weight.double() @ joint.inverse_transposed
+        norms = left_norms(weight, joint.inverse_transposed)
+        assert torch.allclose(norms.double(), product.norm(dim=0), rtol=1e-5)
+        rebuilt = product @ joint.V.T
+        assert float((rebuilt - weight.double()).norm() / weight.double().norm()) < 1e-10
+
+
+def test_signs_are_canonical() -> None:
+    weights = category(3, 40, 24)
+    V = joint_basis(lambda: weights, 24).V
+    largest = V.gather(0, V.abs().argmax(0, keepdim=True))
+    assert bool((largest > 0).all())
+    flipped = [-weight for weight in weights]
+    assert torch.allclose(joint_basis(lambda: flipped, 24).V, V, atol=1e-9)
+
+
+def test_one_thread_and_two_agree() -> None:
+    weights = category(4, 200, 96)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(joint_basis(lambda: weights, 96).V)
+            assert torch.get_num_threads() == threads  # the setting is put back
+    finally:
+        torch.set_num_threads(before)
+    assert float((found[0] - found[1]).abs().max()) < 1e-6
+
+
+def zero_columns(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All layers miss the same three directions."""
+    for weight in weights:
+        weight[:, :3] = 0
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        (zero_columns(category(3, 40, 24)), "rank-deficient"),
+        ([torch.zeros(30, 24), torch.zeros(30, 24)], "rank-deficient"),
+        ([torch.ones(30, 24), torch.ones(30, 24)], "rank-deficient"),
+        (category(2, 5, 24), "fewer rows than columns"),
+        (category(1, 40, 24), "a single matrix"),
+        ([torch.zeros(30, 24)], "a single matrix"),
+    ],
+)
+def test_deficient_stacks_have_an_invertible_basis(weights: list[torch.Tensor], why: str) -> None:
+    joint = joint_basis(lambda: weights, 24)
+    assert joint.fallback == why
+    assert float(torch.linalg.cond(joint.V)) < 1e8
+    for weight in weights:
+        rebuilt = weight.double() @ joint.inverse_transposed @ joint.V.T
+        assert torch.allclose(rebuilt, weight.double(), atol=1e-9)
+
+
+def test_nearly_dependent_layers_stay_exact() -> None:
+    """Columns spread over seven orders of magnitude: the Gram matrix spreads over fourteen."""
+    weights = category(4, 40, 24, spread=7.0)
+    joint = joint_basis(lambda: weights, 24)
+    for weight in weights:
+        rebuilt = weight.double() @ joint.inverse_transposed @ joint.V.T
+        assert float((rebuilt - weight.double()).norm() / weight.double().norm()) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_scale_of_the_weights_does_not_matter(scale: float) -> None:
+    weights = category(3, 40, 24)
+    V = joint_basis(lambda: weights, 24).V
+    scaled = joint_basis(lambda: [weight * scale for weight in weights], 24).V
+    assert float((scaled / scale - V).abs().max() / V.abs().max()) < 1e-5
+
+
+def test_inverse_is_of_the_stored_basis() -> None:
+    V = joint_basis(lambda: category(3, 40, 24), 24).V.float()
+    product = right_inverse_transposed(V).T @ V
+    assert float((product - torch.eye(24)).abs().max()) < 1e-4
+
+
+def test_no_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        joint_basis(lambda: [], 4)

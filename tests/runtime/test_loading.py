@@ -1,0 +1,121 @@
+"""surgery.load: fits an adapter to the model's class or refuses; and the road through a stock Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+import surgery
+from tests.models import load_base, model_inputs, output, relative_difference
+from tests.test_initialization import perturb
+
+METHODS = ("vera", "inilora", "frod", "smoa")
+
+
+def trained_on(model, adapter: Path, out: Path) -> torch.Tensor:
+    """Train an adapter a little on a model, save it, and return the model's hidden states."""
+    peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
+    perturb(peft_model)
+    peft_model.save_pretrained(out)
+    with torch.no_grad():
+        return output(peft_model, model_inputs("bert"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bare_adapter_on_a_model_with_a_head(method: str, model_folder, tmp_path: Path) -> None:
+    """PEFT alone finds no place for the tensors and goes on; surgery.load puts them where they belong."""
+    folder = model_folder("bert")
+    surgery.init(folder, method, tmp_path / "start")
+    expected = trained_on(load_base(folder), tmp_path / "start", tmp_path / "trained")
+    classifier = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    loaded = surgery.load(tmp_path / "trained", base=classifier)
+    with torch.no_grad():
+        inner = loaded.base_model.model.bert(**model_inputs("bert")).last_hidden_state
+    assert relative_difference(inner, expected) < 1e-6
+    # And back: an adapter made for the class with a head, on the bare model.
+    surgery.init(folder, method, tmp_path / "start-mlm", task="masked-lm")
+    masked = transformers.BertForMaskedLM.from_pretrained(folder).eval()
+    head = PeftModel.from_pretrained(masked, tmp_path / "start-mlm", is_trainable=True).eval()
+    perturb(head)
+    head.save_pretrained(tmp_path / "trained-mlm")
+    bare = surgery.load(tmp_path / "trained-mlm", base=load_base(folder)).eval()
+    with torch.no_grad():
+        here = output(bare, model_inputs("bert"))
+        there = head.base_model.model.bert(**model_inputs("bert")).last_hidden_state
+    assert relative_difference(here, there) < 1e-6
+
+
+def test_peft_alone_is_told_for_our_types(model_folder, tmp_path: Path) -> None:
+    folder = model_folder("bert")
+    surgery.init(folder, "inilora", tmp_path / "start")
+    classifier = transformers.BertForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(surgery.errors.AdapterError, match=r"surgery\.load"):
+        PeftModel.from_pretrained(classifier, tmp_path / "start")
+
+
+def test_base_by_name_and_by_default(llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, "inilora", tmp_path / "start")
+    inputs = model_inputs("llama")
+    expected = output(load_base(llama), inputs)
+    for base in (llama, str(llama), None):
+        model = surgery.load(tmp_path / "start", base=base, is_trainable=True)
+        assert any(p.requires_grad for p in model.parameters())
+        with torch.no_grad():
+            assert relative_difference(output(model.eval(), inputs), expected) < 1e-5
+
+
+def test_another_architecture_is_refused(model_folder, tmp_path: Path) -> None:
+    surgery.init(model_folder("llama"), "inilora", tmp_path / "start")
+    with pytest.raises(surgery.errors.AdapterError, match=r"does not fit BertModel.*model\.layers\.0"):
+        surgery.load(tmp_path / "start", base=model_folder("bert"))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of token ids with themselves as labels."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 60, (6,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path: Path) -> None:
+    """init -> transformers' Trainer -> its own save -> load, with checkpoints and resuming on the way."""
+    surgery.init(llama, method, tmp_path / "start")
+    base = load_base(llama)
+    with torch.no_grad():
+        before = output(base, model_inputs("llama"))
+    model = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
+    arguments = {
+        "output_dir": str(tmp_path / "run"),
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+    }
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    with torch.no_grad():
+        after = output(model.eval(), model_inputs("llama"))
+    assert relative_difference(after, before) > 1e-4
+    again = PeftModel.from_pretrained(load_base(llama), tmp_path / "trained").eval()
+    with torch.no_grad():
+        assert relative_difference(output(again, model_inputs("llama")), after) < 1e-6
+
+    resumed = PeftModel.from_pretrained(load_base(llama), tmp_path / "start", is_trainable=True)
+    trainer = transformers.Trainer(
+        resumed, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows()
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    with torch.no_grad():
+        assert relative_difference(output(resumed.eval(), model_inputs("llama")), after) < 1e-5
