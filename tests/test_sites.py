@@ -103,7 +103,7 @@ def test_targets_that_match_nothing(target: str, words: str) -> None:
 
 def test_a_model_without_blocks_lists_what_there_is() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(4, 3)})
-    with pytest.raises(TargetError, match="no repeated blocks.*Available: a, b"):
+    with pytest.raises(TargetError, match=r"no repeated blocks.*Available: a, b"):
         select_sites(model)
     assert [site.module for site in select_sites(model, ["b"])] == ["b"]
     with pytest.raises(TargetError, match="no linear layer"):

@@ -47,7 +47,9 @@ class AdapterModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         if isinstance(parent, nn.MultiheadAttention):
-            raise TargetError(f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing")
+            raise TargetError(
+                f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing"
+            )
         if isinstance(target, AdapterLayer):
             target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
             return

@@ -27,7 +27,11 @@ def listing(folder: Path) -> list[str]:
 def stock_lora(llama: Path, tmp_path: Path) -> Path:
     """A stock LoRA with a saved head, a card, and rank patterns: much that surgery only carries."""
     config = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], rank_pattern={"v_proj": 2}, use_rslora=True
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["lm_head"],
+        rank_pattern={"v_proj": 2},
+        use_rslora=True,
     )
     get_peft_model(load_base(llama), config).save_pretrained(tmp_path / "lora")
     return tmp_path / "lora"

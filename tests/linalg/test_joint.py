@@ -160,4 +160,4 @@ def test_inverse_is_of_the_stored_basis() -> None:
 
 def test_no_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        joint_basis(lambda: [], 4)
+        joint_basis(list, 4)

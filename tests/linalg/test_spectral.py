@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_components_are_those_of_the_decomposition(shape: tuple[int, int], group
     cuts = equal_share_cuts(W, groups)
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     edges = [0, *cuts, len(S)]
-    shares = [float(S[a:b].sum() / S.sum()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    shares = [float(S[a:b].sum() / S.sum()) for a, b in itertools.pairwise(edges)]
     assert max(shares) - min(shares) < 2 * float(S[0] / S.sum())
     for component, (start, stop) in zip(top_components(W, cuts), zip(edges, cuts, strict=False), strict=True):
         expected = (U[:, start:stop] * S[start:stop]) @ Vh[start:stop]
@@ -38,7 +40,7 @@ def test_masks_sum_to_the_weight() -> None:
 
 @pytest.mark.parametrize("W", [torch.zeros(6, 4), torch.ones(6, 4), torch.eye(4), weight(1, 9)])
 def test_degenerate_weights_have_valid_cuts(W: torch.Tensor) -> None:
-    cuts = equal_share_cuts(W, min(2, min(W.shape)))
+    cuts = equal_share_cuts(W, min(2, *W.shape))
     assert all(0 < cut <= min(W.shape) for cut in cuts)
     assert torch.isfinite(top_components(W, cuts)).all()
 

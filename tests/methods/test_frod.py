@@ -63,9 +63,11 @@ def test_change_follows_the_definition(llama: Path, tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             layer.frod_portable_l["default"].mul_(1.2).add_(0.05)
-            layer.frod_portable_s["default"].copy_(torch.randn(layer.frod_portable_s["default"].shape, generator=generator))
+            layer.frod_portable_s["default"].copy_(
+                torch.randn(layer.frod_portable_s["default"].shape, generator=generator)
+            )
         owner = layer.attachments["default"].owner(layer.site)
-        assert (owner is layer) == (name.split(".")[2] == "0" or "k_proj" in name and "layers.0" in name)
+        assert (owner is layer) == (name.split(".")[2] == "0" or ("k_proj" in name and "layers.0" in name))
         V = owner.frod_portable_V["default"].double()
         W = layer.linear.weight.detach().double()
         BV = W @ torch.linalg.inv(V).T
@@ -116,7 +118,7 @@ def test_stock_frod_folder_is_read(llama: Path, tmp_path: Path) -> None:
     model = stock_frod(llama, ["q_proj", "v_proj", "down_proj"]).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 size = 0.1 * float(parameter.abs().max().clamp_min(0.5))
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_change_follows_the_definition(groups: int, llama: Path, tmp_path: Path)
         assert adapter.modules[name]["smoa_cuts"].tolist() == edges[1:-1]
         A, B = layer.smoa_A["default"].detach().double(), layer.smoa_B["default"].detach().double()
         start, expected = 0, torch.zeros_like(W)
-        for (low, high), rank in zip(zip(edges[:-1], edges[1:], strict=True), split_rank(7, groups), strict=True):
+        for (low, high), rank in zip(itertools.pairwise(edges), split_rank(7, groups), strict=True):
             mask = (U[:, low:high] * sigma[low:high]) @ Vh[low:high]
             expected += mask * (B[:, start : start + rank] @ A[start : start + rank])
             start += rank

@@ -46,7 +46,7 @@ def run(model, kind: str = "llama") -> torch.Tensor:
         return output(model, model_inputs(kind))
 
 
-@pytest.fixture(params=[(m, k) for m in METHODS for k in KINDS], ids=lambda p: "-".join(p))
+@pytest.fixture(params=[(m, k) for m in METHODS for k in KINDS], ids="-".join)
 def adapted(request, model_folder):
     """(method, kind, base folder, a trained model)."""
     method, kind = request.param

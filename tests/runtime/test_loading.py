@@ -102,7 +102,9 @@ def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path
         "per_device_train_batch_size": 4,
         "disable_tqdm": True,
     }
-    trainer = transformers.Trainer(model, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows())
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows()
+    )
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))
     with torch.no_grad():
@@ -113,9 +115,7 @@ def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path
         assert relative_difference(output(again, model_inputs("llama")), after) < 1e-6
 
     resumed = PeftModel.from_pretrained(load_base(llama), tmp_path / "start", is_trainable=True)
-    trainer = transformers.Trainer(
-        resumed, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows()
-    )
+    trainer = transformers.Trainer(resumed, settings, train_dataset=Rows())
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     with torch.no_grad():
         assert relative_difference(output(resumed.eval(), model_inputs("llama")), after) < 1e-5

@@ -11,7 +11,8 @@ import pytest
 
 KNOWN = """
 import peft
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as c, PEFT_TYPE_TO_TUNER_MAPPING as t, PEFT_TYPE_TO_PREFIX_MAPPING as p
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as c, PEFT_TYPE_TO_TUNER_MAPPING as t
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as p
 for name in ("INILORA", "SMOA", "FROD_PORTABLE"):
     assert c[name] and t[name] and p[name], name
     assert hasattr(next(key for key in c if key == name), "value")
@@ -26,7 +27,11 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "first",
-    ["import peft; import surgery", "import surgery; import peft", "import transformers, peft.tuners.lora; import surgery"],
+    [
+        "import peft; import surgery",
+        "import surgery; import peft",
+        "import transformers, peft.tuners.lora; import surgery",
+    ],
 )
 def test_either_import_order(first: str) -> None:
     result = run(first + KNOWN)
