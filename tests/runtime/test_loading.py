@@ -102,9 +102,8 @@ def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path
         "per_device_train_batch_size": 4,
         "disable_tqdm": True,
     }
-    trainer = transformers.Trainer(
-        model, transformers.TrainingArguments(max_steps=4, **arguments), train_dataset=Rows()
-    )
+    settings = transformers.TrainingArguments(max_steps=4, **arguments)
+    trainer = transformers.Trainer(model, settings, train_dataset=Rows())
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))
     with torch.no_grad():
