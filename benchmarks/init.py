@@ -58,8 +58,9 @@ class Bench:
         arguments = ["--worker", worker, json.dumps({"device": self.device, **options})]
         threads = 1 if self.quick else threads
         result = in_process(Path(__file__).resolve(), *arguments, threads=threads, environment=environment)
-        label = f"{worker} {options['method']}" if "method" in options else worker
-        print(f"  {label}: {result.get('seconds', 0.0):.3g} s", file=sys.stderr, flush=True)
+        what = f"{worker} {options['method']}" if "method" in options else worker
+        took = f"{result['seconds']:.3g} s" if "seconds" in result else "done"
+        print(f"{self.folder.name}: {what}: {took}", file=sys.stderr, flush=True)
         return result
 
     def init(self, model: Path, method: str, keep: bool = False, **options: Any) -> Measured:
@@ -320,7 +321,7 @@ def main() -> None:
     runs = options.runs or (1 if options.quick else 3)
     rows, notes = measure(cases, options.device, runs, options.quick)
     if rows:
-        print(show([row for row in rows if set(row.ours) - {"errors"}]))
+        print(show(rows))
         print("\nratio: the reference's figure over ours; memory is above what the imports take")
     print("\n".join(notes))
     judged = [row for row in rows if row.met is not None]

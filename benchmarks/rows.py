@@ -48,7 +48,8 @@ class Row:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """The rows as a table; what a GPU holds has columns of its own where one was used."""
+    """The rows that cost something as a table; what a GPU holds has columns of its own where one was used."""
+    rows = [row for row in rows if {"seconds", "bytes"} & set(row.ours)]
     figures = [("seconds", "", "(s)", _seconds), ("bytes", "peak ", "(MB)", _megabytes)]
     if any("gpu_bytes" in row.ours for row in rows):
         figures.append(("gpu_bytes", "GPU ", "(MB)", _megabytes))

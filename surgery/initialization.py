@@ -19,7 +19,7 @@ from surgery.checkpoints.atomic import check_output
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.devices import resolve_device
-from surgery.errors import MethodError
+from surgery.errors import MethodError, OutputError
 from surgery.heads import head_modules, head_tensors
 from surgery.memory import release_freed
 from surgery.methods.base import Method, OwnMethod
@@ -101,10 +101,10 @@ def init(
             raise MethodError(f"method {method} takes no {name}")
     if dtype not in DTYPES:
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
-    if out is not None:
-        check_output(Path(out), force)
     where = resolve_device(device)
     base = BaseModel.open(model, task, trust_remote_code)
+    if out is not None:
+        _check_place(Path(out), base, force)
     sites = base.select(target)
     formulas = info.load()
     common = _common_config(base, sites, seed)
@@ -118,13 +118,16 @@ def init(
         tensors = _planned(formulas, config, sites)
     else:
         reader = _Reader(base, sites, formulas, where, progress)
-        tensors = formulas.initial_tensors(config, sites, reader)
+        start = formulas.start(config, sites, reader)
+        tensors, notes = start.tensors, notes + start.notes
         if isinstance(formulas, OwnMethod) and formulas.needs_base(config):
             config.base_fingerprint = reader.fingerprint.digests()
     tensors = {_file_name(name): _stored_dtype(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in heads.items()})
     adapter = Adapter(_config_dict(config), tensors)
     report = _report(adapter, base, sites, formulas, config, notes)
+    if not dry_run and isinstance(formulas, OwnMethod):
+        _add_captured(report, adapter, formulas, config, reader.energies)
     report.device = str(where) if info.reads_weights else "cpu"
     report.dry_run = dry_run
     adapter.provenance = _provenance(report, options, seed, dtype, base)
@@ -138,7 +141,7 @@ def init(
 
 
 class _Reader:
-    """Reads weights for a method, counting them and taking their fingerprint."""
+    """Reads weights for a method, counting them and taking their fingerprint and squared norms."""
 
     def __init__(
         self, base: BaseModel, sites: Sequence[Site], method: Method, device: torch.device, progress: Progress | None
@@ -149,7 +152,7 @@ class _Reader:
         self.progress = progress
         self.total = len(sites) * method.passes
         self.count = 0
-        self.seen: set[Site] = set()
+        self.energies: dict[str, float] = {}
 
     def __call__(self, site: Site) -> torch.Tensor:
         self.count += 1
@@ -170,19 +173,28 @@ class _Reader:
                 release_freed()
 
     def _read(self, site: Site) -> torch.Tensor:
-        first = site not in self.seen
+        first = site.module not in self.energies
         raw = self.base.raw_weight(site, check=first)
         if first:
-            self.seen.add(site)
+            self.energies[site.module] = float(torch.linalg.vector_norm(raw, dtype=torch.float32)) ** 2
             self.fingerprint.add(site.key, raw)
         return raw.to(torch.float32)
 
 
+def _check_place(out: Path, base: BaseModel, force: bool) -> None:
+    folder, target = base.folder.resolve(), out.resolve()
+    if target == folder or target in folder.parents:
+        raise OutputError(f"{out}: holds the base model; choose another output with -o")
+    check_output(out, force)
+
+
 def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[str, Any]:
+    name, _, revision = base.name.partition("@") if not Path(base.name).is_dir() else (base.name, "", "")
     return {
         "target_modules": target_modules(base.model, sites),
         "task_type": base.task.peft_task_type if base.task else None,
-        "base_model_name_or_path": base.name.rstrip("/") or base.name,
+        "base_model_name_or_path": name.rstrip("/") or name,
+        "revision": revision or None,
         "modules_to_save": head_modules(base) or None,
         "fan_in_fan_out": all(site.transposed for site in sites),
         "seed": seed,
@@ -210,7 +222,7 @@ def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
     """The tensors that would be made, on the meta device."""
     if not isinstance(method, OwnMethod):
-        return {name: t.to("meta") for name, t in method.initial_tensors(config, sites, None).items()}
+        return {name: t.to("meta") for name, t in method.start(config, sites, None).tensors.items()}
     planned = {}
     for group in method.groups(sites):
         for index, site in enumerate(group):
@@ -248,6 +260,23 @@ def _report(
         not_adapted=unsupported_modules(base.model),
         sites=entries,
     )
+
+
+def _add_captured(report: Report, adapter: Adapter, method: OwnMethod, config: Any, energies: dict[str, float]) -> None:
+    """State how much of each weight the start holds, for a method whose start approximates it."""
+    modules = adapter.modules
+    for entry in report.sites:
+        tensors = {name.removeprefix(method.prefix): tensor for name, tensor in modules[entry.module].items()}
+        approximation = method.approximation(config, tensors)
+        if approximation is not None and energies.get(entry.module):
+            # The approximation is an orthogonal projection, so what it holds is its own norm.
+            entry.captured = min(float(approximation.norm()) ** 2 / energies[entry.module], 1.0)
+    shares = [entry.captured for entry in report.sites if entry.captured is not None]
+    if shares:
+        low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
+        report.notes.append(
+            f"the start holds {mean:.1%} of the weights' squared norm on average, {low:.1%} to {high:.1%} by layer"
+        )
 
 
 def _head_prefixes(config: Any) -> tuple[str, ...]:

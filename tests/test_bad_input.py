@@ -71,9 +71,14 @@ def check_refused(
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == f"Error: {' '.join(str(caught.value).split())}\n"
-    for word in words:
-        assert word in result.stderr
+    check_words(words, result.stderr, place)
     assert contents(place) == before
+
+
+def check_words(words: tuple[str, ...], message: str, place: Path) -> None:
+    """Every word is in the message; the name of the test, which is part of the path to `place`, does not count."""
+    message = message.replace(str(place), "PLACE")
+    assert [word for word in words if word not in message] == []
 
 
 @pytest.fixture
@@ -139,11 +144,11 @@ def index_names_lost_tensor(folder: Path) -> None:
 
 NOT_JSON = "cannot be read as JSON"
 INCOMPLETE = "not a complete safetensors file"
-TRACEBACK = "ends in a traceback of transformers' own exception"
+TRACEBACK = "ends in a traceback"
 
 BROKEN_FOLDERS = [
-    case("no-such-folder", shutil.rmtree, ("model", "no such folder")),
-    case("a-file", replace_by_file, ("model", "is a file")),
+    case("no-such-folder", shutil.rmtree, ("PLACE/model: no such folder",)),
+    case("a-file", replace_by_file, ("PLACE/model: is a file",)),
     case("no-config", lambda folder: (folder / CONFIG).unlink(), (CONFIG, "no such file")),
     case("config-not-json", write(CONFIG, "{nope"), (CONFIG, NOT_JSON)),
     case("config-empty", write(CONFIG, ""), (CONFIG, NOT_JSON)),
@@ -161,30 +166,20 @@ BROKEN_FOLDERS = [
         (CONFIG, "architectures"),
         bug="takes the first letter: 'has no class L'",
     ),
-    case(
-        "architectures-of-numbers",
-        configure(architectures=[1]),
-        (CONFIG, "architectures"),
-        bug="ends in a TypeError with its traceback",
-    ),
-    case(
-        "architectures-an-object",
-        configure(architectures={"a": 1}),
-        (CONFIG, "architectures"),
-        bug="ends in a KeyError with its traceback",
-    ),
+    case("architectures-of-numbers", configure(architectures=[1]), (CONFIG, "architectures"), bug=TRACEBACK),
+    case("architectures-an-object", configure(architectures={"a": 1}), (CONFIG, "architectures"), bug=TRACEBACK),
     case(
         "architecture-a-string-of-transformers",
         configure(architectures=["__version__"]),
         (CONFIG, "__version__"),
-        bug="ends in an AttributeError with its traceback: any attribute of transformers is taken for a model class",
+        bug=TRACEBACK,
     ),
     case("no-model-type", configure(model_type=...), (CONFIG, "model_type")),
     case("unknown-model-type", configure(model_type="no-such-type"), (CONFIG, "no-such-type")),
     case("size-a-string", configure(hidden_size="wide"), (CONFIG, "hidden_size"), bug=TRACEBACK),
     case("size-negative", configure(hidden_size=-4), (CONFIG, "LlamaForCausalLM")),
     case("heads-do-not-divide", configure(num_attention_heads=5), (CONFIG, "attention heads"), bug=TRACEBACK),
-    case("no-heads", configure(num_attention_heads=0), (CONFIG,), bug="ends in a ZeroDivisionError"),
+    case("no-heads", configure(num_attention_heads=0), (CONFIG,), bug=TRACEBACK),
     case("more-layers-than-weights", configure(num_hidden_layers=4), ("model.layers.3.self_attn.q_proj", "no weights")),
     case("other-size-than-weights", configure(hidden_size=64), ("model.layers.0.self_attn.q_proj.weight", "(32, 64)")),
     case("no-weights", lambda folder: (folder / SINGLE).unlink(), (SINGLE, INDEX)),
@@ -226,7 +221,7 @@ def test_broken_base_model(edit: Edit, words: tuple[str, ...], model: Path, tmp_
         case("plain", "no-such-model", ("no-such-model", "no such folder")),
         case("hub-id", "no-such/model", ("no-such/model", "no such folder", "Hub")),
         case("url", "https://huggingface.co/no-such/model", ("https://huggingface.co/no-such/model",)),
-        case("too-long", "x" * 300, ("xxx",), bug="ends in an OSError with its traceback"),
+        case("too-long", "x" * 300, ("xxx",), bug=TRACEBACK),
     ],
 )
 def test_no_such_model(name: str, words: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
@@ -261,7 +256,7 @@ BROKEN_WEIGHTS = {
 def test_broken_weight_is_named(method: str, kind: str, model: Path, tmp_path: Path) -> None:
     edit, word = BROKEN_WEIGHTS[kind]
     edit(model)
-    check_refused(tmp_path, CheckpointError, ("model", Q_PROJ, word), model, method)
+    check_refused(tmp_path, CheckpointError, ("PLACE/model:", Q_PROJ, word), model, method)
 
 
 @pytest.mark.parametrize("kind", list(BROKEN_WEIGHTS))
@@ -288,6 +283,24 @@ def test_weight_of_transposed_layer_is_named(model_folder, tmp_path: Path) -> No
 def test_nan_elsewhere_does_no_harm(model: Path, tmp_path: Path) -> None:
     tensor(lambda weight: weight * float("nan"), "model.norm.weight")(model)
     assert invoke("init", model, "--method", "inilora", "-o", tmp_path / "out", "-q").exit_code == 0
+
+
+VECTOR_NORM = "ends in a traceback: vector_norm cannot narrow float64 or promote float8 to float32"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        case("float16", torch.float16),
+        case("bfloat16", torch.bfloat16),
+        case("float64", torch.float64, bug=VECTOR_NORM),
+        case("float8", torch.float8_e4m3fn, bug=VECTOR_NORM),
+    ],
+)
+@pytest.mark.parametrize("method", READS_WEIGHTS)
+def test_weight_of_another_float_type_is_read(method: str, dtype, model: Path, tmp_path: Path) -> None:
+    tensor(lambda weight: weight.to(dtype))(model)
+    assert invoke("init", model, "--method", method, "-o", tmp_path / "out", "-q").exit_code == 0
 
 
 @pytest.mark.xfail(strict=True, reason="nothing checks that the computed tensors are finite in the stored dtype")
@@ -317,7 +330,7 @@ QUANTISED = {
 @pytest.mark.parametrize("method", READS_WEIGHTS)
 def test_quantised_checkpoint_is_refused(method: str, kind: str, model: Path, tmp_path: Path) -> None:
     configure(quantization_config=QUANTISED[kind])(model)
-    words = ("model", "quantised", kind, "give the unquantised model")
+    words = ("PLACE/model:", "quantised", kind, "give the unquantised model")
     check_refused(tmp_path, CheckpointError, words, model, method)
     check_refused(tmp_path, CheckpointError, words, model, method, dry_run=True)
 
@@ -434,15 +447,9 @@ BAD_OPTIONS = [
         "inilora",
         {"alpha": float("inf")},
         ("alpha", "inf"),
-        bug="an infinite alpha is accepted; adapter_config.json then holds Infinity, which is no JSON",
+        bug="accepted; adapter_config.json then holds Infinity, which is not JSON",
     ),
-    case(
-        "seed-too-large",
-        "vera",
-        {"seed": 2**64},
-        ("seed", str(2**64)),
-        bug="ends in a ValueError of torch with its traceback",
-    ),
+    case("seed-too-large", "vera", {"seed": 2**64}, ("seed", str(2**64)), bug=TRACEBACK),
     case("no-such-device", "vera", {"device": "abacus"}, ("'abacus'", "auto, cpu, cuda")),
     case("device-without-use", "vera", {"device": "meta"}, ("meta", "auto, cpu, cuda")),
     case("mps", "vera", {"device": "mps"}, ("mps", "--device cpu")),
@@ -568,8 +575,8 @@ def occupy(folder: Path) -> Path:
 
 def test_output_that_is_not_empty_is_kept_or_replaced(llama: Path, tmp_path: Path) -> None:
     out = occupy(tmp_path / "out")
-    check_refused(tmp_path, OutputError, (str(out), "not empty", "-o", "--force"), llama)
-    check_refused(tmp_path, OutputError, (str(out), "--force"), llama, dry_run=True)
+    check_refused(tmp_path, OutputError, ("PLACE/out:", "not empty", "-o", "--force"), llama)
+    check_refused(tmp_path, OutputError, ("PLACE/out:", "--force"), llama, dry_run=True)
     assert invoke("init", llama, "--method", "inilora", "-o", out, "--force", "-q").exit_code == 0
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", WEIGHTS, "surgery.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -595,15 +602,10 @@ def link_to_folder(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        case("file", make_file, ("file", "not a folder")),
-        case("below-a-file", lambda place: make_file(place) / "deep" / "out", ("file", "not a folder")),
-        case("link", link_to_folder, ("link",)),
-        case(
-            "name-too-long",
-            lambda place: place / ("x" * 300),
-            ("xxx",),
-            bug="ends in an OSError with its traceback: check_output calls is_dir outside of any handler",
-        ),
+        case("file", make_file, ("PLACE/file:", "not a folder")),
+        case("below-a-file", lambda place: make_file(place) / "deep" / "out", ("PLACE/file is not a folder",)),
+        case("link", link_to_folder, ("PLACE/link:",)),
+        case("name-too-long", lambda place: place / ("x" * 300), ("xxx",), bug=TRACEBACK),
     ],
 )
 def test_output_that_cannot_be_a_folder(prepare, words, force: bool, llama: Path, tmp_path: Path) -> None:
@@ -615,7 +617,7 @@ def test_parent_without_permission(llama: Path, tmp_path: Path, monkeypatch) -> 
     denied = lambda path, mode: False if Path(path) == tmp_path else access(path, mode)  # noqa: E731
     monkeypatch.setattr("surgery.checkpoints.atomic.os.access", denied)
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
-        check_refused(tmp_path, OutputError, (str(out), f"no permission to write in {tmp_path}"), llama, out=out)
+        check_refused(tmp_path, OutputError, ("out:", "no permission to write in PLACE"), llama, out=out)
 
 
 def test_parent_that_refuses_a_folder(llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -628,14 +630,13 @@ def test_parent_that_refuses_a_folder(llama: Path, tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(Path, "mkdir", denied)
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
-        check_refused(tmp_path, OutputError, (str(out), "Permission denied", "nothing was changed"), llama, out=out)
+        check_refused(tmp_path, OutputError, ("out:", "Permission denied", "nothing was changed"), llama, out=out)
 
 
-@pytest.mark.xfail(strict=True, reason="--force replaces the base model, or a folder that holds it, by the adapter")
 @pytest.mark.parametrize("out", ["base/model", "base"])
 def test_force_never_replaces_the_base_model(out: str, llama: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "base" / "model"))
-    check_refused(tmp_path, OutputError, (out,), model, out=tmp_path / out, force=True)
+    check_refused(tmp_path, OutputError, (f"PLACE/{out}:",), model, out=tmp_path / out, force=True)
 
 
 def test_finished_run_removes_what_a_killed_one_left(llama: Path, tmp_path: Path) -> None:
@@ -647,13 +648,20 @@ def test_finished_run_removes_what_a_killed_one_left(llama: Path, tmp_path: Path
 # What can go wrong while writing
 
 
-def half_then_raise(error: BaseException) -> Callable[..., None]:
-    """A `save_file` that writes half of the file and then fails."""
+def fail(error: BaseException) -> Callable[..., None]:
+    def act(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return act
+
+
+def half_then(act: Callable[..., None]) -> Callable[..., None]:
+    """A `save_file` that writes half of the file before something happens."""
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file(tensors, path, metadata=metadata)
         os.truncate(path, path.stat().st_size // 2)
-        raise error
+        act()
 
     return save
 
@@ -678,10 +686,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("save", "words"),
     [
-        case("disk-full", half_then_raise(FULL), ("No space left on device", "nothing was changed")),
-        case("safetensors-error", half_then_raise(SafetensorError("No space left")), (WEIGHTS, "No space left")),
+        case("disk-full", half_then(fail(FULL)), ("No space left on device", "nothing was changed")),
+        case("safetensors-error", half_then(fail(SafetensorError("No space left"))), (WEIGHTS, "No space left")),
         case("data-corrupted", flip_byte(-1), (LAST_TENSOR, "read back differs")),
-        case("name-corrupted", flip_byte(-1 - 2**14), ("read back differs",)),
         case("header-corrupted", flip_byte(20), ("read back",)),
     ],
 )
@@ -689,7 +696,7 @@ def test_writing_fails(save, words, replaces: bool, llama: Path, tmp_path: Path,
     """Whether an older output is replaced, or even the folders above the output are new."""
     monkeypatch.setattr(adapter_files, "save_file", save)
     out = occupy(tmp_path / "out") if replaces else tmp_path / "new" / "folders" / "out"
-    check_refused(tmp_path, OutputError, (str(out), *words), llama, out=out, force=replaces)
+    check_refused(tmp_path, OutputError, ("out:", *words), llama, out=out, force=replaces)
 
 
 def test_config_is_read_back(llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -725,7 +732,7 @@ def test_system_refuses_to_write_more(llama: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def run_main(monkeypatch, capsys) -> Iterator[Callable[..., tuple[Any, str, str]]]:
     """The console script's entry point in this process: its exit code, stdout and stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, fail(AssertionError("main sets no handler for SIGTERM")))
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
     def run(*args: Any) -> tuple[Any, str, str]:
@@ -738,21 +745,39 @@ def run_main(monkeypatch, capsys) -> Iterator[Callable[..., tuple[Any, str, str]
     signal.signal(signal.SIGTERM, handler)
 
 
+def terminate(*args: Any, **kwargs: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("replaces", [False, True])
 @pytest.mark.parametrize("where", ["reading", "writing"])
-def test_ctrl_c(where: str, replaces: bool, llama: Path, tmp_path: Path, monkeypatch, run_main) -> None:
-    stop = half_then_raise(KeyboardInterrupt())
+@pytest.mark.parametrize(
+    ("stop", "code", "message"),
+    [
+        case("ctrl-c", fail(KeyboardInterrupt()), 130, "Interrupted; nothing was written.\n"),
+        case("sigterm", terminate, 143, ""),
+    ],
+)
+def test_interruption(
+    stop, code: int, message: str, where: str, replaces: bool, llama: Path, tmp_path: Path, monkeypatch, run_main
+) -> None:
     if where == "reading":
-        monkeypatch.setattr(BaseModel, "raw_weight", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(BaseModel, "raw_weight", stop)
     else:
-        monkeypatch.setattr(adapter_files, "save_file", stop)
+        monkeypatch.setattr(adapter_files, "save_file", half_then(stop))
     out = occupy(tmp_path / "out") if replaces else tmp_path / "new" / "out"
     before = contents(tmp_path)
-    code, stdout, stderr = run_main("init", llama, "--method", "frod", "-o", out, *flags(force=replaces))
-    assert code == 130
-    assert stdout == ""
-    assert stderr.strip() == "Interrupted; nothing was written."
+    command = ("init", llama, "--method", "inilora", "-o", out, *flags(force=replaces))
+    assert run_main(*command)[:2] == (code, "")
     assert contents(tmp_path) == before
+    assert run_main(*command)[2].endswith(message)
+
+
+@pytest.mark.xfail(strict=True, reason="SIGTERM ends the program without a word; Ctrl-C says that nothing was written")
+def test_sigterm_says_that_nothing_was_written(llama: Path, tmp_path: Path, monkeypatch, run_main) -> None:
+    monkeypatch.setattr(BaseModel, "raw_weight", terminate)
+    stderr = run_main("init", llama, "--method", "inilora", "-o", tmp_path / "out")[2]
+    assert "nothing was written" in stderr
 
 
 def test_named_error_ends_the_program_with_1(tmp_path: Path, run_main) -> None:
@@ -789,22 +814,10 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("number", "where", "code", "message"),
-    [
-        case("sigint-writing", signal.SIGINT, "writing", 130, "nothing was written"),
-        case("sigterm-reading", signal.SIGTERM, "reading", 143, ""),
-        case("sigterm-writing", signal.SIGTERM, "writing", 143, ""),
-        case(
-            "sigterm-says-what-was-saved",
-            signal.SIGTERM,
-            "writing",
-            143,
-            "nothing was written",
-            bug="SIGTERM ends the program without a word; Ctrl-C says that nothing was written",
-        ),
-    ],
+    ("number", "where", "code"),
+    [(signal.SIGINT, "writing", 130), (signal.SIGTERM, "reading", 143)],
 )
-def test_signal_ends_a_real_process(number, where: str, code: int, message: str, llama: Path, tmp_path: Path) -> None:
+def test_signal_ends_a_real_process(number, where: str, code: int, llama: Path, tmp_path: Path) -> None:
     out = occupy(tmp_path / "out")
     before = contents(tmp_path)
     command = [sys.executable, "-c", SLOW, where, "init", llama, "--method", "inilora", "-o", out, "--force"]
@@ -820,7 +833,6 @@ def test_signal_ends_a_real_process(number, where: str, code: int, message: str,
     assert stdout == ""
     assert "Traceback" not in stderr
     assert contents(tmp_path) == before
-    assert message in stderr
 
 
 # Adapters on the wrong base, and broken adapters
@@ -846,8 +858,7 @@ def test_wrong_base(method: str, options, dtype, llama: Path, other_llama: Path,
     surgery.init(llama, method, tmp_path / "out", **options)
     with pytest.raises(WrongBaseError) as caught:
         PeftModel.from_pretrained(load_base(other_llama, dtype), tmp_path / "out")
-    for word in ("'default'", "made from other base weights", str(llama)):
-        assert word in str(caught.value)
+    check_words(("'default'", "made from other base weights", str(llama)), str(caught.value), tmp_path)
 
 
 def test_wrong_base_by_load(llama: Path, other_llama: Path, tmp_path: Path) -> None:
@@ -901,7 +912,6 @@ def drop_all_tensors(folder: Path) -> None:
     edit_tensors(folder, dict.clear, WEIGHTS)
 
 
-@pytest.mark.parametrize("through", ["peft", "surgery"])
 @pytest.mark.parametrize(
     ("edit", "error", "words"),
     [
@@ -911,18 +921,18 @@ def drop_all_tensors(folder: Path) -> None:
         case("format-not-a-number", configure_adapter(format_version="x"), AdapterError, ("version x", "up to 1")),
     ],
 )
-@pytest.mark.parametrize("method", READS_WEIGHTS)
+@pytest.mark.parametrize(
+    ("method", "through"), [*((method, "peft") for method in READS_WEIGHTS), ("smoa", "surgery.load")]
+)
 def test_broken_adapter(method: str, edit: Edit, error, words, through: str, llama: Path, tmp_path: Path) -> None:
     surgery.init(llama, method, tmp_path / "out")
     edit(tmp_path / "out")
     with pytest.raises(error) as caught:
-        open_adapter(through, tmp_path / "out", llama)
-    for word in words:
-        assert word in str(caught.value)
-
-
-def open_adapter(through: str, folder: Path, base: Path) -> Any:
-    return PeftModel.from_pretrained(load_base(base), folder) if through == "peft" else surgery.load(folder, base)
+        if through == "peft":
+            PeftModel.from_pretrained(load_base(llama), tmp_path / "out")
+        else:
+            surgery.load(tmp_path / "out", llama)
+    check_words(words, str(caught.value), tmp_path)
 
 
 @pytest.mark.parametrize("setting", [None, {}])
@@ -954,7 +964,7 @@ def test_adapter_that_load_should_refuse(method: str, edit: Edit, word: str, lla
         surgery.load(tmp_path / "out", llama)
 
 
-AS_DOCUMENTED = "raises CheckpointError; Adapter.open documents AdapterError for a broken file"
+AS_DOCUMENTED = "CheckpointError; AdapterError is documented"
 
 
 @pytest.mark.parametrize(
@@ -1013,5 +1023,4 @@ def test_broken_adapter_folder(edit: Edit, error, words: tuple[str, ...], llama:
     with pytest.raises(SurgeryError) as caught:
         surgery.Adapter.open(tmp_path / "out")
     assert type(caught.value) is error
-    for word in (str(tmp_path / "out"), *words):
-        assert word in str(caught.value)
+    check_words(("PLACE/out", *words), str(caught.value), tmp_path)

@@ -189,3 +189,60 @@ def test_fresh_head_is_seeded_and_saved(model_folder, tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(base, tmp_path / "a", is_trainable=True)
     assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, heads["a"])
     assert model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
+
+
+def test_inilora_states_what_its_start_holds(model_folder) -> None:
+    """The share in the report equals the one computed from the weights."""
+    folder = model_folder("minilm")
+    adapter, report = surgery.init(folder, "inilora", rank=8, alpha=16, target=["query"])
+    base = load_base(folder)
+    for entry in report.sites:
+        W = base.get_submodule(entry.module).weight.detach().double()
+        tensors = adapter.modules[entry.module]
+        start = 2.0 * tensors["inilora_B0"].double() @ tensors["inilora_A0"].double()
+        expected = 1 - float((W - start).square().sum() / W.square().sum())
+        assert entry.captured == pytest.approx(expected, rel=0.01)
+    assert any("squared norm" in line for line in report.notes)
+
+
+def test_fallbacks_of_the_joint_decomposition_are_named(llama: Path) -> None:
+    _, report = surgery.init(llama, "frod", target=["model.layers.0.self_attn.q_proj"])
+    assert any("one layer alone" in line for line in report.notes)
+
+
+def test_the_base_folder_is_never_the_output(llama: Path) -> None:
+    before = sorted(path.name for path in llama.iterdir())
+    for out in (llama, llama / ".", llama.parent):
+        with pytest.raises(surgery.errors.OutputError, match="holds the base model"):
+            surgery.init(llama, "vera", out, force=True)
+    assert sorted(path.name for path in llama.iterdir()) == before
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_on_request(llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "own"
+    shutil.copytree(llama, folder)
+    (folder / "own_model.py").write_text(REMOTE_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(
+        model_type="own",
+        architectures=["OwnModel"],
+        auto_map={"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"},
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(surgery.errors.CheckpointError, match="--trust-remote-code"):
+        surgery.init(folder, "inilora", tmp_path / "out")
+    _, report = surgery.init(folder, "inilora", tmp_path / "out", trust_remote_code=True)
+    assert report.modules == 21

@@ -104,7 +104,7 @@ class BaseModel:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().split(chr(10))[0]}") from None
+            raise CheckpointError(f"{folder / 'config.json'}: {_reason(folder, error, trust_remote_code)}") from None
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
         return cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
 
@@ -175,6 +175,12 @@ class BaseModel:
     def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
         """The weight of `site`, `(out, in)`, float32, on `device`."""
         return self.raw_weight(site).to(device=device, dtype=torch.float32)
+
+
+def _reason(folder: Path, error: Exception, trust_remote_code: bool) -> str:
+    if read_json(folder / "config.json").get("auto_map") and not trust_remote_code:
+        return "the model brings its own code; --trust-remote-code runs it, if you trust it"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _model_class(

@@ -44,7 +44,7 @@ class JointBasis:
     Attributes:
         V: `(n, n)`, float64, columns in rising order of the eigenvalues, the largest entry of each positive.
         inverse_transposed: `V^-T (n, n)`, float64.
-        fallback: why the Cholesky factor was not used, or None.
+        fallback: why the Cholesky factor was not used (`single matrix`, `few rows`, `rank-deficient`), or None.
     """
 
     V: torch.Tensor
@@ -72,9 +72,9 @@ def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) ->
     """
     total, heights = _sum_of_grams(weights, columns)
     if sum(heights) < columns:
-        return _with_inverse(eigh_(total)[1].flip(1), "fewer rows than columns")
+        return _with_inverse(_row_space_basis(total, scaled=False), "few rows")
     if len(heights) == 1:
-        return _with_inverse(_single_basis(total), "a single matrix")
+        return _with_inverse(_row_space_basis(total, scaled=True), "single matrix")
     L = total.clone()
     if not cholesky_(L) or float(L.diagonal().min()) <= PIVOT_TOLERANCE * float(L.diagonal().max()):
         del L
@@ -160,26 +160,44 @@ def _rotated_by_wide(weights: Weights, L: torch.Tensor, total: torch.Tensor, cou
     return total
 
 
-def _single_basis(total: torch.Tensor) -> torch.Tensor:
-    eigenvalues, E = eigh_(total)
-    scale = eigenvalues.clamp_min(0).sqrt()
-    # Directions without energy get unit length: the basis must stay invertible.
-    tiny = RANK_TOLERANCE * total.shape[0] * eigenvalues[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    return (E * torch.where(eigenvalues > tiny, scale, 1.0)).flip(1)
+def _row_space_basis(total: torch.Tensor, scaled: bool) -> torch.Tensor:
+    """The right singular vectors of the stack by falling singular value, times these if `scaled`, and completed."""
+    E, root = _row_space(total)
+    return torch.cat([E * root if scaled else E, _complement(E)], 1)
 
 
 def _deficient_basis(weights: Weights, total: torch.Tensor, count: int, a: float) -> torch.Tensor:
-    size = total.shape[0]
-    eigenvalues, E = eigh_(total)
-    kept = eigenvalues > RANK_TOLERANCE * size * eigenvalues[-1]
-    E_kept, root = E[:, kept], eigenvalues[kept].sqrt()
-    identity = torch.eye(E_kept.shape[1], dtype=total.dtype, device=total.device)
+    E, root = _row_space(total)
+    identity = torch.eye(E.shape[1], dtype=total.dtype, device=total.device)
     mean = torch.zeros_like(identity)
     for weight in weights():
-        whitened = (weight.to(torch.float64) @ E_kept) / root
+        whitened = (weight.to(torch.float64) @ E) / root
         mean += torch.linalg.inv(whitened.T @ whitened + a * identity)
     Z = torch.linalg.eigh((mean + mean.T) / (2 * count))[1]
-    return torch.cat([(E_kept * root) @ Z, E[:, ~kept]], 1)
+    return torch.cat([(E * root) @ Z, _complement(E)], 1)
+
+
+def _row_space(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right singular vectors `(n, k)` and values `(k,)` of the stack, falling, without those that are rounding."""
+    eigenvalues, E = eigh_(total)
+    kept = int((eigenvalues > RANK_TOLERANCE * total.shape[0] * eigenvalues[-1]).sum())
+    last = total.shape[0] - kept
+    return E[:, last:].flip(1), eigenvalues[last:].flip(0).sqrt()
+
+
+def _complement(E: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of what `E (n, k)` leaves out, the same on every machine up to rounding.
+
+    Any basis would complete V, but entries of S act through it; so it is that of seeded random vectors projected onto
+    the complement, in which nothing is left to chance.
+    """
+    size, kept = E.shape
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    random = torch.randn(size, size - kept, generator=generator, dtype=torch.float64).to(E.device)
+    for _ in range(2):  # twice is enough to be orthogonal to rounding
+        random = random - E @ (E.T @ random)
+    Q, R = torch.linalg.qr(random)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
 def _with_inverse(V: torch.Tensor, fallback: str) -> JointBasis:

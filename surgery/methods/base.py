@@ -21,7 +21,7 @@ from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import sketch
 from surgery.sites import Site
 
-__all__ = ["CHECK", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
+__all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
 
 FORMAT_VERSION = 1
 # Stored in place of the bases: what recognises a regenerated copy of them.
@@ -42,6 +42,35 @@ class WeightReader(Protocol):
 
 
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Bases:
+    """The frozen bases of one group of sites.
+
+    Attributes:
+        shared: what the sites share; what is derived from it may come along where it falls off on the way.
+        own: what each site has for itself, in order.
+        notes: what the user should know about how they were computed.
+    """
+
+    shared: Tensors = field(default_factory=dict)
+    own: list[Tensors] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Start:
+    """An adapter at its method's start.
+
+    Attributes:
+        tensors: by their names in the file, without `base_model.model.`; a leading dot marks names that sit above
+            the model, at `base_model`.
+        notes: what the user should know about how they were computed.
+    """
+
+    tensors: Tensors
+    notes: list[str] = field(default_factory=list)
 
 
 class OwnType(str, Enum):
@@ -149,11 +178,8 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
-        """The adapter's tensors at its start, by their names in the file (without `base_model.model.`).
-
-        A method that reads no weights may be given no reader.
-        """
+    def start(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Start:
+        """The adapter at its start. A method that reads no weights may be given no reader."""
 
     @abstractmethod
     def delta(self, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
@@ -208,12 +234,13 @@ class OwnMethod(Method):
     def shapes(self, config: Any, site: Site) -> dict[str, tuple[int, ...]]:
         """Shape of every stored tensor (not the derived ones) at a site."""
 
-    def bases(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> tuple[Tensors, list[Tensors]]:
-        """The frozen bases of one group of sites: those they share, and those of each site.
+    def bases(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Bases:
+        """The frozen bases of one group of sites."""
+        return Bases(own=[{} for _ in sites])
 
-        What the group derives from its shared bases may come along where it falls off on the way.
-        """
-        return {}, [{} for _ in sites]
+    def approximation(self, config: Any, tensors: Tensors) -> Delta | None:
+        """What in the start approximates the base weight, for a method of which that is the point."""
+        return None
 
     def kept(self, config: Any, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
         """The small frozen tensors that are always stored, from the site's bases and its weight.
@@ -274,33 +301,39 @@ class OwnMethod(Method):
         scale = expected[:, :1].abs().clamp_min(torch.finfo(torch.float64).tiny)
         return bool(((found - expected).abs() <= CHECK_TOLERANCE * scale).all())
 
-    def start(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> list[Tensors]:
-        """Everything the sites of one group store at the start; the first site also has the shared tensors."""
-        shared, own = self.bases(config, sites, weight)
+    def start_group(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> tuple[list[Tensors], list[str]]:
+        """What the sites of one group store at the start, by short name, and the notes.
+
+        The first site also has the shared tensors.
+        """
+        bases = self.bases(config, sites, weight)
+        shared = bases.shared
         if not set(self.names(Role.DERIVED, shared=True)) <= set(shared):
             shared = {**shared, **self.shared_derived(config, shared)}
         keeps = bool(self.names(Role.KEPT))
         weights = weight.each(sites)
         result = []
         for index, site in enumerate(sites):
-            bases = {**shared, **own[index]}
-            kept = self.kept(config, site, bases, next(weights) if keeps else None)
-            tensors = {**bases, **kept, **self.trainables(config, site, {**bases, **kept})}
+            frozen = {**shared, **bases.own[index]}
+            frozen.update(self.kept(config, site, frozen, next(weights) if keeps else None))
+            tensors = {**frozen, **self.trainables(config, site, frozen)}
             if not config.store_bases and self.names(Role.BASE):
-                tensors[CHECK] = self.check(bases)
+                tensors[CHECK] = self.check(frozen)
             names = self.stored(config, owner=index == 0)
             result.append({name: tensors[name] for name in names})
-        return result
+        return result, bases.notes
 
-    def initial_tensors(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
+    def start(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Start:
         assert weight is not None
-        tensors: Tensors = {}
+        start = Start({})
         for group in self.groups(sites):
-            for site, start in zip(group, self.start(config, group, weight), strict=True):
-                for name, tensor in start.items():
-                    # Cloned: tied starting values must be tensors of their own in the file.
-                    tensors[f"{site.module}.{self.prefix}{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
-        return tensors
+            stored, notes = self.start_group(config, group, weight)
+            start.notes += notes
+            for site, tensors in zip(group, stored, strict=True):
+                for name, tensor in tensors.items():
+                    # Copied: equal starting values must be tensors of their own in the file.
+                    start.tensors[f"{site.module}.{self.prefix}{name}"] = tensor.detach().to("cpu", copy=True)
+        return start
 
 
 def positive_rank(rank: Any) -> int:

@@ -21,11 +21,16 @@ from surgery.errors import MethodError
 from surgery.linalg.delta import Delta, InputMap
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
-from surgery.methods.base import OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
+from surgery.methods.base import Bases, OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
 from surgery.sites import Site
 
 DEFAULT_SPARSE_RATE = 0.01
 ROUNDING = 1e-5
+FALLBACKS = {
+    "single matrix": "one layer alone has nothing to share; its basis is its own right singular basis",
+    "few rows": "all layers together have fewer rows than columns; the basis is their right singular basis",
+    "rank-deficient": "the stacked weights are rank-deficient; their basis is completed by an orthonormal one",
+}
 
 
 @dataclass
@@ -92,9 +97,7 @@ class FRoD(OwnMethod):
             "check": (2, 9),
         }
 
-    def bases(
-        self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader
-    ) -> tuple[Tensors, list[Tensors]]:
+    def bases(self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
         size = sites[0].in_features
         joint = joint_basis(lambda: weight.each(sites), size, config.regularization)
         generator = generator_for(config.seed, self.group_key(sites[0]))
@@ -107,7 +110,8 @@ class FRoD(OwnMethod):
             "positions": narrow,
             "places": positions,
         }
-        return shared, [{} for _ in sites]
+        notes = [f"{sites[0].role}: {FALLBACKS[joint.fallback]}"] if joint.fallback else []
+        return Bases(shared, [{} for _ in sites], notes)
 
     def kept(self, config: FrodPortableConfig, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
         assert weight is not None

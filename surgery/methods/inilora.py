@@ -19,6 +19,7 @@ from surgery.linalg.delta import Delta, LowRank, Sum
 from surgery.linalg.low_rank import truncated_svd
 from surgery.linalg.seeded import generator_for, kaiming_normal, normal
 from surgery.methods.base import (
+    Bases,
     OwnConfig,
     OwnMethod,
     OwnType,
@@ -98,10 +99,13 @@ class IniLoRA(OwnMethod):
         A, B = (rank, site.in_features), (site.out_features, rank)
         return {"A": A, "B": B, "A0": A, "B0": B, "check": (2, 9)}
 
-    def bases(
-        self, config: IniloraConfig, sites: Sequence[Site], weight: WeightReader
-    ) -> tuple[Tensors, list[Tensors]]:
-        return {}, [dict(zip(("B0", "A0"), _start(config, site, weight), strict=True)) for site in sites]
+    def bases(self, config: IniloraConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
+        return Bases(own=[dict(zip(("B0", "A0"), _start(config, site, weight), strict=True)) for site in sites])
+
+    def approximation(self, config: IniloraConfig, tensors: Tensors) -> Delta | None:
+        if config.variant != "svd" or "B" not in tensors:
+            return None
+        return LowRank(tensors["B"], tensors["A"], config.scaling)  # at the start, A is A0 and B is B0
 
     def trainables(self, config: IniloraConfig, site: Site, frozen: Tensors) -> Tensors:
         return {"A": frozen["A0"].clone(), "B": frozen["B0"].clone()}

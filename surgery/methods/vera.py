@@ -16,7 +16,7 @@ from peft import VeraConfig
 from surgery.catalogue import METHODS as TABLE
 from surgery.linalg.delta import Delta, LowRank
 from surgery.linalg.seeded import kaiming_uniform
-from surgery.methods.base import Method, Tensors, WeightReader, positive_rank
+from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
 from surgery.sites import Site
 
 
@@ -51,16 +51,15 @@ class VeRA(Method):
             return []
         return ["the projections are not stored: PEFT draws them again from the seed when the adapter is loaded"]
 
-    def initial_tensors(self, config: VeraConfig, sites: Sequence[Site], weight: WeightReader | None) -> Tensors:
+    def start(self, config: VeraConfig, sites: Sequence[Site], weight: WeightReader | None) -> Start:
         tensors: Tensors = {}
         for site in sites:
             tensors[f"{site.module}.vera_lambda_b"] = torch.zeros(site.out_features)
             tensors[f"{site.module}.vera_lambda_d"] = torch.full((config.r,), float(config.d_initial))
         if config.save_projection:
             A, B = projections(config.r, sites, config.projection_prng_key)
-            # The leading dot marks names that sit above the model, at base_model.
             tensors[".vera_A"], tensors[".vera_B"] = A, B
-        return tensors
+        return Start(tensors)
 
     def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]

@@ -66,8 +66,8 @@ class Attachment:
             self._refuse_quantized()
         with torch.no_grad():
             for group in self.method.groups(list(self.layers)):
-                starts = self.method.start(self.config, group, _LiveWeights(self.layers))
-                for site, tensors in zip(group, starts, strict=True):
+                stored, _ = self.method.start_group(self.config, group, _LiveWeights(self.layers))
+                for site, tensors in zip(group, stored, strict=True):
                     self.layers[site].set_stored(self.name, tensors)
         if self.method.needs_base(self.config):
             self.config.base_fingerprint = self._fingerprint()
@@ -112,8 +112,9 @@ class Attachment:
     def _prepare_group(self, group: list[Site]) -> None:
         method, config, owner = self.method, self.config, self.layers[group[0]]
         if not config.store_bases and method.names(Role.BASE):
-            shared, own = method.bases(config, group, _LiveWeights(self.layers))
-            for site, bases in zip(group, own, strict=True):
+            regenerated = method.bases(config, group, _LiveWeights(self.layers))
+            shared = regenerated.shared
+            for site, bases in zip(group, regenerated.own, strict=True):
                 layer = self.layers[site]
                 stored = layer.stored(self.name)
                 if CHECK in stored and not method.agrees(stored[CHECK], {**shared, **bases}):

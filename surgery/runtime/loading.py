@@ -53,9 +53,7 @@ def load(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     model = base if isinstance(base, torch.nn.Module) else None
     if model is None:
-        name = str(base) if base is not None else opened.config.get("base_model_name_or_path")
-        if not name:
-            raise AdapterError(f"{opened.folder}: names no base model; give it")
+        name = str(base) if base is not None else _named_base(opened)
         model = _load_base(name, task, device_map, dtype, trust_remote_code)
     if opened.peft_type == "FROD":
         from surgery.converters.stock_frod import portable_frod
@@ -67,6 +65,13 @@ def load(
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         fitted.save(Path(folder) / "adapter")
         return PeftModel.from_pretrained(model, Path(folder) / "adapter", is_trainable=is_trainable)
+
+
+def _named_base(adapter: Adapter) -> str:
+    name, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    if not name:
+        raise AdapterError(f"{adapter.folder}: names no base model; give it")
+    return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
 
 
 def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
