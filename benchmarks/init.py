@@ -41,8 +41,9 @@ RANK = 8
 class Bench:
     """One case's surroundings: settings, a folder for models and adapters, and what has been measured."""
 
-    def __init__(self, device: str, runs: int, quick: bool, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str, runs: int, quick: bool, threads: int | None) -> None:
         self.device = device
+        self.threads = 1 if quick else threads
         self.runs = runs
         self.quick = quick
         self.folder = folder
@@ -56,8 +57,8 @@ class Bench:
         ours = not worker.startswith(("peft", "adam"))
         environment = OURS_ENVIRONMENT if ours else {}
         arguments = ["--worker", worker, json.dumps({"device": self.device, **options})]
-        threads = 1 if self.quick else threads
-        result = in_process(Path(__file__).resolve(), *arguments, threads=threads, environment=environment)
+        script, threads = Path(__file__).resolve(), threads or self.threads
+        result = in_process(script, *arguments, threads=threads, environment=environment)
         what = f"{worker} {options['method']}" if "method" in options else worker
         took = f"{result['seconds']:.3g} s" if "seconds" in result else "done"
         print(f"{self.folder.name}: {what}: {took}", file=sys.stderr, flush=True)
@@ -68,9 +69,10 @@ class Bench:
         self._made += 1
         out = self.folder / f"adapter-{self._made}"
         result = self.work("init", model=str(model), method=method, out=str(out), **options)
-        if not keep:
-            shutil.rmtree(out)
-        return {**result, "out": str(out)}
+        if keep:
+            return {**result, "out": str(out)}
+        shutil.rmtree(out)
+        return result
 
     def alternating(self, *sides: Callable[[], Measured]) -> list[Measured]:
         """The medians of all runs, the sides taking turns."""
@@ -113,8 +115,8 @@ def frod_12(bench: Bench) -> None:
     bench.note(
         f"frod: 4 layers of {small.hidden_size}, largest of {found['modules']} linears: |W - U diag(l) V^T| / |W| is "
         f"{found['error']:.1e}, PEFT's {found['peft_error']:.1e}; columns of U are off unit length by "
-        f"{found['unit']:.1e}, PEFT's by {found['peft_unit']:.1e}; V differs from PEFT's by "
-        f"{found['V_difference']:.1e} up to signs"
+        f"{found['unit']:.1e}, PEFT's by {found['peft_unit']:.1e}; our V as stored, up to signs, "
+        f"differs from PEFT's by {found['V']:.1e}, from PEFT's procedure in float64 by {found['V_double']:.1e}"
     )
     bench.rows.append(Row("frod correctness", {"errors": found}))
 
@@ -217,7 +219,7 @@ def smoa(bench: Bench) -> None:
 
     def start() -> Measured:
         result = bench.init(model, "smoa", keep=True, groups=2)
-        adapters.append(result["out"])
+        adapters.append(result.pop("out"))
         return result
 
     started, loaded = bench.alternating(start, lambda: bench.work("load", model=str(model), adapter=adapters[-1]))
@@ -238,11 +240,13 @@ def minilm(bench: Bench) -> None:
 
 def frod_7b(bench: Bench) -> None:
     """The decomposition behind FRoD for all seven linears of a 7B, on a GPU."""
-    if not bench.device.startswith("cuda") and not bench.quick:
-        bench.note("frod-7b: no GPU was asked for, so nothing was measured; the case is ready: --device cuda")
-        return
+    on_gpu = bench.device.startswith("cuda")
+    device = bench.device if on_gpu or bench.quick else "cuda"
     shape = Llama(3, 64, 176, 4, 256) if bench.quick else LLAMA_2_7B
-    result = bench.work("joint", layers=shape.num_hidden_layers, shapes=shape.linears())
+    result = bench.work("joint", layers=shape.num_hidden_layers, shapes=shape.linears(), device=device)
+    if "seconds" not in result:
+        bench.note("frod-7b: no GPU is available here, so nothing was measured; the case is ready for one")
+        return
     bench.row("frod-7b, decomposition", result, None, "<= 120 s", lambda row: row.ours["seconds"] <= 120)
     seconds = ", ".join(f"{name} {value:.3g} s" for name, value in result["role_seconds"].items())
     bench.note(f"frod-7b: one run on {result['device_name']}, reading and writing left out: {seconds}")
@@ -260,13 +264,11 @@ CASES: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def surroundings(device: str, runs: int, quick: bool) -> dict[str, Any]:
+def surroundings(settings: dict[str, Any]) -> dict[str, Any]:
     """What the figures depend on, besides the code."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "scipy", "numpy")}
     return {
-        "device": device,
-        "runs": runs,
-        "quick": quick,
+        **settings,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -279,6 +281,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the cost of `surgery init` against its references.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--runs", type=int, help="measurements of each side, of which the median counts (default: 3)")
+    parser.add_argument("--threads", type=int, help="of torch, BLAS and LAPACK, on both sides (default: every core)")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this case; repeatable")
     parser.add_argument("--quick", action="store_true", help="small shapes and one run: checks that the script works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the rows")
@@ -286,16 +289,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(cases: list[str], device: str, runs: int, quick: bool) -> tuple[list[Row], list[str]]:
-    """Measure these cases.
+def measure(cases: list[str], settings: dict[str, Any]) -> tuple[list[Row], list[str]]:
+    """Measure these cases, with settings as in `Bench`.
 
     Returns:
         The rows and the notes.
     """
+    quick = settings["quick"]
     with tempfile.TemporaryDirectory(prefix="surgery-bench-") as folder:
 
         def one(case: str) -> Bench:
-            bench = Bench(device, runs, quick, Path(folder) / case)
+            bench = Bench(Path(folder) / case, **settings)
             CASES[case](bench)
             return bench
 
@@ -319,17 +323,18 @@ def main() -> None:
         case for case in CASES if case in (options.case or CASES) and (options.case or on_gpu or case != "frod-7b")
     ]
     runs = options.runs or (1 if options.quick else 3)
-    rows, notes = measure(cases, options.device, runs, options.quick)
+    settings = {"device": options.device, "runs": runs, "quick": options.quick, "threads": options.threads}
+    rows, notes = measure(cases, settings)
     if rows:
         print(show(rows))
         print("\nratio: the reference's figure over ours; memory is above what the imports take")
-    print("\n".join(notes))
+    if notes:
+        print("\n".join(notes))
     judged = [row for row in rows if row.met is not None]
     if judged:
         print(f"{sum(bool(row.met) for row in judged)} of {len(judged)} targets met")
     if options.json:
-        surrounding = surroundings(options.device, runs, options.quick)
-        saved = {**surrounding, "rows": [row.to_dict() for row in rows], "notes": notes}
+        saved = {**surroundings(settings), "rows": [row.to_dict() for row in rows], "notes": notes}
         options.json.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 

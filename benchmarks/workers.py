@@ -82,11 +82,13 @@ def frod_errors(model: str, out: str, device: str) -> Measured:
     """How well our FRoD and PEFT's reconstruct the weights of one small model, and whether they agree.
 
     For each: `max |W - U diag(l) V^T| / |W|` over the layers, the largest deviation of a column of U from unit
-    length; and the largest relative difference of the two V, up to the signs of columns.
+    length; the largest relative difference of our V from PEFT's up to the signs of columns, and the same from what
+    PEFT's procedure gives in double precision.
     """
     import peft
     import torch
     import transformers
+    from peft.tuners.frod.model import _projection_from_weights
 
     import surgery
 
@@ -99,27 +101,32 @@ def frod_errors(model: str, out: str, device: str) -> Measured:
         for name, layer in peft.get_peft_model(base, config).named_modules()
         if isinstance(layer, peft.tuners.frod.layer.FrodLayer)
     }
-    largest = dict.fromkeys(("error", "peft_error", "unit", "peft_unit", "V_difference"), 0.0)
-    V = torch.empty(0)
+    largest = dict.fromkeys(("error", "peft_error", "unit", "peft_unit", "V", "V_double"), 0.0)
     for name, layer in theirs.items():
-        # The first layer of a role holds its V.
-        role = name.split(".", 3)[-1]
-        first = next(module for module in ours if module.split(".", 3)[-1] == role)
+        role = [module for module in ours if module.split(".", 3)[-1] == name.split(".", 3)[-1]]
+        first = role[0]  # which holds the role's V
         V, l0 = ours[first]["frod_portable_V"].double(), ours[name]["frod_portable_l0"].double()
         W = layer.get_base_layer().weight.detach().double()
         U = W @ torch.linalg.inv(V).T / l0
         their_V, their_U = layer.frod_V["default"].double(), layer.frod_U["default"].double()
         their_l = layer.frod_lambda_l["default"].detach().double()
-        signs = torch.where((V * their_V).sum(0) < 0, -1.0, 1.0)
+        weights = [theirs[module].get_base_layer().weight.detach().double() for module in role]
         found = {
             "error": (W - (U * ours[name]["frod_portable_l"].double()) @ V.T).norm() / W.norm(),
             "peft_error": (W - (their_U * their_l) @ their_V.T).norm() / W.norm(),
             "unit": (U.norm(dim=0) - 1).abs().max(),
             "peft_unit": (their_U.norm(dim=0) - 1).abs().max(),
-            "V_difference": (V - their_V * signs).norm() / V.norm(),
+            "V": _difference(V, their_V),
+            "V_double": _difference(V, _projection_from_weights(weights, config.regularization_alpha)),
         }
         largest = {key: max(value, float(found[key])) for key, value in largest.items()}
     return {**largest, "modules": len(theirs)}
+
+
+def _difference(V: Any, reference: Any) -> Any:
+    """`|V - V'| / |V|`, up to the signs of columns."""
+    turned = ((V * reference).sum(0) < 0).to(V)  # 1 where a column points the other way
+    return (V - reference * (1 - 2 * turned)).norm() / V.norm()
 
 
 def inilora_factors(model: str, rank: int, targets: list[str], device: str) -> Measured:
@@ -183,11 +190,14 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
     """The joint decomposition of every role of a model whose weights are drawn when they are asked for.
 
     A weight is drawn on the device from a seed of its own at every visit, so none is stored. Reading a checkpoint
-    and writing the adapter are left out.
+    and writing the adapter are left out. Where a GPU is asked for and there is none, nothing is measured.
     """
     import torch
 
     from surgery.linalg.joint import joint_basis, left_norms
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return {}
 
     def weights(role: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
         for layer in range(layers):

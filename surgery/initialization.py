@@ -99,30 +99,33 @@ def init(
     for name in options:
         if name not in info.options:
             raise MethodError(f"method {method} takes no {name}")
+    if not 0 <= seed < 2**63:
+        raise MethodError(f"seed must be at least 0 and below 2^63, got {seed}")
     if dtype not in DTYPES:
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     where = resolve_device(device)
     base = BaseModel.open(model, task, trust_remote_code)
     if out is not None:
         _check_place(Path(out), base, force)
+    if info.reads_weights:
+        base.refuse_quantized()
     sites = base.select(target)
     formulas = info.load()
     common = _common_config(base, sites, seed)
     config = formulas.make_config(options, common)
     notes = formulas.notes(config, sites)
-    if info.reads_weights:
-        base.refuse_quantized()
     heads, fresh = head_tensors(base, seed)
     notes += [f"the checkpoint has no {name}: a fresh one, seeded, is saved with the adapter" for name in fresh]
     if dry_run:
         tensors = _planned(formulas, config, sites)
     else:
-        reader = _Reader(base, sites, formulas, where, progress)
+        fingerprinted = isinstance(formulas, OwnMethod) and formulas.needs_base(config)
+        reader = _Reader(base, len(sites) * formulas.passes, where, fingerprinted, progress)
         start = formulas.start(config, sites, reader)
         tensors, notes = start.tensors, notes + start.notes
-        if isinstance(formulas, OwnMethod) and formulas.needs_base(config):
+        if fingerprinted:
             config.base_fingerprint = reader.fingerprint.digests()
-    tensors = {_file_name(name): _stored_dtype(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
+    tensors = {_file_name(name): _stored(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in heads.items()})
     adapter = Adapter(_config_dict(config), tensors)
     report = _report(adapter, base, sites, formulas, config, notes)
@@ -141,16 +144,17 @@ def init(
 
 
 class _Reader:
-    """Reads weights for a method, counting them and taking their fingerprint and squared norms."""
+    """Reads weights for a method, counting them and taking their squared norms and, where wanted, fingerprint."""
 
     def __init__(
-        self, base: BaseModel, sites: Sequence[Site], method: Method, device: torch.device, progress: Progress | None
+        self, base: BaseModel, reads: int, device: torch.device, fingerprinted: bool, progress: Progress | None
     ) -> None:
         self.base = base
         self.device = device
         self.fingerprint = Fingerprint()
+        self.fingerprinted = fingerprinted
         self.progress = progress
-        self.total = len(sites) * method.passes
+        self.total = reads
         self.count = 0
         self.energies: dict[str, float] = {}
 
@@ -176,8 +180,9 @@ class _Reader:
         first = site.module not in self.energies
         raw = self.base.raw_weight(site, check=first)
         if first:
-            self.energies[site.module] = float(torch.linalg.vector_norm(raw, dtype=torch.float32)) ** 2
-            self.fingerprint.add(site.key, raw)
+            if self.fingerprinted:
+                self.fingerprint.add(site.key, raw)
+            self.energies[site.module] = float(torch.linalg.vector_norm(raw.float())) ** 2
         return raw.to(torch.float32)
 
 
@@ -215,8 +220,18 @@ def _file_name(name: str) -> str:
     return f"{TUNER_PREFIX}{name[1:]}" if name.startswith(".") else f"{MODEL_PREFIX}{name}"
 
 
-def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in the dtype of the file.
+
+    Raises:
+        MethodError: it is not finite there.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if tensor.device.type != "meta" and not torch.isfinite(stored).all():
+        raise MethodError(f"{name} is not finite in {dtype}: the weights, or alpha, are too large or too small for it")
+    return stored
 
 
 def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -724,6 +725,49 @@ def small_files_only(size: int) -> Iterator[None]:
 def test_system_refuses_to_write_more(llama: Path, tmp_path: Path) -> None:
     with small_files_only(8192):
         check_refused(tmp_path, OutputError, ("out", WEIGHTS, "nothing was changed"), llama)
+
+
+@pytest.fixture
+def renaming(monkeypatch) -> Callable[[BaseException | None], None]:
+    """A system that cannot swap two folders in one step, on which the second renaming ends in an error."""
+
+    def prepare(error: BaseException | None) -> None:
+        rename = os.rename
+
+        def second_fails(source: Path, target: Path) -> None:
+            if error is not None and Path(source).name == ".out.partial":
+                raise error
+            rename(source, target)
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
+        monkeypatch.setattr(os, "rename", second_fails)
+
+    return prepare
+
+
+def test_output_is_replaced_without_a_swap(renaming, llama: Path, tmp_path: Path) -> None:
+    renaming(None)
+    out = occupy(tmp_path / "out")
+    surgery.init(llama, "vera", out, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not (out / "precious.txt").exists()
+    assert (out / WEIGHTS).is_file()
+
+
+def test_second_renaming_fails(renaming, llama: Path, tmp_path: Path) -> None:
+    renaming(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    out = occupy(tmp_path / "out")
+    check_refused(tmp_path, OutputError, ("out:", "Permission denied"), llama, out=out, force=True)
+
+
+@pytest.mark.xfail(strict=True, reason="only an OSError puts the old output back: it stays in .out.partial.old")
+def test_second_renaming_is_interrupted(renaming, llama: Path, tmp_path: Path) -> None:
+    renaming(KeyboardInterrupt())
+    out = occupy(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.init(llama, "vera", out, force=True)
+    assert contents(tmp_path) == before
 
 
 # Interruptions

@@ -62,6 +62,13 @@ class Adapter:
             CheckpointError: there is no such folder or repository.
         """
         folder = local_folder(str(adapter))
+        try:
+            return cls._read(folder)
+        except CheckpointError as error:  # of the files; here they are an adapter's
+            raise AdapterError(str(error)) from None
+
+    @classmethod
+    def _read(cls, folder: Path) -> Adapter:
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterError(f"{folder}: no {CONFIG_FILE}; this is not an adapter folder")
         config = read_json(folder / CONFIG_FILE)

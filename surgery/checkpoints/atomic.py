@@ -28,12 +28,21 @@ def check_output(target: Path, force: bool = False) -> None:
         OutputError: the target is a file, or a folder that is not empty and `force` is not set; or the folder that
             is to hold it cannot be written.
     """
+    try:
+        _check_output(target, force)
+    except OSError as error:  # a name that no file system takes, a folder that may not be looked into
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+def _check_output(target: Path, force: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target}: exists and is not a folder")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputError(
             f"{target}: exists and is not empty; choose another output with -o, or replace it with --force"
         )
+    if target.is_dir() and target.samefile(Path.cwd()):
+        raise OutputError(f"{target}: is the working directory; name a folder in it with -o")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target}: {parent} is not a folder")

@@ -83,7 +83,8 @@ def command(
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 
-    folder = out or f"{Path(model.rstrip('/')).name.split('@')[0]}-{method}"
+    name = Path(model).resolve() if Path(model).is_dir() else Path(model.partition("@")[0])
+    folder = out or f"{name.name}-{method}"
     with progress_bar(f"init {method}", wanted=not quiet and not as_json) as progress:
         _, report = init(model, method, folder, progress=progress, **options)
     if as_json:

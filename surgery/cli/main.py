@@ -70,6 +70,7 @@ def cli() -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    click.echo("Terminated; nothing was written.", err=True)
     raise SystemExit(TERMINATED)
 
 

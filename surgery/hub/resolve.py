@@ -23,11 +23,14 @@ def local_folder(name: str) -> Path:
         CheckpointError: there is no such folder, and no such repository can be had.
     """
     path = Path(name)
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(f"{name}: is a file, expected a folder")
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{name}: no such folder ({error.strerror})") from None
     match = HUB_ID.fullmatch(name)
-    if path.exists():
-        raise CheckpointError(f"{name}: is a file, expected a folder")
     if match is None or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder")
     return _download(match["repo"], match["revision"])

@@ -21,17 +21,19 @@ from surgery.linalg.symmetric import (
     cholesky_,
     eigh_,
     fill_upper_,
-    quiet_torch_threads,
     spd_inverse_,
     triangular_product,
     triangular_solve,
 )
+from surgery.linalg.threads import one_thread, one_torch_thread
 
 __all__ = ["JointBasis", "joint_basis", "left_norms", "right_inverse_transposed"]
 
 # In float64, squaring leaves directions below 1e-8 of the largest singular value to rounding.
 RANK_TOLERANCE = 1e-14
 PIVOT_TOLERANCE = 1e-7
+# Below this width one thread is faster than several.
+SMALL = 768
 
 # Visits the weights (out, n) one at a time, in the same order at every call.
 Weights = Callable[[], Iterable[torch.Tensor]]
@@ -52,7 +54,6 @@ class JointBasis:
     fallback: str | None = None
 
 
-@quiet_torch_threads()
 def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) -> JointBasis:
     """Decompose the weights of one category jointly.
 
@@ -70,6 +71,11 @@ def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) ->
     Raises:
         ValueError: there are no weights.
     """
+    with one_thread() if columns < SMALL else one_torch_thread():
+        return _joint_basis(weights, columns, regularization)
+
+
+def _joint_basis(weights: Weights, columns: int, regularization: float) -> JointBasis:
     total, heights = _sum_of_grams(weights, columns)
     if sum(heights) < columns:
         return _with_inverse(_row_space_basis(total, scaled=False), "few rows")

@@ -11,8 +11,6 @@ valid afterwards, unless a function says otherwise.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,26 +22,10 @@ __all__ = [
     "cholesky_",
     "eigh_",
     "fill_upper_",
-    "quiet_torch_threads",
     "spd_inverse_",
     "triangular_product",
     "triangular_solve",
 ]
-
-
-@contextlib.contextmanager
-def quiet_torch_threads() -> Iterator[None]:
-    """Keep torch to one thread while LAPACK works with all of them.
-
-    torch and scipy bring a pool of threads each. After every parallel operation torch's go on spinning for a while,
-    on the cores that LAPACK's next call needs; what torch does here in between is bound by memory, not by cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Widener:

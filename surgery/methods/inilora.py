@@ -8,6 +8,7 @@ and `- s B0 A0` is a part of the adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,8 +56,8 @@ class IniloraConfig(OwnConfig):
         positive_rank(self.r)
         if self.variant not in {"svd", "alpha", "beta"}:
             raise MethodError(f"IniLoRA has variants svd, alpha and beta, not {self.variant!r}")
-        if not self.lora_alpha > 0:
-            raise MethodError(f"alpha must be positive, got {self.lora_alpha}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise MethodError(f"alpha must be positive and finite, got {self.lora_alpha}")
 
     @property
     def scaling(self) -> float:
@@ -81,7 +82,7 @@ class IniLoRA(OwnMethod):
         self.variant = variant
 
     def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> IniloraConfig:
-        rank = positive_rank(options.get("rank") or self.info.rank)
+        rank = positive_rank(options.get("rank", self.info.rank))
         alpha = options.get("alpha")
         return IniloraConfig(
             r=rank,

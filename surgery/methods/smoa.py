@@ -68,7 +68,7 @@ class SMoA(OwnMethod):
     )
 
     def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> SmoaConfig:
-        rank = positive_rank(options.get("rank") or self.info.rank)
+        rank = positive_rank(options.get("rank", self.info.rank))
         groups = options.get("groups")
         return SmoaConfig(r=rank, groups=DEFAULT_GROUPS if groups is None else groups, **common)
 

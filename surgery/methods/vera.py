@@ -41,7 +41,7 @@ class VeRA(Method):
             # PEFT warns that a projection that is not saved depends on the random generator; the notes say it too.
             warnings.simplefilter("ignore")
             return VeraConfig(
-                r=positive_rank(options.get("rank") or self.info.rank),
+                r=positive_rank(options.get("rank", self.info.rank)),
                 save_projection=options.get("store_bases", True),
                 **settings,
             )

@@ -118,11 +118,7 @@ class Attachment:
                 layer = self.layers[site]
                 stored = layer.stored(self.name)
                 if CHECK in stored and not method.agrees(stored[CHECK], {**shared, **bases}):
-                    raise WrongBaseError(
-                        f"adapter {self.name!r}: the bases regenerated at {site.module} are not those it was made "
-                        "with; the base model, or this machine's arithmetic, differs. Store them: surgery init "
-                        "without --no-store-bases"
-                    )
+                    raise WrongBaseError(self._other_bases(site))
                 layer.set_unstored(self.name, bases)
             owner.set_unstored(self.name, shared)
         if config.store_bases:
@@ -131,6 +127,16 @@ class Attachment:
             layer = self.layers[site]
             derived = method.derived(config, layer.all_tensors(self.name), layer.pristine_weight)
             layer.set_unstored(self.name, derived)
+
+    def _other_bases(self, site: Site) -> str:
+        dtype = self.layers[site].linear.weight.dtype
+        reason = "the base model, or this machine's arithmetic, differs"
+        if dtype != torch.float32:
+            reason = f"the base is loaded in {dtype}; load it in float32 for an adapter without stored bases"
+        return (
+            f"adapter {self.name!r}: the bases regenerated at {site.module} are not those it was made with: {reason}. "
+            "Adapters made without --no-store-bases do not depend on it"
+        )
 
     def _refuse_quantized(self) -> None:
         for site, layer in self.layers.items():
