@@ -37,7 +37,7 @@ def head_tensors(base: BaseModel, seed: int) -> tuple[dict[str, torch.Tensor], l
         module = getattr(base.model, name)
         names = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
         if all(parameter in base.sources for parameter in names):
-            tensors.update({parameter: base.parameter(parameter) for parameter in names})
+            tensors.update({parameter: base.parameter(parameter, check=True) for parameter in names})
         else:
             started = _fresh_head(base.model, module, seed)
             tensors.update({f"{name}.{parameter}": value for parameter, value in started.items()})

@@ -109,7 +109,7 @@ def init(
         _check_place(Path(out), base, force)
     if info.reads_weights:
         base.refuse_quantized()
-    sites = base.select(target)
+    sites = base.select(target, present=info.reads_weights)
     formulas = info.load()
     common = _common_config(base, sites, seed)
     config = formulas.make_config(options, common)
@@ -138,7 +138,7 @@ def init(
         adapter.tensors = {}
     elif out is not None:
         report.bytes = adapter.save(out, force)
-    report.out = str(out) if out is not None else None
+    report.out = str(out) if out is not None and not dry_run else None
     report.seconds = time.perf_counter() - started
     return adapter, report
 

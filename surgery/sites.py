@@ -97,9 +97,12 @@ def unsupported_modules(model: nn.Module) -> dict[str, str]:
             refused[f"{name}.out_proj"] = "nn.MultiheadAttention never calls this layer's forward"
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
             continue
+        linear = isinstance(module, (nn.Linear, Conv1D))
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 refused[f"{name}.{parameter_name}"] = "fused 3-D expert weights"
+            elif parameter.ndim == 2 and parameter_name == "weight" and not linear:
+                refused[name] = f"{type(module).__name__} is not a linear layer"
     return refused
 
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -145,7 +146,7 @@ def index_names_lost_tensor(folder: Path) -> None:
 
 NOT_JSON = "cannot be read as JSON"
 INCOMPLETE = "not a complete safetensors file"
-TRACEBACK = "ends in a traceback"
+FIRST_LINE = "says that something is wrong, and cuts off what: it is in the second line of transformers' message"
 
 BROKEN_FOLDERS = [
     case("no-such-folder", shutil.rmtree, ("PLACE/model: no such folder",)),
@@ -161,26 +162,16 @@ BROKEN_FOLDERS = [
     case("unknown-architecture", configure(architectures=["NoSuchModel"]), (CONFIG, "NoSuchModel")),
     case("architecture-of-another-type", configure(architectures=["BertModel"]), (CONFIG, "BertModel")),
     case("architecture-not-a-model", configure(architectures=["LlamaConfig"]), (CONFIG, "LlamaConfig")),
-    case(
-        "architectures-a-string",
-        configure(architectures="LlamaForCausalLM"),
-        (CONFIG, "architectures"),
-        bug="takes the first letter: 'has no class L'",
-    ),
-    case("architectures-of-numbers", configure(architectures=[1]), (CONFIG, "architectures"), bug=TRACEBACK),
-    case("architectures-an-object", configure(architectures={"a": 1}), (CONFIG, "architectures"), bug=TRACEBACK),
-    case(
-        "architecture-a-string-of-transformers",
-        configure(architectures=["__version__"]),
-        (CONFIG, "__version__"),
-        bug=TRACEBACK,
-    ),
+    case("architectures-a-string", configure(architectures="LlamaForCausalLM"), (CONFIG, "architectures")),
+    case("architectures-of-numbers", configure(architectures=[1]), (CONFIG, "architectures")),
+    case("architectures-an-object", configure(architectures={"a": 1}), (CONFIG, "architectures")),
+    case("architecture-a-string-of-transformers", configure(architectures=["__version__"]), (CONFIG, "__version__")),
     case("no-model-type", configure(model_type=...), (CONFIG, "model_type")),
     case("unknown-model-type", configure(model_type="no-such-type"), (CONFIG, "no-such-type")),
-    case("size-a-string", configure(hidden_size="wide"), (CONFIG, "hidden_size"), bug=TRACEBACK),
+    case("size-a-string", configure(hidden_size="wide"), (CONFIG, "hidden_size", "expected int")),
     case("size-negative", configure(hidden_size=-4), (CONFIG, "LlamaForCausalLM")),
-    case("heads-do-not-divide", configure(num_attention_heads=5), (CONFIG, "attention heads"), bug=TRACEBACK),
-    case("no-heads", configure(num_attention_heads=0), (CONFIG,), bug=TRACEBACK),
+    case("heads-do-not-divide", configure(num_attention_heads=5), (CONFIG, "attention heads")),
+    case("no-heads", configure(num_attention_heads=0), (CONFIG,)),
     case("more-layers-than-weights", configure(num_hidden_layers=4), ("model.layers.3.self_attn.q_proj", "no weights")),
     case("other-size-than-weights", configure(hidden_size=64), ("model.layers.0.self_attn.q_proj.weight", "(32, 64)")),
     case("no-weights", lambda folder: (folder / SINGLE).unlink(), (SINGLE, INDEX)),
@@ -222,7 +213,7 @@ def test_broken_base_model(edit: Edit, words: tuple[str, ...], model: Path, tmp_
         case("plain", "no-such-model", ("no-such-model", "no such folder")),
         case("hub-id", "no-such/model", ("no-such/model", "no such folder", "Hub")),
         case("url", "https://huggingface.co/no-such/model", ("https://huggingface.co/no-such/model",)),
-        case("too-long", "x" * 300, ("xxx",), bug=TRACEBACK),
+        case("too-long", "x" * 300, ("xxx",)),
     ],
 )
 def test_no_such_model(name: str, words: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
@@ -267,11 +258,16 @@ def test_vera_reads_no_weight(kind: str, model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
-@pytest.mark.parametrize("method", ["vera", *READS_WEIGHTS])
+@pytest.mark.parametrize("method", READS_WEIGHTS)
 def test_missing_weight_is_named(method: str, model: Path, tmp_path: Path) -> None:
     without_tensor()(model)
     words = ("no weights for model.layers.1.self_attn.q_proj in the checkpoint",)
     check_refused(tmp_path, CheckpointError, words, model, method)
+
+
+def test_vera_needs_shapes_alone(model: Path, tmp_path: Path) -> None:
+    without_tensor()(model)
+    assert invoke("init", model, "--method", "vera", "-o", tmp_path / "out", "-q").exit_code == 0
 
 
 def test_weight_of_transposed_layer_is_named(model_folder, tmp_path: Path) -> None:
@@ -286,25 +282,13 @@ def test_nan_elsewhere_does_no_harm(model: Path, tmp_path: Path) -> None:
     assert invoke("init", model, "--method", "inilora", "-o", tmp_path / "out", "-q").exit_code == 0
 
 
-VECTOR_NORM = "ends in a traceback: vector_norm cannot narrow float64 or promote float8 to float32"
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        case("float16", torch.float16),
-        case("bfloat16", torch.bfloat16),
-        case("float64", torch.float64, bug=VECTOR_NORM),
-        case("float8", torch.float8_e4m3fn, bug=VECTOR_NORM),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("method", READS_WEIGHTS)
 def test_weight_of_another_float_type_is_read(method: str, dtype, model: Path, tmp_path: Path) -> None:
     tensor(lambda weight: weight.to(dtype))(model)
     assert invoke("init", model, "--method", method, "-o", tmp_path / "out", "-q").exit_code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="nothing checks that the computed tensors are finite in the stored dtype")
 @pytest.mark.parametrize(
     ("method", "size", "options"),
     [
@@ -343,7 +327,6 @@ def test_quantised_checkpoint_is_enough_for_vera(kind: str, model: Path, tmp_pat
     assert invoke("init", model, "--method", "vera", "-o", tmp_path / "out", "-q").exit_code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="weights under a quantiser's own names are reported as missing, not quantised")
 def test_quantised_checkpoint_with_other_names_is_refused_as_such(model: Path, tmp_path: Path) -> None:
     configure(quantization_config={"quant_method": "gptq", "bits": 4})(model)
 
@@ -384,10 +367,11 @@ def test_fused_experts_are_left_out_and_reported(method: str, mixtral: Path, tmp
         for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     ]
     experts = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
-    assert list(report["not_adapted"]) == experts
-    assert all("3-D" in reason for reason in report["not_adapted"].values())
+    refused = report["not_adapted"]
+    assert [name for name, reason in refused.items() if "3-D" in reason] == experts
+    assert [name for name in refused if name not in experts] == [f"model.layers.{n}.mlp.gate" for n in (0, 1)]
     result = invoke("init", mixtral, "--method", method, "-o", tmp_path / "again")
-    assert f"Note: {experts[0]} is not adapted (fused 3-D expert weights)" in result.stderr.splitlines()
+    assert "and 1 more (fused 3-D expert weights)" in result.stderr and experts[0] in result.stderr
 
 
 @pytest.mark.parametrize("target", ["gate_up_proj", "experts.down_proj", r".*\.experts\..*", "experts"])
@@ -426,11 +410,12 @@ def test_model_without_repeated_blocks(model: Path, tmp_path: Path) -> None:
     check_refused(tmp_path, TargetError, ("LlamaForCausalLM", "no repeated blocks", "--target", "lm_head"), model)
 
 
-ZERO_RANK = "`options.get('rank') or default` takes 0 for no rank given"
-
 BAD_OPTIONS = [
-    *(case(f"{m}-rank-0", m, {"rank": 0}, ("rank", "0"), bug=ZERO_RANK) for m in ("inilora", "smoa", "vera")),
-    *(case(f"{m}-rank-negative", m, {"rank": -1}, ("rank", "-1")) for m in ("inilora", "inilora-beta", "smoa", "vera")),
+    *(
+        case(f"{method}-rank-{rank}", method, {"rank": rank}, ("rank", f"got {rank}"))
+        for method in ("inilora", "inilora-beta", "smoa", "vera")
+        for rank in (0, -1)
+    ),
     case("smoa-rank-below-groups", "smoa", {"rank": 2, "groups": 3}, ("rank 2", "3 groups", "at least 3")),
     case("smoa-no-groups", "smoa", {"groups": 0}, ("groups", "0")),
     case("smoa-more-groups-than-values", "smoa", {"rank": 40, "groups": 33}, ("33 groups", "q_proj")),
@@ -441,16 +426,9 @@ BAD_OPTIONS = [
     *(
         case(f"{method}-alpha-{alpha}", method, {"alpha": alpha}, ("alpha", str(alpha)))
         for method in ("inilora", "inilora-alpha")
-        for alpha in (0.0, -3.0, float("nan"))
+        for alpha in (0.0, -3.0, float("nan"), float("inf"))
     ),
-    case(
-        "alpha-infinite",
-        "inilora",
-        {"alpha": float("inf")},
-        ("alpha", "inf"),
-        bug="accepted; adapter_config.json then holds Infinity, which is not JSON",
-    ),
-    case("seed-too-large", "vera", {"seed": 2**64}, ("seed", str(2**64)), bug=TRACEBACK),
+    case("seed-too-large", "vera", {"seed": 2**64}, ("seed", str(2**64))),
     case("no-such-device", "vera", {"device": "abacus"}, ("'abacus'", "auto, cpu, cuda")),
     case("device-without-use", "vera", {"device": "meta"}, ("meta", "auto, cpu, cuda")),
     case("mps", "vera", {"device": "mps"}, ("mps", "--device cpu")),
@@ -606,7 +584,7 @@ def link_to_folder(place: Path) -> Path:
         case("file", make_file, ("PLACE/file:", "not a folder")),
         case("below-a-file", lambda place: make_file(place) / "deep" / "out", ("PLACE/file is not a folder",)),
         case("link", link_to_folder, ("PLACE/link:",)),
-        case("name-too-long", lambda place: place / ("x" * 300), ("xxx",), bug=TRACEBACK),
+        case("name-too-long", lambda place: place / ("x" * 300), ("xxx",)),
     ],
 )
 def test_output_that_cannot_be_a_folder(prepare, words, force: bool, llama: Path, tmp_path: Path) -> None:
@@ -638,6 +616,21 @@ def test_parent_that_refuses_a_folder(llama: Path, tmp_path: Path, monkeypatch) 
 def test_force_never_replaces_the_base_model(out: str, llama: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "base" / "model"))
     check_refused(tmp_path, OutputError, (f"PLACE/{out}:",), model, out=tmp_path / out, force=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "force"),
+    [
+        case("itself", ".", False),
+        case("above", "..", True),
+        case("above-by-its-name", "../../deep", True),
+    ],
+)
+def test_working_directory_is_never_replaced(out: str, force: bool, llama: Path, tmp_path: Path, monkeypatch) -> None:
+    here = tmp_path / "deep" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    check_refused(tmp_path, OutputError, (f"Error: {out}:",), llama, out=Path(out), force=force)
 
 
 def test_finished_run_removes_what_a_killed_one_left(llama: Path, tmp_path: Path) -> None:
@@ -760,7 +753,6 @@ def test_second_renaming_fails(renaming, llama: Path, tmp_path: Path) -> None:
     check_refused(tmp_path, OutputError, ("out:", "Permission denied"), llama, out=out, force=True)
 
 
-@pytest.mark.xfail(strict=True, reason="only an OSError puts the old output back: it stays in .out.partial.old")
 def test_second_renaming_is_interrupted(renaming, llama: Path, tmp_path: Path) -> None:
     renaming(KeyboardInterrupt())
     out = occupy(tmp_path / "out")
@@ -789,6 +781,10 @@ def run_main(monkeypatch, capsys) -> Iterator[Callable[..., tuple[Any, str, str]
     signal.signal(signal.SIGTERM, handler)
 
 
+# Ctrl-C leaves ^C on the terminal, so click begins a new line.
+SAID = r"\n?(Interrupted|Terminated); nothing was written\.\n"
+
+
 def terminate(*args: Any, **kwargs: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
 
@@ -796,14 +792,10 @@ def terminate(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("replaces", [False, True])
 @pytest.mark.parametrize("where", ["reading", "writing"])
 @pytest.mark.parametrize(
-    ("stop", "code", "message"),
-    [
-        case("ctrl-c", fail(KeyboardInterrupt()), 130, "Interrupted; nothing was written.\n"),
-        case("sigterm", terminate, 143, ""),
-    ],
+    ("stop", "code"), [case("ctrl-c", fail(KeyboardInterrupt()), 130), case("sigterm", terminate, 143)]
 )
 def test_interruption(
-    stop, code: int, message: str, where: str, replaces: bool, llama: Path, tmp_path: Path, monkeypatch, run_main
+    stop, code: int, where: str, replaces: bool, llama: Path, tmp_path: Path, monkeypatch, run_main
 ) -> None:
     if where == "reading":
         monkeypatch.setattr(BaseModel, "raw_weight", stop)
@@ -812,16 +804,10 @@ def test_interruption(
     out = occupy(tmp_path / "out") if replaces else tmp_path / "new" / "out"
     before = contents(tmp_path)
     command = ("init", llama, "--method", "inilora", "-o", out, *flags(force=replaces))
-    assert run_main(*command)[:2] == (code, "")
+    found, stdout, stderr = run_main(*command)
+    assert (found, stdout) == (code, "")
+    assert re.fullmatch(SAID, stderr)
     assert contents(tmp_path) == before
-    assert run_main(*command)[2].endswith(message)
-
-
-@pytest.mark.xfail(strict=True, reason="SIGTERM ends the program without a word; Ctrl-C says that nothing was written")
-def test_sigterm_says_that_nothing_was_written(llama: Path, tmp_path: Path, monkeypatch, run_main) -> None:
-    monkeypatch.setattr(BaseModel, "raw_weight", terminate)
-    stderr = run_main("init", llama, "--method", "inilora", "-o", tmp_path / "out")[2]
-    assert "nothing was written" in stderr
 
 
 def test_named_error_ends_the_program_with_1(tmp_path: Path, run_main) -> None:
@@ -875,7 +861,7 @@ def test_signal_ends_a_real_process(number, where: str, code: int, llama: Path, 
             process.kill()
     assert process.returncode == code
     assert stdout == ""
-    assert "Traceback" not in stderr
+    assert re.fullmatch(SAID, stderr)
     assert contents(tmp_path) == before
 
 
@@ -931,7 +917,6 @@ def test_inilora_with_stored_bases_opens_on_any_base(options, llama: Path, other
     PeftModel.from_pretrained(load_base(other_llama), tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="blames another base model or machine; the cause is the base's dtype")
 @pytest.mark.parametrize("method", ["frod", "inilora"])
 def test_bases_regenerated_from_a_rounded_base(method: str, llama: Path, tmp_path: Path) -> None:
     surgery.init(llama, method, tmp_path / "out", store_bases=False)
@@ -990,15 +975,9 @@ def test_adapter_without_fingerprint(setting, llama: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("method", "edit", "word"),
     [
-        case("vera-lacks-one", "vera", drop_last_tensor, "vera_lambda_d", bug="loads with the start's values in place"),
-        case("unknown-type", "inilora", configure_adapter(peft_type="NOPE"), "NOPE", bug="ends in PEFT's KeyError"),
-        case(
-            "rank-of-another-file",
-            "inilora",
-            configure_adapter(r=3),
-            "q_proj",
-            bug="ends in torch's RuntimeError, a line for each tensor",
-        ),
+        case("vera-lacks-one", "vera", drop_last_tensor, "vera_lambda_d"),
+        case("unknown-type", "inilora", configure_adapter(peft_type="NOPE"), "NOPE"),
+        case("rank-of-another-file", "inilora", configure_adapter(r=3), "q_proj"),
     ],
 )
 def test_adapter_that_load_should_refuse(method: str, edit: Edit, word: str, llama: Path, tmp_path: Path) -> None:
@@ -1006,9 +985,6 @@ def test_adapter_that_load_should_refuse(method: str, edit: Edit, word: str, lla
     edit(tmp_path / "out")
     with pytest.raises(AdapterError, match=word):
         surgery.load(tmp_path / "out", llama)
-
-
-AS_DOCUMENTED = "CheckpointError; AdapterError is documented"
 
 
 @pytest.mark.parametrize(
@@ -1022,20 +998,8 @@ AS_DOCUMENTED = "CheckpointError; AdapterError is documented"
             AdapterError,
             ("no adapter_config.json", "not an adapter folder"),
         ),
-        case(
-            "config-not-json",
-            write("adapter_config.json", "{"),
-            AdapterError,
-            ("adapter_config.json", NOT_JSON),
-            bug=AS_DOCUMENTED,
-        ),
-        case(
-            "config-a-list",
-            write("adapter_config.json", "[]"),
-            AdapterError,
-            ("adapter_config.json", "list"),
-            bug=AS_DOCUMENTED,
-        ),
+        case("config-not-json", write("adapter_config.json", "{"), AdapterError, ("adapter_config.json", NOT_JSON)),
+        case("config-a-list", write("adapter_config.json", "[]"), AdapterError, ("adapter_config.json", "list")),
         case("no-type", configure_adapter(peft_type=...), AdapterError, ("adapter_config.json", "peft_type")),
         case("no-weights", lambda folder: (folder / WEIGHTS).unlink(), AdapterError, (WEIGHTS,)),
         case(
@@ -1044,21 +1008,9 @@ AS_DOCUMENTED = "CheckpointError; AdapterError is documented"
             AdapterError,
             ("adapter_model.bin", "pickle", "save it again"),
         ),
-        case(
-            "weights-cut",
-            rewrite(lambda data: data[: len(data) // 2], WEIGHTS),
-            AdapterError,
-            (WEIGHTS, INCOMPLETE),
-            bug=AS_DOCUMENTED,
-        ),
-        case("weights-garbage", write(WEIGHTS, "nonsense" * 9), AdapterError, (WEIGHTS, INCOMPLETE), bug=AS_DOCUMENTED),
-        case(
-            "provenance-not-json",
-            write("surgery.json", "{"),
-            AdapterError,
-            ("surgery.json", NOT_JSON),
-            bug=AS_DOCUMENTED,
-        ),
+        case("weights-cut", rewrite(lambda data: data[: len(data) // 2], WEIGHTS), AdapterError, (WEIGHTS, INCOMPLETE)),
+        case("weights-garbage", write(WEIGHTS, "nonsense" * 9), AdapterError, (WEIGHTS, INCOMPLETE)),
+        case("provenance-not-json", write("surgery.json", "{"), AdapterError, ("surgery.json", NOT_JSON)),
     ],
 )
 def test_broken_adapter_folder(edit: Edit, error, words: tuple[str, ...], llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import sys
@@ -41,8 +42,8 @@ def _check_output(target: Path, force: bool) -> None:
         raise OutputError(
             f"{target}: exists and is not empty; choose another output with -o, or replace it with --force"
         )
-    if target.is_dir() and target.samefile(Path.cwd()):
-        raise OutputError(f"{target}: is the working directory; name a folder in it with -o")
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"{target}: holds the working directory; choose another output with -o")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target}: {parent} is not a folder")
@@ -64,20 +65,43 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
     check_output(target, force)
     partial = target.absolute().parent / f".{target.absolute().name}{PARTIAL}"
     new_parents = [folder for folder in target.absolute().parents if not folder.exists()]
+    lock: int | None = None
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
+            os.close(_lock(partial))
             shutil.rmtree(partial)  # left by a run that was killed
         partial.mkdir()
+        lock = _lock(partial)
         yield partial
         _flush(partial)
         _put_in_place(partial, target.absolute())
+    except BlockingIOError:
+        raise OutputError(f"{target}: another run is writing it") from None
     except OSError as error:
         _discard(partial, new_parents)
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
     except BaseException:
         _discard(partial, new_parents)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Mark a folder as being written by this process, until the descriptor is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process has marked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _discard(partial: Path, new_parents: list[Path]) -> None:
@@ -123,7 +147,7 @@ def _exchange(first: Path, second: Path) -> None:
     os.rename(second, aside)
     try:
         os.rename(first, second)
-    except OSError:
+    except BaseException:
         os.rename(aside, second)
         raise
     os.rename(aside, first)

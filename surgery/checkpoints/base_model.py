@@ -108,15 +108,15 @@ class BaseModel:
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
         return cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
 
-    def select(self, targets: Sequence[str] = ()) -> list[Site]:
-        """The sites that `targets` name (see `select_sites`), each of them present in the checkpoint.
+    def select(self, targets: Sequence[str] = (), present: bool = True) -> list[Site]:
+        """The sites that `targets` name (see `select_sites`); with `present`, each of them is in the checkpoint.
 
         Raises:
             TargetError: nothing matches.
             CheckpointError: a matched layer has no weight in the checkpoint.
         """
         sites = select_sites(self.model, targets)
-        absent = [site.module for site in sites if site.parameter not in self.sources]
+        absent = [site.module for site in sites if present and site.parameter not in self.sources]
         if absent:
             raise CheckpointError(f"{self.folder}: no weights for {listing(absent, 4)} in the checkpoint")
         return sites
@@ -143,11 +143,12 @@ class BaseModel:
                 "unquantised model"
             )
 
-    def parameter(self, name: str) -> torch.Tensor:
+    def parameter(self, name: str, check: bool = False) -> torch.Tensor:
         """Read one parameter onto the CPU, in the checkpoint's dtype and the model's orientation.
 
         Raises:
-            CheckpointError: the checkpoint lacks it, or its shape is not the model's.
+            CheckpointError: the checkpoint lacks it, its shape is not the model's, or, with `check`, it holds NaN or
+                Inf.
         """
         if name not in self.sources:
             raise CheckpointError(f"{self.folder}: no tensor for {name} in the checkpoint")
@@ -157,6 +158,8 @@ class BaseModel:
             raise CheckpointError(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the model of config.json wants {expected}"
             )
+        if check and tensor.is_floating_point() and not _is_finite(tensor):
+            raise CheckpointError(f"{self.folder}: {name} holds NaN or Inf")
         return tensor
 
     def raw_weight(self, site: Site, check: bool = True) -> torch.Tensor:
@@ -165,11 +168,9 @@ class BaseModel:
         Raises:
             CheckpointError: it is missing, of another shape, not floating point, or holds NaN or Inf.
         """
-        tensor = self.parameter(site.parameter)
+        tensor = self.parameter(site.parameter, check)
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.folder}: {site.parameter} is {tensor.dtype}, not floating point")
-        if check and not _is_finite(tensor):
-            raise CheckpointError(f"{self.folder}: {site.parameter} holds NaN or Inf")
         return tensor.T if site.transposed else tensor
 
     def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -180,7 +181,7 @@ class BaseModel:
 def _reason(folder: Path, error: Exception, trust_remote_code: bool) -> str:
     if read_json(folder / "config.json").get("auto_map") and not trust_remote_code:
         return "the model brings its own code; --trust-remote-code runs it, if you trust it"
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _model_class(
@@ -246,7 +247,7 @@ def _on_meta(folder: Path, model_class: type[Any], config: PretrainedConfig) -> 
         with _quiet(), torch.device("meta"):
             return model_class(config)
     except Exception as error:  # whatever a model's own code raises for sizes that do not fit
-        first_line = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"{folder / 'config.json'}: {model_class.__name__} cannot be built from it ({first_line})"
+            f"{folder / 'config.json'}: {model_class.__name__} cannot be built from it ({reason})"
         ) from None

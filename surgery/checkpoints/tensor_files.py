@@ -61,6 +61,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     """
     try:
         with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118 - not a dictionary
+                raise CheckpointError(f"{path}: has no tensor {name}, which the index says is there")
             tensor: torch.Tensor = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{_broken_file(path, error)} (reading tensor {name})") from None

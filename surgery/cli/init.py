@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from surgery.cli.options import (
     set_verbosity,
 )
 from surgery.cli.output import note, progress_bar, show_json
+from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
 if TYPE_CHECKING:
@@ -83,14 +85,15 @@ def command(
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 
-    name = Path(model).resolve() if Path(model).is_dir() else Path(model.partition("@")[0])
+    name = Path(model).resolve() if os.path.isdir(model) else Path(model.partition("@")[0])
     folder = out or f"{name.name}-{method}"
     with progress_bar(f"init {method}", wanted=not quiet and not as_json) as progress:
         _, report = init(model, method, folder, progress=progress, **options)
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        click.echo(report.out)
+        if report.out is not None:
+            click.echo(report.out)
     else:
         _show(report, verbose)
 
@@ -98,8 +101,9 @@ def command(
 def _show(report: Report, verbose: bool) -> None:
     for line in report.notes:
         note(f"Note: {line}")
-    for name, reason in list(report.not_adapted.items())[:3]:
-        note(f"Note: {name} is not adapted ({reason})")
+    for reason in dict.fromkeys(report.not_adapted.values()):
+        names = [name for name, why in report.not_adapted.items() if why == reason]
+        note(f"Note: not adapted: {listing(names, 3)} ({reason})")
     if verbose:
         rows = [
             [s.module, f"{s.shape[0]} x {s.shape[1]}", str(s.rank or "-"), f"{s.parameters:,}", human_bytes(s.bytes)]

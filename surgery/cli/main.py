@@ -39,6 +39,11 @@ class LazyGroup(click.Group):
             # One line, whatever a library put into the message.
             message = " ".join(str(error).split())
             raise click.ClickException(message) from None
+        except (MemoryError, RuntimeError) as error:
+            wanting = any(words in str(error) for words in ("allocate memory", "out of memory"))
+            if isinstance(error, RuntimeError) and not wanting:
+                raise
+            raise click.ClickException("not enough memory for these options; nothing was written") from None
 
 
 def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -69,9 +74,12 @@ def cli() -> None:
     """
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived; outputs in the making are cleaned up on its way."""
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    click.echo("Terminated; nothing was written.", err=True)
-    raise SystemExit(TERMINATED)
+    raise _Terminated
 
 
 def main() -> None:
@@ -83,6 +91,9 @@ def main() -> None:
         cli.main(prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except _Terminated:
+        click.echo("Terminated; nothing was written.", err=True)
+        sys.exit(TERMINATED)
     except click.Abort:
         click.echo("Interrupted; nothing was written.", err=True)
         sys.exit(INTERRUPTED)

@@ -116,8 +116,7 @@ def _block_krylov(
                 break
             captured = now
         newest = matrix @ projected[-block:].T
-        newest = torch.linalg.qr(newest - Q @ (Q.T @ newest))[0]
-        newest = torch.linalg.qr(newest - Q @ (Q.T @ newest))[0]  # twice is enough to be orthogonal to rounding
+        newest = _orthonormal_to(Q, newest)
         Q = torch.cat([Q, newest], 1)
         projected = torch.cat([projected, newest.T @ matrix])
     vectors = torch.linalg.eigh((projected @ projected.T).double())[1]
@@ -126,6 +125,19 @@ def _block_krylov(
     U, R = torch.linalg.qr(projected.T @ top)
     left, S, right = torch.linalg.svd(R.T)
     return Q @ (top @ left), S, right @ U.T
+
+
+def _orthonormal_to(Q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of `block` without its part in the span of `Q`.
+
+    Twice is usually enough. Where nothing of the block is left but rounding, because Q already spans an invariant
+    space, the rounding must be made orthogonal too.
+    """
+    for attempt in range(4):
+        block, R = torch.linalg.qr(block - Q @ (Q.T @ block))
+        if attempt and float(R.diagonal().abs().min()) > 0.9:
+            break
+    return block
 
 
 def _canonical(svd: TruncatedSVD) -> TruncatedSVD:
