@@ -975,7 +975,7 @@ def test_adapter_without_fingerprint(setting, llama: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("method", "edit", "word"),
     [
-        case("vera-lacks-one", "vera", drop_last_tensor, "vera_lambda_d"),
+        case("vera-lacks-one", "vera", drop_last_tensor, "lacks 1 of"),
         case("unknown-type", "inilora", configure_adapter(peft_type="NOPE"), "NOPE"),
         case("rank-of-another-file", "inilora", configure_adapter(r=3), "q_proj"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import get_peft_model_state_dict
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
@@ -65,26 +65,23 @@ def load(
         raise AdapterError(f"{opened.folder}: PEFT type {opened.peft_type} is known neither to PEFT nor to surgery")
     fitted = fit_to_model(opened, model)
     if fitted is opened and opened.folder is not None:
-        return _open(model, opened.folder, is_trainable)
+        return _open(model, opened, opened.folder, is_trainable)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         fitted.save(Path(folder) / "adapter")
-        return _open(model, Path(folder) / "adapter", is_trainable)
+        return _open(model, fitted, Path(folder) / "adapter", is_trainable)
 
 
-def _open(model: Any, folder: Path, is_trainable: bool) -> PeftModel:
-    """PEFT's loading, but what it only warns of, or reports in many lines, is an error."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
-        except RuntimeError as error:  # torch's list of tensors whose shapes do not fit
-            lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-            raise AdapterError(f"{folder}: {lines[0] if lines else str(error).splitlines()[0]}") from None
-    for warning in caught:
-        message = str(warning.message)
-        if "missing adapter keys" in message:
-            raise AdapterError(f"{folder}: the file lacks some of the adapter's tensors: {message.split(': ', 1)[-1]}")
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> PeftModel:
+    """PEFT's loading, but what it reports in many lines, or not at all, is an error."""
+    try:
+        loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    except RuntimeError as error:  # torch's list of tensors whose shapes do not fit
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise AdapterError(f"{folder}: {lines[0] if lines else str(error).splitlines()[0]}") from None
+    wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    missing = sorted(set(wanted) - set(adapter.tensors))
+    if missing:
+        raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
     return loaded
 
 
