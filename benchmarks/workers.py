@@ -199,8 +199,8 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
     if device.startswith("cuda") and not torch.cuda.is_available():
         return {}
 
-    def weights(role: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-        for layer in range(layers):
+    def weights(role: int, shape: tuple[int, int], start: int = 0) -> Iterator[torch.Tensor]:
+        for layer in range(start, layers):
             generator = torch.Generator(device=device).manual_seed(1000 * role + layer)
             drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
             yield drawn.mul_(0.02).float()
@@ -209,7 +209,7 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
         seconds = {}
         for role, (name, shape) in enumerate(shapes.items()):
             started = time.perf_counter()
-            basis = joint_basis(lambda role=role, shape=shape: weights(role, shape), shape[1])
+            basis = joint_basis(lambda start, role=role, shape=shape: weights(role, shape, start), shape[1])
             inverse = basis.inverse_transposed.float()
             norms = [left_norms(weight, inverse).cpu() for weight in weights(role, shape)]
             assert all(bool(torch.isfinite(norm).all()) for norm in norms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections import deque
@@ -178,11 +179,14 @@ class _Reader:
 
     def _read(self, site: Site) -> torch.Tensor:
         first = site.module not in self.energies
-        raw = self.base.raw_weight(site, check=first)
+        raw = self.base.raw_weight(site, check=False)
         if first:
+            norm = float(torch.linalg.vector_norm(raw.float()))
+            if not math.isfinite(norm):
+                self.base.raw_weight(site, check=True)  # names what is wrong with it
             if self.fingerprinted:
                 self.fingerprint.add(site.key, raw)
-            self.energies[site.module] = float(torch.linalg.vector_norm(raw.float())) ** 2
+            self.energies[site.module] = norm**2
         return raw.to(torch.float32)
 
 

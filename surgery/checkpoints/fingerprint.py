@@ -1,8 +1,9 @@
 """Digests of base weights, by which an adapter recognises the model that it was made from.
 
 A base is loaded in float32 here and in bfloat16 there; rounding is deterministic, so one digest is kept for the
-values as they are in float32, and one for the values rounded to each half precision. The digests guard against
-mistakes, not against attackers: a fast non-cryptographic hash is used.
+values as they are in float32, and one for the values rounded to each half precision (of every eighth row: rounding all
+of them would cost more than reading them). The digests guard against mistakes, not against attackers: a fast
+non-cryptographic hash is used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import xxhash
 
 __all__ = ["Fingerprint", "matches"]
 
+ROW_STRIDE = {"float32": 1, "bfloat16": 8, "float16": 8}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,7 +31,8 @@ class Fingerprint:
         if key in self._digests:
             return
         self._digests[key] = {
-            name: xxhash.xxh3_128_hexdigest(_bytes(weight.detach().to(DTYPES[name]))) for name in dtypes
+            name: xxhash.xxh3_128_hexdigest(_bytes(weight.detach()[:: ROW_STRIDE[name]].to(DTYPES[name])))
+            for name in dtypes
         }
 
     def digests(self) -> dict[str, str]:

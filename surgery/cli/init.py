@@ -120,7 +120,7 @@ def _show(report: Report, verbose: bool) -> None:
                 ("base", report.base),
                 ("layers", f"{report.modules:,} adapted"),
                 ("trainable", f"{report.trainable_parameters:,} parameters"),
-                ("file", f"{planned}{human_bytes(report.bytes)} ({info.stores})"),
+                ("file", f"{planned}{human_bytes(report.bytes)}"),
                 ("time", f"{report.seconds:.2f} s on {report.device}"),
                 written,
             ]

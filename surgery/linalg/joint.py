@@ -35,8 +35,12 @@ PIVOT_TOLERANCE = 1e-7
 # Below this width one thread is faster than several.
 SMALL = 768
 
-# Visits the weights (out, n) one at a time, in the same order at every call.
-Weights = Callable[[], Iterable[torch.Tensor]]
+# Gram matrices kept from the first visit of the weights to the second, in bytes: a fixed allowance, so that memory does
+# not grow with depth.
+KEPT_BYTES = 64 * 2**20
+
+# Visits the weights (out, n) from the given one on, one at a time, in the same order at every call.
+Weights = Callable[[int], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) ->
     satisfies the definition there.
 
     Args:
-        weights: called twice.
+        weights: called twice or more, with the number of weights to leave out at the beginning.
         columns: n.
         regularization: `a`, the ridge that keeps the inverses stable when layers are alike.
 
@@ -76,7 +80,7 @@ def joint_basis(weights: Weights, columns: int, regularization: float = 1e-3) ->
 
 
 def _joint_basis(weights: Weights, columns: int, regularization: float) -> JointBasis:
-    total, heights = _sum_of_grams(weights, columns)
+    total, heights, grams = _sum_of_grams(weights, columns)
     if sum(heights) < columns:
         return _with_inverse(_row_space_basis(total, scaled=False), "few rows")
     if len(heights) == 1:
@@ -85,8 +89,11 @@ def _joint_basis(weights: Weights, columns: int, regularization: float) -> Joint
     if not cholesky_(L) or float(L.diagonal().min()) <= PIVOT_TOLERANCE * float(L.diagonal().max()):
         del L
         return _with_inverse(_deficient_basis(weights, total, len(heights), regularization), "rank-deficient")
-    rotated = _rotated_by_wide if _favours_wide(max(heights), columns) else _rotated_by_tall
-    T = rotated(weights, L, total, len(heights), regularization)
+    if _favours_wide(max(heights), columns):
+        grams.clear()
+        T = _rotated_by_wide(weights, L, total, len(heights), regularization)
+    else:
+        T = _rotated_by_tall(weights, L, total, grams, len(heights), regularization)
     Z = eigh_(T)[1]
     inverse_transposed = triangular_solve(L, Z, transposed=True)  # V^-T = R^-1 Z, because Z is orthogonal
     V = triangular_product(L, Z, transposed=False)
@@ -114,17 +121,22 @@ def left_norms(weight: torch.Tensor, V_inverse_transposed: torch.Tensor) -> torc
     return torch.linalg.vector_norm(product, dim=1).to(torch.float32)
 
 
-def _sum_of_grams(weights: Weights, columns: int) -> tuple[torch.Tensor, list[int]]:
-    """`C` (lower triangle), and the number of rows of each weight."""
+def _sum_of_grams(weights: Weights, columns: int) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+    """`C` (lower triangle), the number of rows of each weight, and the first few Gram matrices."""
     total, heights, widen = None, [], Widener()
-    for weight in weights():
+    grams: list[torch.Tensor] = []
+    for weight in weights(0):
         if total is None:
             total = torch.zeros(columns, columns, dtype=torch.float64, device=weight.device)
-        add_gram_(total, widen(weight))
+        if (len(grams) + 1) * total.nbytes <= KEPT_BYTES:
+            grams.append(add_gram_(torch.zeros_like(total), widen(weight)))
+            total += grams[-1]
+        else:
+            add_gram_(total, widen(weight))
         heights.append(weight.shape[0])
     if total is None:
         raise ValueError("a joint decomposition needs at least one matrix")
-    return total, heights
+    return total, heights, grams
 
 
 def _favours_wide(m: int, n: int) -> bool:
@@ -132,11 +144,16 @@ def _favours_wide(m: int, n: int) -> bool:
     return 2 * m * n**2 + 2 * m**2 * n + m**3 / 3 < m * n**2 + n**3
 
 
-def _rotated_by_tall(weights: Weights, L: torch.Tensor, total: torch.Tensor, count: int, a: float) -> torch.Tensor:
-    """`T` by one `n x n` inverse for each weight; `total` is overwritten and returned."""
+def _rotated_by_tall(
+    weights: Weights, L: torch.Tensor, total: torch.Tensor, grams: list[torch.Tensor], count: int, a: float
+) -> torch.Tensor:
+    """`T` by one `n x n` inverse for each weight; `total` is overwritten and returned, `grams` are used up."""
     mean = torch.zeros_like(total)
+    kept = len(grams)
+    while grams:
+        mean += spd_inverse_(grams.pop(0).add_(total, alpha=a))
     shifted, widen = torch.empty_like(total), Widener()
-    for weight in weights():
+    for weight in weights(kept):
         shifted.copy_(total).mul_(a)
         mean += spd_inverse_(add_gram_(shifted, widen(weight)))
     del shifted
@@ -153,7 +170,7 @@ def _rotated_by_wide(weights: Weights, L: torch.Tensor, total: torch.Tensor, cou
     """
     total.zero_()
     widen = Widener()
-    for weight in weights():
+    for weight in weights(0):
         Y = triangular_solve(L, widen(weight).T, transposed=False, overwrite=True).T  # (m, n)
         inner = torch.zeros(Y.shape[0], Y.shape[0], dtype=Y.dtype, device=Y.device)
         inner.diagonal().fill_(a)
@@ -176,7 +193,7 @@ def _deficient_basis(weights: Weights, total: torch.Tensor, count: int, a: float
     E, root = _row_space(total)
     identity = torch.eye(E.shape[1], dtype=total.dtype, device=total.device)
     mean = torch.zeros_like(identity)
-    for weight in weights():
+    for weight in weights(0):
         whitened = (weight.to(torch.float64) @ E) / root
         mean += torch.linalg.inv(whitened.T @ whitened + a * identity)
     Z = torch.linalg.eigh((mean + mean.T) / (2 * count))[1]

@@ -99,7 +99,7 @@ class FRoD(OwnMethod):
 
     def bases(self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
         size = sites[0].in_features
-        joint = joint_basis(lambda: weight.each(sites), size, config.regularization)
+        joint = joint_basis(lambda start: weight.each(sites[start:]), size, config.regularization)
         generator = generator_for(config.seed, self.group_key(sites[0]))
         positions = off_diagonal_pattern(size, nonzeros(size, config.sparse_rate), generator)
         # 32 bits are enough for a place in a matrix of up to 46,340 columns.
