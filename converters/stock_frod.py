@@ -16,13 +16,14 @@ from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import AdapterError
 from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod
-from surgery.methods.frod import column_norms
-from surgery.sites import linear_sites
+from surgery.methods.frod import column_norms, narrow_positions
+from surgery.sites import Site, linear_sites
 
 __all__ = ["portable_frod"]
 
 # How stock PEFT names its tensors.
 VECTOR, VALUES = "frod_lambda_l", "frod_lambda_s_values"
+OWN_PREFIX = "base_model.frod_"
 V_PREFIX, INDICES_PREFIX = "base_model.frod_V.", "base_model.frod_s_indices."
 CARRIED = (
     "auto_mapping",
@@ -52,58 +53,57 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
             f"{adapter.folder}: a stock FROD adapter without its projections cannot be opened reliably: V depends on "
             "the machine that made it. Save it with save_projection=True there"
         )
-    sites = {site.module: site for site in linear_sites(model)}
-    weights = {name: module for name, module in model.named_modules() if name in sites}
     method = method_named("frod")
     assert isinstance(method, OwnMethod)
+    sites = _adapted_sites(adapter, model)
+    tensors = {name: t for name, t in adapter.tensors.items() if not _is_frod(name)}
     fingerprint = Fingerprint()
-    tensors: dict[str, torch.Tensor] = {}
-    inverses: dict[str, torch.Tensor] = {}
-    seen: set[str] = set()
-    for module, parts in adapter.modules.items():
-        if VECTOR not in parts:
-            tensors.update(
-                {
-                    f"{MODEL_PREFIX}{module}.{s}": t
-                    for s, t in parts.items()
-                    if f"{MODEL_PREFIX}{module}.{s}" in adapter.tensors
-                }
-            )
-            continue
-        if module not in sites:
-            raise AdapterError(f"{adapter.folder}: it changes {module}, which {type(model).__name__} does not have")
-        site = sites[module]
-        V, indices = _projections(adapter, module)
-        category = method.group_key(site)
-        if category not in inverses:
-            inverses[category] = right_inverse_transposed(V)
-        raw = weights[module].weight.detach()
-        weight = raw.T if site.transposed else raw
-        fingerprint.add(site.key, weight)
-        own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverses[category])}
-        if category not in seen:
-            own.update(V=V, positions=(indices[0] * V.shape[0] + indices[1]).to(torch.int32))
-            seen.add(category)
-        tensors.update(
-            {
-                f"{MODEL_PREFIX}{module}.{method.prefix}{s}": t.float() if t.is_floating_point() else t
-                for s, t in own.items()
-            }
-        )
-    config = {key: adapter.config.get(key) for key in CARRIED}
-    config.update(
-        peft_type="FROD_PORTABLE",
-        dropout=adapter.config.get("frod_dropout", 0.0),
-        sparse_rate=adapter.config.get("sparse_rate", 0.01),
-        regularization=adapter.config.get("regularization_alpha", 1e-3),
-        seed=adapter.config.get("projection_prng_key", 0),
-        init_weights=False,
-        base_fingerprint=fingerprint.digests(),
-    )
-    return Adapter(config, tensors, adapter.provenance, adapter.card)
+    for group in method.groups(sites):
+        V, positions = _projections(adapter, group[0].module)
+        inverse = right_inverse_transposed(V)
+        for site in group:
+            weight = model.get_submodule(site.module).weight.detach()
+            weight = weight.T if site.transposed else weight
+            fingerprint.add(site.key, weight)
+            parts = adapter.modules[site.module]
+            own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverse)}
+            if site is group[0]:
+                own.update(V=V, positions=narrow_positions(positions, site.in_features))
+            for name, tensor in own.items():
+                kept = tensor.float() if tensor.is_floating_point() else tensor
+                tensors[f"{MODEL_PREFIX}{site.module}.{method.prefix}{name}"] = kept
+    return Adapter(_config(adapter, fingerprint), tensors, adapter.provenance, adapter.card)
+
+
+def _adapted_sites(adapter: Adapter, model: Any) -> list[Site]:
+    """The adapter's sites in the model's order."""
+    adapted = {module for module, parts in adapter.modules.items() if VECTOR in parts}
+    sites = [site for site in linear_sites(model) if site.module in adapted]
+    lost = adapted - {site.module for site in sites}
+    if lost:
+        raise AdapterError(f"{adapter.folder}: it changes {min(lost)}, which {type(model).__name__} does not have")
+    return sites
+
+
+def _is_frod(name: str) -> bool:
+    return name.startswith(OWN_PREFIX) or name.rpartition(".")[2] in {VECTOR, VALUES}
+
+
+def _config(adapter: Adapter, fingerprint: Fingerprint) -> dict[str, Any]:
+    return {
+        **{key: adapter.config.get(key) for key in CARRIED},
+        "peft_type": "FROD_PORTABLE",
+        "dropout": adapter.config.get("frod_dropout", 0.0),
+        "sparse_rate": adapter.config.get("sparse_rate", 0.01),
+        "regularization": adapter.config.get("regularization_alpha", 1e-3),
+        "seed": adapter.config.get("projection_prng_key", 0),
+        "init_weights": False,
+        "base_fingerprint": fingerprint.digests(),
+    }
 
 
 def _projections(adapter: Adapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`V (in, in)`, and the places of S's nonzeros, `row * in + column`."""
     from peft.tuners.frod.model import _category_from_key
 
     category = _category_from_key(module)
@@ -111,4 +111,4 @@ def _projections(adapter: Adapter, module: str) -> tuple[torch.Tensor, torch.Ten
         V, indices = adapter.tensors[f"{V_PREFIX}{category}"], adapter.tensors[f"{INDICES_PREFIX}{category}"]
     except KeyError:
         raise AdapterError(f"{adapter.folder}: no projection for category {category} of {module}") from None
-    return V.float(), indices.long()
+    return V.float(), indices[0].long() * V.shape[0] + indices[1].long()

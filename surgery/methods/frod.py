@@ -102,12 +102,10 @@ class FRoD(OwnMethod):
         joint = joint_basis(lambda start: weight.each(sites[start:]), size, config.regularization)
         generator = generator_for(config.seed, self.group_key(sites[0]))
         positions = off_diagonal_pattern(size, nonzeros(size, config.sparse_rate), generator)
-        # 32 bits are enough for a place in a matrix of up to 46,340 columns.
-        narrow = positions.to(torch.int32) if size * size < 2**31 else positions
         shared = {
             "V": joint.V.to(torch.float32),
             "P": joint.inverse_transposed.to(torch.float32),
-            "positions": narrow,
+            "positions": narrow_positions(positions, size),
             "places": positions,
         }
         notes = [f"{sites[0].role}: {FALLBACKS[joint.fallback]}"] if joint.fallback else []
@@ -132,6 +130,11 @@ class FRoD(OwnMethod):
 
     def needs_base(self, config: FrodPortableConfig) -> bool:
         return True
+
+
+def narrow_positions(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Places in a `(size, size)` matrix as they are stored: 32 bits are enough for up to 46,340 columns."""
+    return positions.to(torch.int32) if size * size < 2**31 else positions
 
 
 def column_norms(weight: torch.Tensor, V_inverse_transposed: torch.Tensor) -> torch.Tensor:

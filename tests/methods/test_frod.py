@@ -14,7 +14,7 @@ from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
 from tests.linalg.test_joint import reference_basis, separated, up_to_signs
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.models import load_base
 
 
 def stock_frod(folder: Path, targets: list[str]):
@@ -110,42 +110,6 @@ def test_stock_peft_refuses_by_type(llama: Path, tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode != 0 and "FROD_PORTABLE" in result.stderr
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_stock_frod_folder_is_read(llama: Path, tmp_path: Path) -> None:
-    """A trained stock adapter, opened by surgery.load: the same function as in the process that trained it."""
-    model = stock_frod(llama, ["q_proj", "v_proj", "down_proj"]).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                size = 0.1 * float(parameter.abs().max().clamp_min(0.5))
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    inputs = model_inputs("llama")
-    with torch.no_grad():
-        expected = output(model, inputs)
-        base = output(load_base(llama), inputs)
-    model.save_pretrained(tmp_path / "stock")
-    opened = surgery.load(tmp_path / "stock", base=llama)
-    with torch.no_grad():
-        found = output(opened.eval(), inputs)
-    assert relative_difference(found, expected) < 1e-4
-    assert relative_difference(expected, base) > 1e-2
-    assert opened.peft_config["default"].peft_type == "FROD_PORTABLE"
-    # Saved again, it is an adapter of ours.
-    opened.save_pretrained(tmp_path / "ours")
-    again = PeftModel.from_pretrained(load_base(llama), tmp_path / "ours").eval()
-    with torch.no_grad():
-        assert relative_difference(output(again, inputs), found) < 1e-6
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_stock_frod_without_projections_is_refused(llama: Path, tmp_path: Path) -> None:
-    config = FrodConfig(target_modules=["q_proj"], progressbar=False, save_projection=False)
-    get_peft_model(load_base(llama), config).save_pretrained(tmp_path / "stock")
-    with pytest.raises(surgery.errors.AdapterError, match="save_projection"):
-        surgery.load(tmp_path / "stock", base=llama)
 
 
 def test_sparse_rate_counts(llama: Path) -> None:

@@ -1,0 +1,68 @@
+"""Stock PEFT FROD folders, opened with the U that belongs to their V."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import FrodConfig, PeftModel, get_peft_model
+
+import surgery
+from tests.models import load_base, model_inputs, output, relative_difference
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = {"llama": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn", "mlp.c_fc"], "bert": ["query", "output.dense"]}
+
+
+def stock(folder: Path, kind: str, **changes):
+    """PEFT's own FRoD on a tiny model."""
+    config = FrodConfig(target_modules=TARGETS[kind], progressbar=False, sparse_rate=0.05, **changes)
+    return get_peft_model(load_base(folder), config).eval()
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                size = 0.1 * float(parameter.abs().max().clamp_min(0.5))
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("gpt2", {}), ("bert", {}), ("llama", {"modules_to_save": ["lm_head"]})],
+)
+def test_computes_what_the_training_process_did(kind: str, changes, model_folder, tmp_path: Path) -> None:
+    folder = model_folder(kind)
+    model = stock(folder, kind, **changes)
+    train_a_little(model)
+    inputs = model_inputs(kind)
+    with torch.no_grad():
+        expected, base = output(model, inputs), output(load_base(folder), inputs)
+    model.save_pretrained(tmp_path / "stock")
+    opened = surgery.load(tmp_path / "stock", base=folder).eval()
+    assert opened.peft_config["default"].peft_type == "FROD_PORTABLE"
+    with torch.no_grad():
+        found = output(opened, inputs)
+    assert relative_difference(expected, base) > 1e-2
+    assert relative_difference(found, expected) < 1e-4
+    # Saved again, it is an adapter of ours.
+    opened.save_pretrained(tmp_path / "ours")
+    again = PeftModel.from_pretrained(load_base(folder), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative_difference(output(again, inputs), found) < 1e-6
+
+
+def test_without_projections_it_is_refused(llama: Path, tmp_path: Path) -> None:
+    stock(llama, "llama", save_projection=False).save_pretrained(tmp_path / "stock")
+    with pytest.raises(surgery.errors.AdapterError, match="save_projection"):
+        surgery.load(tmp_path / "stock", base=llama)
+
+
+def test_another_architecture_is_refused(model_folder, tmp_path: Path) -> None:
+    stock(model_folder("llama"), "llama").save_pretrained(tmp_path / "stock")
+    with pytest.raises(surgery.errors.AdapterError, match=r"model\.layers\.0.*BertModel does not have"):
+        surgery.load(tmp_path / "stock", base=model_folder("bert"))
