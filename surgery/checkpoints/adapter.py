@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,9 @@ from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.tensor_files import read_json, read_tensor, tensor_names
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
+
+if TYPE_CHECKING:
+    from surgery.linalg.delta import Delta
 
 __all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter"]
 
@@ -97,15 +100,28 @@ class Adapter:
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors by module and short name: `modules["encoder.layer.0.output.dense"]["inilora_A"]`.
 
-        Tensors that sit above the model (VeRA's projections) are under the empty module name.
+        LoRA's short names have two parts, `lora_A.weight`. Tensors that sit above the model (VeRA's projections) are
+        under the empty module name.
         """
         result: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
             inside = name.startswith(MODEL_PREFIX)
             stem = name.removeprefix(MODEL_PREFIX if inside else TUNER_PREFIX)
-            module, _, short = stem.rpartition(".")
+            module, short = _split_name(stem)
             result.setdefault(module, {})[short] = tensor
         return result
+
+    def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
+        """The weight change of one layer, as a structured operator (see `surgery.methods.deltas.delta_of`).
+
+        Args:
+            module: the layer's name, as in `modules`.
+            weight: its base weight `(out, in)`, for the types that need it.
+        """
+        # Upwards in the order of imports, for the sake of a short call: only when it is used.
+        from surgery.methods.deltas import delta_of
+
+        return delta_of(self, module, weight)
 
     def save(self, folder: str | Path, force: bool = False) -> int:
         """Write the adapter and read it back.
@@ -137,6 +153,13 @@ class Adapter:
                 (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
             _verify(partial, self.config, weights, str(folder))
             return (partial / WEIGHTS_FILE).stat().st_size
+
+
+def _split_name(stem: str) -> tuple[str, str]:
+    """A tensor's module and its name there."""
+    module, _, short = stem.rpartition(".")
+    outer, _, last = module.rpartition(".")
+    return (outer, f"{last}.{short}") if last.startswith("lora_") else (module, short)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

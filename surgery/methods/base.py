@@ -234,6 +234,10 @@ class OwnMethod(Method):
     def shapes(self, config: Any, site: Site) -> dict[str, tuple[int, ...]]:
         """Shape of every stored tensor (not the derived ones) at a site."""
 
+    def dtype(self, name: str, site: Site) -> torch.dtype:
+        """Dtype in which a tensor of a site is held; that of the file may be a narrower float."""
+        return torch.int64 if name == CHECK else torch.float32
+
     def bases(self, config: Any, sites: Sequence[Site], weight: WeightReader) -> Bases:
         """The frozen bases of one group of sites."""
         return Bases(own=[{} for _ in sites])

@@ -97,6 +97,11 @@ class FRoD(OwnMethod):
             "check": (2, 9),
         }
 
+    def dtype(self, name: str, site: Site) -> torch.dtype:
+        if name == "positions":
+            return narrow_positions(torch.empty(0, dtype=torch.int64), site.in_features).dtype
+        return super().dtype(name, site)
+
     def bases(self, config: FrodPortableConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
         size = sites[0].in_features
         joint = joint_basis(lambda start: weight.each(sites[start:]), size, config.regularization)

@@ -82,6 +82,9 @@ class SMoA(OwnMethod):
         rank = min(config.r, site.max_rank)
         return {"A": (rank, site.in_features), "B": (site.out_features, rank), "cuts": (config.groups - 1,)}
 
+    def dtype(self, name: str, site: Site) -> torch.dtype:
+        return torch.int32 if name == "cuts" else super().dtype(name, site)
+
     def kept(self, config: SmoaConfig, site: Site, bases: Tensors, weight: torch.Tensor | None) -> Tensors:
         assert weight is not None
         return {"cuts": torch.tensor(equal_share_cuts(weight, config.groups), dtype=torch.int32)}

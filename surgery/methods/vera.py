@@ -63,7 +63,9 @@ class VeRA(Method):
 
     def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
-        B, A = tensors["vera_B"][: b.shape[0]], tensors["vera_A"]
+        assert weight is not None
+        # One pair for all layers, as large as the largest: each takes the corner that fits it.
+        B, A = tensors["vera_B"][: b.shape[0]], tensors["vera_A"][:, : weight.shape[1]]
         return LowRank(b[:, None] * B, d[:, None] * A)
 
 

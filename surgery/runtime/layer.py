@@ -18,9 +18,6 @@ from surgery.sites import Site
 
 __all__ = ["AdapterLayer"]
 
-# Integer tensors and their dtypes; everything else is float32.
-INTEGER_TENSORS = {"cuts": torch.int32, "positions": torch.int32, CHECK: torch.int64}
-
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A linear layer with any number of adapters of one method.
@@ -74,10 +71,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         device = self.device if self.device.type != "meta" else torch.device("cpu")
         trainable = self.method.names(Role.TRAINABLE)
         for name in self.method.stored(config, owner):
-            dtype = INTEGER_TENSORS.get(name, torch.float32)
-            if name == "positions" and self.in_features**2 >= 2**31:
-                dtype = torch.int64
-            missing = torch.iinfo(dtype).min if name in INTEGER_TENSORS else float("nan")
+            dtype = self.method.dtype(name, self.site)
+            missing = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
             tensor = torch.full(shapes[name], missing, dtype=dtype, device=device)
             if name in trainable:
                 self._dict(name)[adapter_name] = nn.Parameter(tensor)

@@ -103,13 +103,13 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
     """
     names = {name for name, _ in model.named_modules()}
     wanted = [module for module in adapter.modules if module]
-    if all(_in_model(module, names) for module in wanted):
+    if all(module in names for module in wanted):
         return adapter
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renamed = {}
     for module in wanted:
         candidates = (module, f"{prefix}{module}", module.removeprefix(prefix))
-        found = next((name for name in candidates if _in_model(name, names)), None)
+        found = next((name for name in candidates if name in names), None)
         if found is not None:
             renamed[module] = found
     lost = [module for module in wanted if module not in renamed]
@@ -123,19 +123,13 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
 
 def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
     tensors = {}
-    for name, tensor in adapter.tensors.items():
-        module, _, short = name.removeprefix(MODEL_PREFIX).rpartition(".")
-        above = not name.startswith(MODEL_PREFIX)
-        tensors[f"{TUNER_PREFIX}{short}" if above else f"{MODEL_PREFIX}{renamed[module]}.{short}"] = tensor
+    for module, parts in adapter.modules.items():
+        start = f"{MODEL_PREFIX}{renamed[module]}." if module else TUNER_PREFIX
+        tensors.update({f"{start}{short}": tensor for short, tensor in parts.items()})
     linears: dict[str, Site] = {site.module: site for site in linear_sites(model)}
     sites = [linears[name] for name in dict.fromkeys(renamed.values()) if name in linears]
     config = {**adapter.config, "target_modules": target_modules(model, sites)}
     return Adapter(config, tensors, adapter.provenance, adapter.card)
-
-
-def _in_model(module: str, names: set[str]) -> bool:
-    # lora_A.weight: PEFT's LoRA keeps its factors in modules of their own.
-    return module in names or module.rpartition(".")[0] in names
 
 
 def _load_base(name: str, task: str | None, device_map: Any, dtype: Any, trust_remote_code: bool) -> Any:
