@@ -46,7 +46,8 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
         model: the base model with its weights.
 
     Raises:
-        AdapterError: the projections are not stored, or the adapter does not fit the model.
+        AdapterError: the projections are not stored, the adapter does not fit the model, or it was trained through
+            columns of U that are nothing but rounding.
     """
     if not adapter.config.get("save_projection", True) or not any(n.startswith(V_PREFIX) for n in adapter.tensors):
         raise AdapterError(
@@ -67,12 +68,29 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
             fingerprint.add(site.key, weight)
             parts = adapter.modules[site.module]
             own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverse)}
+            _refuse_rounding(site, own, positions)
             if site is group[0]:
                 own.update(V=V, positions=narrow_positions(positions, site.in_features))
             for name, tensor in own.items():
                 kept = tensor.float() if tensor.is_floating_point() else tensor
                 tensors[f"{MODEL_PREFIX}{site.module}.{method.prefix}{name}"] = kept
     return Adapter(_config(adapter, fingerprint), tensors, adapter.provenance, adapter.card)
+
+
+def _refuse_rounding(site: Site, own: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+    """Refuse a layer that has been trained through columns of U which are nothing but rounding.
+
+    PEFT makes a unit column of any norm above 1e-12, so a layer without a part in some direction (all layers of the
+    role together have fewer rows than columns, say) has columns that another machine would not reproduce.
+    """
+    absent = own["l0"] == 0
+    moved = own["l"].float().abs() > 1e-4 * own["l0"].max()
+    rows = positions[own["s"] != 0] // site.in_features
+    if bool((absent & moved).any()) or bool(absent[rows].any()):
+        raise AdapterError(
+            f"{site.module}: has no part in {int(absent.sum())} of the {site.in_features} directions of its basis; "
+            "stock FROD trained through columns of U made of rounding there, which cannot be recovered from its file"
+        )
 
 
 def _adapted_sites(adapter: Adapter, model: Any) -> list[Site]:

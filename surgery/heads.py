@@ -1,4 +1,4 @@
-"""Task heads that train beside an adapter and are saved with it."""
+"""Modules that train beside an adapter and are saved with it: a task's head, and what the checkpoint lacks."""
 
 from __future__ import annotations
 
@@ -10,46 +10,58 @@ from torch import nn
 
 from surgery.checkpoints.base_model import BaseModel
 
-__all__ = ["head_modules", "head_tensors"]
+__all__ = ["carried_modules", "carried_tensors", "missing_modules"]
 
-# Names under which transformers keep a task's head. PEFT trains and saves the first two and the third by itself for
-# its sequence, token and question-answering task types, and refuses an adapter file without them.
+# How the names of transformers' heads end. PEFT trains and saves modules whose names end so by itself for its
+# sequence, token and question-answering task types, and fails on a file without them.
 HEAD_NAMES = ("classifier", "score", "qa_outputs")
 HEAD_TASKS = {"seq-cls", "token-cls", "question-answering", "image-cls"}
 
 
-def head_modules(base: BaseModel) -> list[str]:
-    """Names of the modules of the base model that are its task's head; empty for models without one."""
+def carried_modules(base: BaseModel) -> list[str]:
+    """Modules to save with an adapter: the head of a task that has one, and all that the checkpoint lacks for it.
+
+    transformers draws what a checkpoint lacks anew at every load; an adapter trained on one draw would find another.
+    """
     if base.task is None or base.task.name not in HEAD_TASKS:
         return []
-    return [name for name, _ in base.model.named_children() if name in HEAD_NAMES]
+    heads = [name for name, _ in base.model.named_children() if name.endswith(HEAD_NAMES)]
+    inside = tuple(f"{name}." for name in heads)
+    return heads + [name for name in missing_modules(base) if name not in heads and not name.startswith(inside)]
 
 
-def head_tensors(base: BaseModel, seed: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The heads' values: the checkpoint's, or for a head that the checkpoint lacks a fresh, seeded start.
+def missing_modules(base: BaseModel) -> list[str]:
+    """Modules of the model that have a parameter which the checkpoint does not hold."""
+    names = [name for name, _ in base.model.named_parameters() if name not in base.sources]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def carried_tensors(base: BaseModel, seed: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Values of the carried modules: the checkpoint's, or a fresh, seeded start for those that it lacks.
 
     Returns:
-        The tensors by parameter name, and the names of the heads that are fresh.
+        The tensors by parameter name, and the names of the modules that are fresh.
     """
     tensors: dict[str, torch.Tensor] = {}
     fresh: list[str] = []
-    for name in head_modules(base):
-        module = getattr(base.model, name)
+    for name in carried_modules(base):
+        module = base.model.get_submodule(name)
         names = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
         if all(parameter in base.sources for parameter in names):
-            tensors.update({parameter: base.parameter(parameter, check=True) for parameter in names})
+            # Copied: what was read is a view of the checkpoint's file.
+            tensors.update({parameter: base.parameter(parameter, check=True).clone() for parameter in names})
         else:
-            started = _fresh_head(base.model, module, seed)
+            started = _fresh(base.model, module, seed)
             tensors.update({f"{name}.{parameter}": value for parameter, value in started.items()})
             fresh.append(name)
     return tensors, fresh
 
 
-def _fresh_head(model: Any, module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Start a head as transformers would, from a seed, leaving the global random state alone."""
-    head = copy.deepcopy(module).to_empty(device="cpu")
+def _fresh(model: Any, module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Start a module as transformers would, from a seed, leaving the global random state alone."""
+    fresh = copy.deepcopy(module).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for part in head.modules():
+        for part in fresh.modules():
             model._init_weights(part)
-    return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in fresh.named_parameters()}

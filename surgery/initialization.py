@@ -20,10 +20,10 @@ from surgery.checkpoints.atomic import check_output
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.devices import resolve_device
-from surgery.errors import MethodError, OutputError
-from surgery.heads import head_modules, head_tensors
+from surgery.errors import MethodError, OutputError, listing
+from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.memory import release_freed
-from surgery.methods.base import Method, OwnMethod
+from surgery.methods.base import Method, OwnMethod, Start
 from surgery.reports.report import Report, SiteReport
 from surgery.sites import Site, target_modules, unsupported_modules
 
@@ -88,22 +88,9 @@ def init(
         OutputError: the output cannot be written.
     """
     started = time.perf_counter()
+    given = {"rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups, "store_bases": store_bases}
+    options = _checked(method, {name: value for name, value in given.items() if value is not None}, seed, dtype)
     info = method_info(method)
-    options = {
-        "rank": rank,
-        "alpha": alpha,
-        "sparse_rate": sparse_rate,
-        "groups": groups,
-        "store_bases": store_bases,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    for name in options:
-        if name not in info.options:
-            raise MethodError(f"method {method} takes no {name}")
-    if not 0 <= seed < 2**63:
-        raise MethodError(f"seed must be at least 0 and below 2^63, got {seed}")
-    if dtype not in DTYPES:
-        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     where = resolve_device(device)
     base = BaseModel.open(model, task, trust_remote_code)
     if out is not None:
@@ -112,36 +99,53 @@ def init(
         base.refuse_quantized()
     sites = base.select(target, present=info.reads_weights)
     formulas = info.load()
-    common = _common_config(base, sites, seed)
-    config = formulas.make_config(options, common)
+    config = formulas.make_config(options, _common_config(base, sites, seed))
     notes = formulas.notes(config, sites)
-    heads, fresh = head_tensors(base, seed)
-    notes += [f"the checkpoint has no {name}: a fresh one, seeded, is saved with the adapter" for name in fresh]
-    if dry_run:
-        tensors = _planned(formulas, config, sites)
-    else:
-        fingerprinted = isinstance(formulas, OwnMethod) and formulas.needs_base(config)
-        reader = _Reader(base, len(sites) * formulas.passes, where, fingerprinted, progress)
-        start = formulas.start(config, sites, reader)
-        tensors, notes = start.tensors, notes + start.notes
-        if fingerprinted:
-            config.base_fingerprint = reader.fingerprint.digests()
-    tensors = {_file_name(name): _stored(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
-    tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in heads.items()})
+    carried, fresh = carried_tensors(base, seed)
+    notes += _missing_notes(base, fresh, bool(carried), info.reads_weights)
+    reader = _Reader(base, len(sites) * formulas.passes, where, _needs_base(formulas, config), progress)
+    start = _planned(formulas, config, sites) if dry_run else formulas.start(config, sites, reader)
+    if reader.fingerprinted and not dry_run:
+        config.base_fingerprint = reader.fingerprint.digests()
+    tensors = {_file_name(name): _stored(name, tensor, DTYPES[dtype]) for name, tensor in start.tensors.items()}
+    tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in carried.items()})
     adapter = Adapter(_config_dict(config), tensors)
-    report = _report(adapter, base, sites, formulas, config, notes)
-    if not dry_run and isinstance(formulas, OwnMethod):
-        _add_captured(report, adapter, formulas, config, reader.energies)
+    report = _report(adapter, base, sites, formulas, config, notes + _merged(start.notes))
     report.device = str(where) if info.reads_weights else "cpu"
     report.dry_run = dry_run
+    if not dry_run:
+        _add_weight_figures(report, adapter, formulas, config, reader.energies)
     adapter.provenance = _provenance(report, options, seed, dtype, base)
     if dry_run:
         adapter.tensors = {}
     elif out is not None:
         report.bytes = adapter.save(out, force)
-    report.out = str(out) if out is not None and not dry_run else None
+        report.out = str(out)
     report.seconds = time.perf_counter() - started
     return adapter, report
+
+
+def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dict[str, Any]:
+    for name in options:
+        if name not in method_info(method).options:
+            raise MethodError(f"method {method} takes no {name}")
+    if not 0 <= seed < 2**63:
+        raise MethodError(f"seed must be at least 0 and below 2^63, got {seed}")
+    if dtype not in DTYPES:
+        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    return options
+
+
+def _needs_base(method: Method, config: Any) -> bool:
+    return isinstance(method, OwnMethod) and method.needs_base(config)
+
+
+def _missing_notes(base: BaseModel, fresh: list[str], carries: bool, reads_weights: bool) -> list[str]:
+    notes = [f"the checkpoint has no {name}: a fresh one, seeded, is saved with the adapter" for name in fresh]
+    missing = missing_modules(base) if reads_weights and not carries else []
+    if missing:
+        notes.append(f"the checkpoint has no {listing(missing, 3)}: transformers draws them anew at every load")
+    return notes
 
 
 class _Reader:
@@ -204,7 +208,7 @@ def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[st
         "task_type": base.task.peft_task_type if base.task else None,
         "base_model_name_or_path": name.rstrip("/") or name,
         "revision": revision or None,
-        "modules_to_save": head_modules(base) or None,
+        "modules_to_save": carried_modules(base) or None,
         "fan_in_fan_out": all(site.transposed for site in sites),
         "seed": seed,
         "inference_mode": True,
@@ -238,17 +242,18 @@ def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return stored
 
 
-def _planned(method: Method, config: Any, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+def _planned(method: Method, config: Any, sites: Sequence[Site]) -> Start:
     """The tensors that would be made, on the meta device."""
     if not isinstance(method, OwnMethod):
-        return {name: t.to("meta") for name, t in method.start(config, sites, None).tensors.items()}
+        return Start({name: t.to("meta") for name, t in method.start(config, sites, None).tensors.items()})
     planned = {}
     for group in method.groups(sites):
         for index, site in enumerate(group):
             shapes = method.shapes(config, site)
             for name in method.stored(config, owner=index == 0):
-                planned[f"{site.module}.{method.prefix}{name}"] = torch.empty(shapes[name], device="meta")
-    return planned
+                empty = torch.empty(shapes[name], dtype=method.dtype(name, site), device="meta")
+                planned[f"{site.module}.{method.prefix}{name}"] = empty
+    return Start(planned)
 
 
 def _report(
@@ -281,8 +286,24 @@ def _report(
     )
 
 
-def _add_captured(report: Report, adapter: Adapter, method: OwnMethod, config: Any, energies: dict[str, float]) -> None:
-    """State how much of each weight the start holds, for a method whose start approximates it."""
+def _merged(notes: list[str]) -> list[str]:
+    """Notes that say the same of several roles, as one."""
+    by_text: dict[str, list[str]] = {}
+    for note in notes:
+        role, _, text = note.partition(": ")
+        by_text.setdefault(text, []).append(role)
+    return [f"{listing(roles, 3)}: {text}" for text, roles in by_text.items()]
+
+
+def _add_weight_figures(
+    report: Report, adapter: Adapter, method: Method, config: Any, energies: dict[str, float]
+) -> None:
+    """Name weights that are zero, and state how much of each weight a start holds that approximates it."""
+    zero = [module for module, energy in energies.items() if energy == 0]
+    if zero:
+        report.notes.append(f"the weights of {listing(zero, 3)} are zero: what starts from them does not train")
+    if not isinstance(method, OwnMethod):
+        return
     modules = adapter.modules
     for entry in report.sites:
         tensors = {name.removeprefix(method.prefix): tensor for name, tensor in modules[entry.module].items()}
@@ -315,6 +336,7 @@ def _provenance(report: Report, options: dict[str, Any], seed: int, dtype: str, 
         "command": "init",
         "method": report.method,
         "options": {**options, "seed": seed, "dtype": dtype},
+        "task": base.task.name if base.task else None,
         "base": name,
         "modules": report.modules,
         "trainable_parameters": report.trainable_parameters,

@@ -140,7 +140,7 @@ class Adapter:
         """
         with atomic_folder(Path(folder), force) as partial:
             _write_json(partial / CONFIG_FILE, self.config)
-            weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(self.tensors.items())}
+            weights = _separate(self.tensors)
             try:
                 save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             except SafetensorError as error:
@@ -153,6 +153,19 @@ class Adapter:
                 (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
             _verify(partial, self.config, weights, str(folder))
             return (partial / WEIGHTS_FILE).stat().st_size
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, contiguous, each with memory of its own, as the file format wants them."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.detach().to("cpu").contiguous()
+        if value.untyped_storage().data_ptr() in seen or value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
 
 
 def _split_name(stem: str) -> tuple[str, str]:

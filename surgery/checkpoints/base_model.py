@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.naming import Source, parameter_sources
 from surgery.checkpoints.tensor_files import TensorFiles, read_json
 from surgery.errors import CheckpointError, listing
@@ -45,20 +46,7 @@ class Task:
         return found[0] if isinstance(found, tuple) else found
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("causal-lm", "CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-        Task("seq2seq-lm", "SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
-        Task("seq-cls", "SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
-        Task("token-cls", "TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
-        Task("question-answering", "QUESTION_ANS", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
-        # PEFT knows no task type for these: its generic wrapper passes everything through.
-        Task("masked-lm", None, "MODEL_FOR_MASKED_LM_MAPPING"),
-        Task("image-cls", None, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
-        Task("feature-extraction", None, "MODEL_MAPPING"),
-    )
-}
+TASKS = {name: Task(name, peft_type, mapping) for name, (peft_type, mapping) in TASK_TABLE.items()}
 
 
 class BaseModel:
@@ -188,6 +176,8 @@ def _model_class(
     folder: Path, config: PretrainedConfig, task: str | None, trust_remote_code: bool
 ) -> tuple[type[Any], Task | None]:
     if task is not None:
+        if task not in TASKS:
+            raise CheckpointError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
         return TASKS[task].model_class(config), TASKS[task]
     architectures = getattr(config, "architectures", None) or []
     if not architectures:

@@ -52,26 +52,20 @@ def matches(expected: Mapping[str, str], weights: Mapping[str, torch.Tensor]) ->
         expected: as from `Fingerprint.digests`.
         weights: by the same names, in the dtype they are used in.
     """
-    dtype = _common_dtype(weights)
-    # A base rounded to half precision may since have been widened again.
-    candidates = [dtype] if dtype != "float32" else ["float32", "bfloat16", "float16"]
+    found = {name for name, dtype in DTYPES.items() if any(weight.dtype == dtype for weight in weights.values())}
+    halves = found - {"float32"}
+    # Some models keep a few layers in float32 when the rest is halved; and a base rounded to half precision may since
+    # have been widened again.
+    candidates = sorted(halves) if halves else ["float32", "bfloat16", "float16"]
     for candidate in candidates:
-        if candidate != dtype and not _representable(weights, candidate):
+        if not halves and candidate != "float32" and not _representable(weights, candidate):
             continue
-        found = Fingerprint()
+        fingerprint = Fingerprint()
         for key, weight in weights.items():
-            found.add(key, weight, (candidate,))
-        if candidate in expected and found.digests().get(candidate) == expected[candidate]:
+            fingerprint.add(key, weight, (candidate,))
+        if candidate in expected and fingerprint.digests().get(candidate) == expected[candidate]:
             return True
     return False
-
-
-def _common_dtype(weights: Mapping[str, torch.Tensor]) -> str:
-    dtypes = {weight.dtype for weight in weights.values()}
-    for name, dtype in DTYPES.items():
-        if dtypes == {dtype}:
-            return name
-    return "float32"
 
 
 def _representable(weights: Mapping[str, torch.Tensor], name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import METHODS
+from surgery.catalogue import METHODS, TASK_TABLE
 from surgery.cli.options import (
     common_options,
     compute_options,
@@ -23,16 +23,6 @@ from surgery.reports.tables import human_bytes, summary, table
 if TYPE_CHECKING:
     from surgery.reports.report import Report
 
-TASKS = (
-    "causal-lm",
-    "seq2seq-lm",
-    "seq-cls",
-    "token-cls",
-    "question-answering",
-    "masked-lm",
-    "image-cls",
-    "feature-extraction",
-)
 FLAGS = {
     "rank": "--rank",
     "alpha": "--alpha",
@@ -64,7 +54,9 @@ FLAGS = {
     metavar="NAME_OR_REGEX",
     help="Modules to adapt: names, endings of names, or regular expressions. Repeatable. [default: all-linear]",
 )
-@click.option("--task", type=click.Choice(TASKS), help="Task, which chooses the model class. [default: config.json's]")
+@click.option(
+    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: config.json's]"
+)
 @compute_options()
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()

@@ -9,7 +9,7 @@ from surgery.errors import CheckpointError
 
 __all__ = ["local_folder"]
 
-# A Hub id is `name` or `org/name`, optionally with `@revision`.
+# A Hub id is `org/name`, optionally with `@revision`. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
@@ -32,7 +32,7 @@ def local_folder(name: str) -> Path:
         raise CheckpointError(f"{name}: no such folder ({error.strerror})") from None
     match = HUB_ID.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name}: no such folder")
+        raise CheckpointError(f"{name}: no such folder (a Hub model is named ORG/NAME)")
     return _download(match["repo"], match["revision"])
 
 

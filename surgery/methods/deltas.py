@@ -63,7 +63,7 @@ def _own_delta(adapter: Adapter, method: OwnMethod, module: str, weight: torch.T
     tensors = _short_names(method, modules[module])
     for name in method.names(Role.BASE, shared=True):
         if name not in tensors:
-            tensors[name] = _short_names(method, modules[_owner(modules, method.prefix + name, module)])[name]
+            tensors[name] = _short_names(method, modules[_owner(method, modules, module)])[name]
     tensors.update(method.shared_derived(config, tensors))
     whole = weight.float() if weight is not None else None
     if whole is not None:
@@ -78,13 +78,17 @@ def _short_names(method: OwnMethod, parts: Tensors) -> Tensors:
     }
 
 
-def _owner(modules: dict[str, Tensors], name: str, module: str) -> str:
-    """The module that stores what `module` shares: its name differs in one number, the block's."""
+def _owner(method: OwnMethod, modules: dict[str, Tensors], module: str) -> str:
+    """The module that stores what `module` shares: its name differs in one number, the block's, and it fits."""
+    first = method.names(Role.BASE, shared=True)[0]
+    width = modules[module][f"{method.prefix}{method.names(Role.KEPT)[0]}"].shape[0]
     parts = module.split(".")
     for candidate, tensors in modules.items():
         others = candidate.split(".")
-        if name in tensors and len(parts) == len(others):
-            different = [(a, b) for a, b in zip(parts, others, strict=True) if a != b]
-            if len(different) == 1 and all(text.isdigit() for text in different[0]):
-                return candidate
-    raise AdapterError(f"{module}: no module stores the {name} that it shares")
+        base = tensors.get(f"{method.prefix}{first}")
+        if base is None or base.shape[0] != width or len(parts) != len(others):
+            continue
+        different = [(a, b) for a, b in zip(parts, others, strict=True) if a != b]
+        if len(different) == 1 and all(text.isdigit() for text in different[0]):
+            return candidate
+    raise AdapterError(f"{module}: no module stores the {first} that it shares")

@@ -87,8 +87,8 @@ class Attachment:
             for name, tensor in layer.stored(self.name).items():
                 if not _arrived(tensor):
                     raise AdapterError(
-                        f"adapter {self.name!r}: {site.module}.{self.method.prefix}{name} was never loaded; open the "
-                        "adapter with PeftModel.from_pretrained, or start afresh with init_weights=True"
+                        f"adapter {self.name!r}: {site.module}.{self.method.prefix}{name} was never loaded, or holds "
+                        "NaN; open the adapter with PeftModel.from_pretrained, or start afresh with init_weights=True"
                     )
         if self.method.needs_base(self.config):
             self._refuse_quantized()

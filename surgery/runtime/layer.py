@@ -45,7 +45,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._weight_before_merge: torch.Tensor | None = None
-        self._copies: dict[tuple[str, str, torch.device], tuple[int, torch.Tensor]] = {}
+        self._copies: dict[tuple[str, str, torch.device], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     @property
     def linear(self) -> Any:
@@ -108,16 +108,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def copy_on(self, device: torch.device, adapter_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A shared tensor on another device, copied there once."""
         key = (adapter_name, name, device)
-        version, copy = self._copies.get(key, (-1, None))
-        if copy is None or version != tensor._version:
+        source, version, copy = self._copies.get(key, (None, -1, tensor))
+        if source is not tensor or version != tensor._version:
             copy = tensor.to(device)
-            self._copies[key] = (tensor._version, copy)
+            self._copies[key] = (tensor, tensor._version, copy)
         return copy
 
     def pristine_weight(self) -> torch.Tensor:
         """The base weight without any merged adapter, `(out, in)`, in its own dtype."""
-        weight = self.linear.weight.data if self._weight_before_merge is None else self._weight_before_merge
-        weight = weight.to(self.device)
+        weight = self.linear.weight.data
+        if self._weight_before_merge is not None:
+            weight = self._weight_before_merge.to(weight)
         return weight.T if self.fan_in_fan_out else weight
 
     def delta(self, adapter_name: str) -> Delta:
@@ -184,12 +185,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight.data = merged.to(weight.dtype)
         self.merged_adapters.extend(names)
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The linear itself, with the adapters merged if wanted; nothing is kept to undo it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._weight_before_merge = None
+        return self.base_layer
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the copies made of what it shares."""
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self._copies = {key: value for key, value in self._copies.items() if key[0] != adapter_name}
+
     def unmerge(self) -> None:
         """Put the base weight back as it was, to the last bit."""
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.linear.weight.data = self._weight_before_merge.to(self.device)
+        self.linear.weight.data = self._weight_before_merge.to(self.linear.weight)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -207,6 +222,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 holder[adapter_name].data = holder[adapter_name].data.to(dtype)
             else:
                 holder._buffers[adapter_name] = holder[adapter_name].to(dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Whoever loads new tensors, what was derived from the old ones is out of date."""
+        super()._load_from_state_dict(*args, **kwargs)
+        for attachment in self.attachments.values():
+            attachment.invalidate()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never round: PEFT's own would pass a bfloat16 base's dtype on to float32 tensors."""

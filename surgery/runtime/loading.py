@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 
+from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import AdapterError, CheckpointError, listing
@@ -39,7 +40,8 @@ def load(
     Args:
         adapter: a folder, a Hub id, or an opened `Adapter`.
         base: a model, a folder or a Hub id; default the one that the adapter names.
-        task: chooses the model class where `base` is not a model; default the class that its configuration names.
+        task: chooses the model class where `base` is not a model; default the task that the adapter was made for, or
+            the class that the base's configuration names.
         is_trainable: leave the adapter trainable.
         device_map: passed to transformers where the model is loaded here.
         dtype: of the base model, where it is loaded here.
@@ -56,7 +58,7 @@ def load(
     model = base if isinstance(base, torch.nn.Module) else None
     if model is None:
         name = str(base) if base is not None else _named_base(opened)
-        model = _load_base(name, task, device_map, dtype, trust_remote_code)
+        model = _load_base(name, task or _own_task(opened), device_map, dtype, trust_remote_code)
     if opened.peft_type == "FROD":
         from surgery.converters.stock_frod import portable_frod
 
@@ -75,6 +77,8 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
     """PEFT's loading, but what it reports in many lines, or not at all, is an error."""
     try:
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    except KeyError as error:  # a module to save that the file lacks
+        raise AdapterError(f"{folder}: the file lacks {error.args[0] if error.args else error}") from None
     except RuntimeError as error:  # torch's list of tensors whose shapes do not fit
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(f"{folder}: {lines[0] if lines else str(error).splitlines()[0]}") from None
@@ -83,6 +87,13 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
     if missing:
         raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
     return loaded
+
+
+def _own_task(adapter: Adapter) -> str | None:
+    """The task that the adapter was made for, by its configuration or its history."""
+    by_type = {peft_type: name for name, (peft_type, _) in TASK_TABLE.items() if peft_type}
+    task = by_type.get(adapter.config.get("task_type") or "") or adapter.provenance.get("task")
+    return task if task in TASK_TABLE else None
 
 
 def _named_base(adapter: Adapter) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,9 @@ class AdapterModel(BaseTuner):
                 f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing"
             )
         if isinstance(target, AdapterLayer):
+            if target.method.peft_type != self.method.peft_type:
+                carried = target.method.peft_type.value
+                raise AdapterError(f"{current_key}: carries an adapter of type {carried}; one type to a model")
             target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
             return
         layer = AdapterLayer(target, self.method, site_of(self.model, current_key, _linear(target)))
@@ -58,6 +63,13 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around every forward pass."""
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(f"{self.method.info.title} adapters do not mix within a batch: leave out adapter_names")
+        yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Called by PEFT after creating and after loading an adapter.

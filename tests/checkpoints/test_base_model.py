@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from surgery.checkpoints.base_model import TASKS, BaseModel
+from surgery.checkpoints.base_model import BaseModel
 from tests.models import load_base
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
@@ -72,10 +72,11 @@ def test_a_class_that_does_not_exist(model_folder) -> None:
         BaseModel.open(model_folder("vit"), "causal-lm")
 
 
-def test_task_names_are_those_of_the_command() -> None:
-    from surgery.cli.init import TASKS as OFFERED
+def test_an_unknown_task_is_named(llama: Path) -> None:
+    from surgery.errors import CheckpointError
 
-    assert set(OFFERED) == set(TASKS)
+    with pytest.raises(CheckpointError, match="unknown task 'poetry'; the tasks are causal-lm"):
+        BaseModel.open(llama, "poetry")
 
 
 def test_converted_tensors_are_read_through_the_conversion(tmp_path: Path) -> None:

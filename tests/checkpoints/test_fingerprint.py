@@ -40,6 +40,16 @@ def test_a_half_precision_checkpoint_opened_wider() -> None:
     assert matches(digests(base), cast(base, torch.float32))
 
 
+def test_a_halved_model_that_keeps_a_layer_in_float32() -> None:
+    """As transformers does with T5's wo."""
+    base = weights()
+    for half in (torch.float16, torch.bfloat16):
+        mixed = {key: value if key == "layer.2" else value.to(half) for key, value in base.items()}
+        assert matches(digests(base), mixed)
+        mixed["layer.0"] = mixed["layer.0"] * 2
+        assert not matches(digests(base), mixed)
+
+
 def test_other_weights_do_not_match() -> None:
     expected = digests(weights())
     assert not matches(expected, weights(1))

@@ -66,3 +66,29 @@ def test_another_architecture_is_refused(model_folder, tmp_path: Path) -> None:
     stock(model_folder("llama"), "llama").save_pretrained(tmp_path / "stock")
     with pytest.raises(surgery.errors.AdapterError, match=r"model\.layers\.0.*BertModel does not have"):
         surgery.load(tmp_path / "stock", base=model_folder("bert"))
+
+
+def test_categories_that_collide_in_peft(model_folder, tmp_path: Path) -> None:
+    """T5's encoder and decoder share a category in PEFT; both of our roles take its V."""
+    folder = model_folder("t5")
+    config = FrodConfig(target_modules=["SelfAttention.q"], progressbar=False, sparse_rate=0.05)
+    model = get_peft_model(load_base(folder), config).eval()
+    train_a_little(model)
+    model.save_pretrained(tmp_path / "stock")
+    opened = surgery.load(tmp_path / "stock", base=folder).eval()
+    inputs = model_inputs("t5")
+    with torch.no_grad():
+        assert relative_difference(output(opened, inputs), output(model, inputs)) < 1e-4
+
+
+def test_columns_made_of_rounding_are_refused(model_folder, tmp_path: Path) -> None:
+    """Two layers of 32 x 128: fewer rows than columns, and trained through columns that no machine reproduces."""
+    folder = model_folder("gpt2")
+    config = FrodConfig(target_modules=["mlp.c_proj"], progressbar=False, sparse_rate=0.05)
+    model = get_peft_model(load_base(folder), config).eval()
+    model.save_pretrained(tmp_path / "start")
+    surgery.load(tmp_path / "start", base=folder)  # untrained, it does nothing there
+    train_a_little(model)
+    model.save_pretrained(tmp_path / "stock")
+    with pytest.raises(surgery.errors.AdapterError, match="made of rounding"):
+        surgery.load(tmp_path / "stock", base=folder)

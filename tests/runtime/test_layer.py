@@ -352,3 +352,79 @@ def test_convolutions_are_refused_by_name() -> None:
 
     with pytest.raises(surgery.errors.TargetError, match="conv: Conv1d is not a linear layer"):
         get_peft_model(Model(), config_for("inilora", target_modules=["conv"]))
+
+
+@pytest.mark.parametrize("method", ["frod", "smoa"])
+def test_plain_load_state_dict_refreshes_what_is_derived(method: str, model_folder) -> None:
+    """The road of accelerate, FSDP and a user's own code."""
+    folder = model_folder("llama")
+    first = get_peft_model(load_base(folder), config_for(method)).eval()
+    second = get_peft_model(load_base(folder), config_for(method, seed=5)).eval()
+    if method == "frod":  # another basis of the same weights
+        with torch.no_grad():
+            for name, buffer in second.named_buffers():
+                if "frod_portable_V" in name:
+                    buffer.mul_(torch.linspace(0.5, 2.0, buffer.shape[1]))
+        for layer in (m for m in second.modules() if isinstance(m, AdapterLayer)):
+            layer.attachments["default"].invalidate()
+    train_a_little(second, seed=3)
+    first.load_state_dict(second.state_dict())
+    assert relative_difference(run(first), run(second)) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unmerge_in_another_dtype(method: str, model_folder) -> None:
+    model = get_peft_model(load_base(model_folder("llama")), config_for(method)).eval()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.isfinite(run(model)).all()
+    assert {m.linear.weight.dtype for m in model.modules() if isinstance(m, AdapterLayer)} == {torch.bfloat16}
+
+
+def test_merge_and_unload_keeps_no_second_copy(model_folder) -> None:
+    model = get_peft_model(load_base(model_folder("llama")), config_for("frod")).eval()
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    model.merge_and_unload()
+    assert all(layer._weight_before_merge is None for layer in layers)
+
+
+def test_copies_for_other_devices_follow_their_source(model_folder) -> None:
+    model = get_peft_model(load_base(model_folder("llama")), config_for("frod"))
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
+    device = torch.device("cpu")
+    for value in (0.0, 1.0):
+        assert float(layer.copy_on(device, "default", "P", torch.full((2,), value)).sum()) == 2 * value
+    model.add_adapter("second", config_for("frod"))
+    model.delete_adapter("default")
+    assert not any(key[0] == "default" for key in layer._copies)
+
+
+def test_types_do_not_mix_in_one_model(model_folder, tmp_path: Path) -> None:
+    folder = model_folder("llama")
+    for method in ("smoa", "inilora"):
+        surgery.init(folder, method, tmp_path / method, target=["q_proj"])
+    base = load_base(folder)
+    base.load_adapter(str(tmp_path / "smoa"), adapter_name="first")
+    with pytest.raises(surgery.errors.AdapterError, match="carries an adapter of type SMOA"):
+        base.load_adapter(str(tmp_path / "inilora"), adapter_name="second")
+
+
+def test_adapters_do_not_mix_within_a_batch(model_folder) -> None:
+    model = get_peft_model(load_base(model_folder("llama")), config_for("inilora")).eval()
+    with pytest.raises(surgery.errors.AdapterError, match="adapter_names"):
+        model(**model_inputs("llama"), adapter_names=["default", "default"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_train_and_are_saved(method: str, model_folder, tmp_path: Path) -> None:
+    folder = model_folder("bert")
+    model = get_peft_model(load_base(folder), config_for(method, target_modules=["query"], bias="adapter_only")).eval()
+    biases = [p for n, p in model.named_parameters() if n.endswith("base_layer.bias")]
+    assert biases and all(p.requires_grad for p in biases)
+    with torch.no_grad():
+        for bias in biases:
+            bias.add_(0.5)
+    model.save_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(load_base(folder), tmp_path / "out").eval()
+    assert relative_difference(run(again, "bert"), run(model, "bert")) < 1e-6

@@ -70,7 +70,7 @@ def test_base_by_name_and_by_default(llama: Path, tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(model_folder, tmp_path: Path) -> None:
     surgery.init(model_folder("llama"), "inilora", tmp_path / "start")
-    with pytest.raises(surgery.errors.AdapterError, match=r"does not fit BertModel.*model\.layers\.0"):
+    with pytest.raises(surgery.errors.AdapterError, match=r"does not fit Bert.*model\.layers\.0"):
         surgery.load(tmp_path / "start", base=model_folder("bert"))
 
 
@@ -118,3 +118,40 @@ def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     with torch.no_grad():
         assert relative_difference(output(resumed.eval(), model_inputs("llama")), after) < 1e-5
+
+
+def test_adapter_with_a_head_opens_by_its_own_defaults(model_folder, tmp_path: Path) -> None:
+    for task, name in (("seq-cls", "BertForSequenceClassification"), ("masked-lm", "BertForMaskedLM")):
+        surgery.init(model_folder("bert"), "inilora", tmp_path / task, task=task)
+        model = surgery.load(tmp_path / task)
+        assert type(model.get_base_model()).__name__ == name
+
+
+def test_what_the_checkpoint_lacks_is_the_same_at_every_load(tmp_path: Path) -> None:
+    """A masked-LM checkpoint has no pooler: a classifier on it would find another one each time."""
+    from tests.models import build
+
+    masked = transformers.BertForMaskedLM(build("bert").config)
+    masked.save_pretrained(tmp_path / "masked")
+    _, report = surgery.init(tmp_path / "masked", "inilora", tmp_path / "out", task="seq-cls")
+    assert any("pooler" in line for line in report.notes) and any("classifier" in line for line in report.notes)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = surgery.load(tmp_path / "out", base=tmp_path / "masked", task="seq-cls").eval()
+        with torch.no_grad():
+            outputs.append(output(model, model_inputs("bert")))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("method", ["vera", "inilora"])
+def test_heads_of_several_modules(method: str, tmp_path: Path) -> None:
+    """DistilBERT's head is pre_classifier and classifier: PEFT saves both, by the ends of their names."""
+    config = transformers.DistilBertConfig(
+        vocab_size=61, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=32
+    )
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "bare")
+    surgery.init(tmp_path / "bare", method, tmp_path / "out", task="seq-cls")
+    model = surgery.load(tmp_path / "out", base=tmp_path / "bare", is_trainable=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("pre_classifier" in name for name in trained)
