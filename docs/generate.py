@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import click
-
 from surgery.catalogue import METHODS
 from surgery.cli.main import cli
 
@@ -21,12 +19,12 @@ BEGIN, END = "<!-- generated: methods -->", "<!-- end -->"
 def command_reference() -> str:
     """`--help` of the program and of every command, at 80 columns."""
     parts = ["# Command line\n\nGenerated from `--help` by `make docs`.\n"]
-    root = click.Context(cli, info_name="surgery", terminal_width=80)
+    root = cli.make_context("surgery", [], resilient_parsing=True, terminal_width=80)
     parts.append(f"## surgery\n\n```text\n{cli.get_help(root)}\n```\n")
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=root, terminal_width=80)
+        context = command.make_context(name, [], parent=root, resilient_parsing=True, terminal_width=80)
         parts.append(f"## surgery {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 
@@ -40,7 +38,7 @@ def method_table() -> str:
     for info in METHODS.values():
         rank = str(info.rank) if info.rank else "-"
         alpha = "rank" if "alpha" in info.options else "-"
-        rate = f"{info.learning_rate:g}" if info.learning_rate else "none published"
+        rate = f"{info.learning_rate:g}" if info.learning_rate else "-"
         lines.append(
             f"| `{info.name}` | `{info.change}` | {info.trains} | {info.stores} | `{info.peft_type}` | {rank} | "
             f"{alpha} | {rate} | {info.paper} |"

@@ -47,7 +47,7 @@ class MethodInfo:
         options: the options of `surgery init` that it takes besides those of every method.
         rank: default rank, or None for a method without one.
         alpha: default `alpha`; None stands for "equal to the rank" where the method has one.
-        learning_rate: a published setting, or None where none was published.
+        learning_rate: the published setting, or None where we know of none for all tasks.
         reads_weights: its start depends on the values of the base weights.
     """
 
@@ -95,7 +95,6 @@ METHODS: dict[str, MethodInfo] = {
             paper="arXiv 2310.11454",
             options=frozenset({"rank", "store_bases"}),
             rank=256,
-            learning_rate=4e-3,
             reads_weights=False,
         ),
         MethodInfo(

@@ -44,7 +44,7 @@ def init(
     sparse_rate: float | None = None,
     groups: int | None = None,
     store_bases: bool | None = None,
-    target: Sequence[str] = (),
+    target: str | Sequence[str] = (),
     task: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -97,7 +97,7 @@ def init(
         _check_place(Path(out), base, force)
     if info.reads_weights:
         base.refuse_quantized()
-    sites = base.select(target, present=info.reads_weights)
+    sites = base.select([target] if isinstance(target, str) else target, present=info.reads_weights)
     formulas = info.load()
     config = formulas.make_config(options, _common_config(base, sites, seed))
     notes = formulas.notes(config, sites)
@@ -279,6 +279,7 @@ def _report(
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         seconds=0.0,
         base=base.name,
+        model_class=type(base.model).__name__,
         device="cpu",
         notes=notes,
         not_adapted=unsupported_modules(base.model),
@@ -315,7 +316,8 @@ def _add_weight_figures(
     if shares:
         low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
         report.notes.append(
-            f"the start holds {mean:.1%} of the weights' squared norm on average, {low:.1%} to {high:.1%} by layer"
+            f"A0 and B0 capture {mean:.1%} of the weights' squared norm ({low:.1%} to {high:.1%} by layer); "
+            "a higher rank captures more"
         )
 
 

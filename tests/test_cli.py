@@ -122,10 +122,12 @@ def test_methods_table() -> None:
     result = invoke("methods")
     assert result.stderr == ""
     header, _, *rows = result.stdout.splitlines()
-    assert header.split()[:2] == ["method", "PEFT"]
-    assert [row.split()[:2] for row in rows[: len(METHODS)]] == [[i.name, i.peft_type] for i in METHODS.values()]
+    assert header.split()[:1] == ["method"] and max(map(len, result.stdout.splitlines())) <= 80
+    for row, info in zip(rows, METHODS.values(), strict=False):
+        assert row.startswith(info.name) and info.change in row and row.endswith(info.peft_type)
     for info in METHODS.values():
-        assert f"{info.name}: trains {info.trains}; stores {info.stores}." in rows
+        assert f"{info.name}: {info.title}, {info.paper}" in rows
+        assert f"  trains {info.trains}" in rows and f"  stores {info.stores}" in rows
 
 
 def test_methods_json() -> None:
@@ -180,7 +182,7 @@ def test_summary(llama: Path, tmp_path: Path) -> None:
     result = init(llama, "frod", tmp_path / "out")
     summary = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line.strip())
     assert summary["method"].startswith("FRoD, doi 10.1609/aaai.v40i31.39813: dW = ")
-    assert summary["base"] == str(llama)
+    assert summary["base"] == f"{llama} as LlamaForCausalLM"
     assert summary["layers"] == "21 adapted"
     assert summary["written"] == str(tmp_path / "out")
     _, report = surgery.init(llama, "frod")

@@ -91,6 +91,10 @@ class Adapter:
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
         return cls(config, load_file(weights), provenance, text, folder)
 
+    def __repr__(self) -> str:
+        modules = sum(1 for module in self.modules if module)
+        return f"Adapter({self.peft_type}, {modules} modules, {len(self.tensors)} tensors)"
+
     @property
     def peft_type(self) -> str:
         """The adapter's PEFT type."""
@@ -151,6 +155,8 @@ class Adapter:
                 _write_json(partial / PROVENANCE_FILE, self.provenance)
             if self.card is not None:
                 (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
+            # safetensors writes for the owner alone; the other files follow the user's mask, and so shall this one.
+            (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
             _verify(partial, self.config, weights, str(folder))
             return (partial / WEIGHTS_FILE).stat().st_size
 

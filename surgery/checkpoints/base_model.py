@@ -87,6 +87,8 @@ class BaseModel:
             CheckpointError: the folder or one of its files is missing, broken or unsupported.
         """
         folder = local_folder(str(model))
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder}: is an adapter, not a base model; give the model that it is for")
         read_json(folder / "config.json")
         files = TensorFiles.open(folder)
         try:

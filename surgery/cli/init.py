@@ -84,8 +84,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        if report.out is not None:
-            click.echo(report.out)
+        click.echo(report.out if report.out is not None else human_bytes(report.bytes))
     else:
         _show(report, verbose)
 
@@ -98,10 +97,18 @@ def _show(report: Report, verbose: bool) -> None:
         note(f"Note: not adapted: {listing(names, 3)} ({reason})")
     if verbose:
         rows = [
-            [s.module, f"{s.shape[0]} x {s.shape[1]}", str(s.rank or "-"), f"{s.parameters:,}", human_bytes(s.bytes)]
+            [
+                s.module,
+                f"{s.shape[0]} x {s.shape[1]}",
+                str(s.rank or "-"),
+                f"{s.parameters:,}",
+                human_bytes(s.bytes),
+                f"{s.captured:.1%}" if s.captured is not None else "-",
+            ]
             for s in report.sites
         ]
-        click.echo(table(["module", "shape", "rank", "parameters", "size"], rows, right=(1, 2, 3, 4)) + "\n")
+        header = ["module", "shape", "rank", "parameters", "size", "captured"]
+        click.echo(table(header, rows, right=(1, 2, 3, 4, 5)) + "\n")
     planned = "would be " if report.dry_run else ""
     written = ("dry run", "nothing written") if report.dry_run else ("written", str(report.out))
     info = METHODS[report.method]
@@ -109,7 +116,7 @@ def _show(report: Report, verbose: bool) -> None:
         summary(
             [
                 ("method", f"{info.title}, {info.paper}: dW = {info.change}"),
-                ("base", report.base),
+                ("base", f"{report.base} as {report.model_class}"),
                 ("layers", f"{report.modules:,} adapted"),
                 ("trainable", f"{report.trainable_parameters:,} parameters"),
                 ("file", f"{planned}{human_bytes(report.bytes)}"),

@@ -32,10 +32,11 @@ def command(as_json: bool, quiet: bool) -> None:
         click.echo("\n".join(METHODS))
         return
     cells = [
-        [i.name, i.peft_type, i.change, str(i.rank or "-"), f"{i.learning_rate:g}" if i.learning_rate else "-", i.paper]
+        [i.name, i.change, str(i.rank or "-"), f"{i.learning_rate:g}" if i.learning_rate else "-", i.peft_type]
         for i in METHODS.values()
     ]
-    click.echo(table(["method", "PEFT type", "weight change", "rank", "lr", "paper"], cells, right=(3, 4)))
-    click.echo()
+    click.echo(table(["method", "weight change", "rank", "lr", "PEFT type"], cells, right=(2, 3)))
     for info in METHODS.values():
-        click.echo(f"{info.name}: trains {info.trains}; stores {info.stores}.")
+        click.echo(f"\n{info.name}: {info.title}, {info.paper}")
+        click.echo(f"  trains {info.trains}")
+        click.echo(f"  stores {info.stores}")

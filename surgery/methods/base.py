@@ -187,7 +187,9 @@ class Method(ABC):
 
     def notes(self, config: Any, sites: Sequence[Site]) -> list[str]:
         """What the user should know about the choice of options for these sites."""
-        return []
+        if getattr(config, "store_bases", True):
+            return []
+        return ["the frozen bases are not stored: they are computed again, and checked, whenever the adapter is loaded"]
 
     @property
     @abstractmethod

@@ -93,7 +93,7 @@ class IniLoRA(OwnMethod):
         )
 
     def notes(self, config: IniloraConfig, sites: Sequence[Site]) -> list[str]:
-        return capped_rank_note(config.r, sites)
+        return super().notes(config, sites) + capped_rank_note(config.r, sites)
 
     def shapes(self, config: IniloraConfig, site: Site) -> dict[str, tuple[int, ...]]:
         rank = min(config.r, site.max_rank)

@@ -43,6 +43,7 @@ class Report:
         bytes: size of `adapter_model.safetensors`; of its tensors for a dry run.
         seconds: time from opening the input to the verified output.
         base: what the base model was called.
+        model_class: the transformers class that the adapter's module names are for.
         device: device the tensors were computed on.
         notes: what the user should know.
         not_adapted: layers that can't be adapted, with the reason.
@@ -58,6 +59,7 @@ class Report:
     bytes: int
     seconds: float
     base: str
+    model_class: str
     device: str
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)

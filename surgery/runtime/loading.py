@@ -58,7 +58,12 @@ def load(
     model = base if isinstance(base, torch.nn.Module) else None
     if model is None:
         name = str(base) if base is not None else _named_base(opened)
-        model = _load_base(name, task or _own_task(opened), device_map, dtype, trust_remote_code)
+        try:
+            model = _load_base(name, task or _own_task(opened), device_map, dtype, trust_remote_code)
+        except CheckpointError as error:
+            if base is not None:
+                raise
+            raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; give base=...") from None
     if opened.peft_type == "FROD":
         from surgery.converters.stock_frod import portable_frod
 
