@@ -164,9 +164,7 @@ class _Reader:
         self.energies: dict[str, float] = {}
 
     def __call__(self, site: Site) -> torch.Tensor:
-        self.count += 1
-        if self.progress is not None:
-            self.progress(self.count, self.total, site.role)
+        self._tell(site)
         return self._read(site).to(self.device)
 
     def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
@@ -175,11 +173,14 @@ class _Reader:
             upcoming = deque([pool.submit(self._read, site) for site in sites[:1]])
             for index, site in enumerate(sites):
                 upcoming.extend(pool.submit(self._read, following) for following in sites[index + 1 : index + 2])
-                self.count += 1
-                if self.progress is not None:
-                    self.progress(self.count, self.total, site.role)
+                self._tell(site)
                 yield upcoming.popleft().result().to(self.device)
                 release_freed()
+
+    def _tell(self, site: Site) -> None:
+        self.count += 1
+        if self.progress is not None:
+            self.progress(self.count, self.total, site.role)
 
     def _read(self, site: Site) -> torch.Tensor:
         first = site.module not in self.energies

@@ -84,12 +84,27 @@ def _bert() -> Any:
     return tf.BertModel(config)
 
 
+def _mixtral() -> Any:
+    """Experts whose weights are one 3-D parameter, stacked from a tensor each in the file."""
+    config = tf.MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return tf.MixtralForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "bert": _bert,
     "llama": _llama,
     "gpt2": _gpt2,
     "t5": _t5,
     "vit": _vit,
+    "mixtral": _mixtral,
 }
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,7 +37,7 @@ from surgery.errors import (
     WrongBaseError,
 )
 from tests.command_line import contents, flags, invoke
-from tests.models import VOCAB, edit_tensors, load_base, save_model
+from tests.models import edit_tensors, load_base, save_model
 
 READS_WEIGHTS = ("frod", "inilora", "smoa")
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -343,18 +342,7 @@ def test_quantised_checkpoint_with_other_names_is_refused_as_such(model: Path, t
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tf.MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    folder = tmp_path_factory.mktemp("mixtral") / "model"
-    tf.MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_model("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
 
 
 @pytest.mark.parametrize("method", ["vera", *READS_WEIGHTS])

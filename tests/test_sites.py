@@ -111,16 +111,7 @@ def test_a_model_without_blocks_lists_what_there_is() -> None:
 
 
 def test_fused_experts_are_listed_and_refused() -> None:
-    config = transformers.MixtralConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-    )
-    model = transformers.MixtralForCausalLM(config)
+    model = build("mixtral")
     refused = unsupported_modules(model)
     assert any(name.endswith("experts.gate_up_proj") for name in refused), refused
     assert {site.module.rsplit(".", 1)[1] for site in select_sites(model)} >= {"q_proj", "o_proj"}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from surgery.checkpoints.base_model import BaseModel
-from tests.models import load_base
+from tests.models import load_base, save_model
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
 
@@ -83,18 +82,7 @@ def test_converted_tensors_are_read_through_the_conversion(tmp_path: Path) -> No
     """A tensor that transformers splits while loading: one file tensor, three sites (written as version 4 did)."""
     from surgery.checkpoints.naming import parameter_sources
 
-    model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-        )
-    )
-    model.save_pretrained(tmp_path / "mixtral")
+    save_model("mixtral", tmp_path / "mixtral")
     base = BaseModel.open(tmp_path / "mixtral")
     loaded = load_base(tmp_path / "mixtral").state_dict()
     sources = parameter_sources(base.model, base.files.files)
