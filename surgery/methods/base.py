@@ -267,6 +267,10 @@ class OwnMethod(Method):
     def trainables(self, config: Any, site: Site, frozen: Tensors) -> Tensors:
         """The trainable tensors at the start, where the weight change is zero."""
 
+    def reads_weights(self, config: Any) -> bool:
+        """Whether the start depends on the values of the base weights."""
+        return self.info.reads_weights
+
     def group_key(self, site: Site) -> str:
         """Sites of one key share the shared tensors; the first of them stores these."""
         return site.key

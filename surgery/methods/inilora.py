@@ -119,6 +119,10 @@ class IniLoRA(OwnMethod):
             ]
         )
 
+    def reads_weights(self, config: IniloraConfig) -> bool:
+        # In a live model the three variants are one PEFT type, so the configuration says which it is.
+        return config.variant == "svd"
+
     def needs_base(self, config: IniloraConfig) -> bool:
         return config.variant == "svd" and not config.store_bases
 

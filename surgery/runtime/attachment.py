@@ -62,7 +62,7 @@ class Attachment:
 
     def start(self) -> None:
         """Compute the method's start from the weights of the live model."""
-        if self.method.needs_base(self.config) or self.method.info.reads_weights:
+        if self.method.reads_weights(self.config):
             self._refuse_quantized()
         with torch.no_grad():
             for group in self.method.groups(list(self.layers)):

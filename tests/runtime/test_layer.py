@@ -428,3 +428,16 @@ def test_biases_train_and_are_saved(method: str, model_folder, tmp_path: Path) -
     model.save_pretrained(tmp_path / "out")
     again = PeftModel.from_pretrained(load_base(folder), tmp_path / "out").eval()
     assert relative_difference(run(again, "bert"), run(model, "bert")) < 1e-6
+
+
+def test_a_quantised_base_serves_what_reads_no_weights(model_folder) -> None:
+    """bitsandbytes marks its weights with `quant_state`."""
+    for variant, refused in (("alpha", False), ("beta", False), ("svd", True)):
+        base = load_base(model_folder("llama"))
+        base.model.layers[0].self_attn.q_proj.weight.quant_state = object()
+        config = IniloraConfig(r=3, variant=variant, target_modules=["q_proj"])
+        if refused:
+            with pytest.raises(surgery.errors.AdapterError, match="quantised"):
+                get_peft_model(base, config)
+        else:
+            assert relative_difference(run(get_peft_model(base, config)), run(load_base(model_folder("llama")))) < 1e-6
