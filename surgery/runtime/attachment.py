@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.checkpoints.fingerprint import Fingerprint, matches
-from surgery.errors import AdapterError, WrongBaseError
-from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
+from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.errors import AdapterError
+from surgery.methods.base import OwnMethod, Tensors
+from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.sites import Site
 
 if TYPE_CHECKING:
@@ -111,16 +112,15 @@ class Attachment:
 
     def _prepare_group(self, group: list[Site]) -> None:
         method, config, owner = self.method, self.config, self.layers[group[0]]
-        if not config.store_bases and method.names(Role.BASE):
-            regenerated = method.bases(config, group, _LiveWeights(self.layers))
-            shared = regenerated.shared
-            for site, bases in zip(group, regenerated.own, strict=True):
-                layer = self.layers[site]
-                stored = layer.stored(self.name)
-                if CHECK in stored and not method.agrees(stored[CHECK], {**shared, **bases}):
-                    raise WrongBaseError(self._other_bases(site))
-                layer.set_unstored(self.name, bases)
-            owner.set_unstored(self.name, shared)
+        if leaves_out_bases(method, config):
+            layers = [self.layers[site] for site in group]
+            stored = [layer.stored(self.name) for layer in layers]
+            dtype = owner.linear.weight.dtype
+            weights = _LiveWeights(self.layers)
+            bases = regenerate(method, config, group, stored, weights, who=self._who, dtype=dtype)
+            for layer, own in zip(layers, bases.own, strict=True):
+                layer.set_unstored(self.name, own)
+            owner.set_unstored(self.name, bases.shared)
         if config.store_bases:
             owner.set_unstored(self.name, method.shared_derived(config, owner.all_tensors(self.name)))
         for site in group:
@@ -128,15 +128,9 @@ class Attachment:
             derived = method.derived(config, layer.all_tensors(self.name), layer.pristine_weight)
             layer.set_unstored(self.name, derived)
 
-    def _other_bases(self, site: Site) -> str:
-        dtype = self.layers[site].linear.weight.dtype
-        reason = "the base model, or this machine's arithmetic, differs"
-        if dtype != torch.float32:
-            reason = f"the base is loaded in {dtype}; load it in float32 for an adapter without stored bases"
-        return (
-            f"adapter {self.name!r}: the bases regenerated at {site.module} are not those it was made with: {reason}. "
-            "Adapters made without --no-store-bases do not depend on it"
-        )
+    @property
+    def _who(self) -> str:
+        return f"adapter {self.name!r}"
 
     def _refuse_quantized(self) -> None:
         for site, layer in self.layers.items():
@@ -153,16 +147,8 @@ class Attachment:
         return fingerprint.digests()
 
     def _check_base(self) -> None:
-        expected = self.config.base_fingerprint
-        if not expected:
-            raise AdapterError(f"adapter {self.name!r}: its configuration lacks base_fingerprint")
         weights = {site.key: layer.pristine_weight() for site, layer in self.layers.items()}
-        if not matches(expected, weights):
-            name = self.config.base_model_name_or_path or "the one it was made from"
-            raise WrongBaseError(
-                f"adapter {self.name!r} ({self.method.info.title}) was made from other base weights: its base is "
-                f"{name}, and the weights of this model's adapted layers differ from it"
-            )
+        check_base(self.method, self.config, weights, who=self._who)
 
 
 class _LiveWeights:
