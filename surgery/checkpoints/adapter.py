@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoints.atomic import atomic_folder
+from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.tensor_files import read_json, read_tensor, tensor_names
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -73,7 +74,7 @@ class Adapter:
     @classmethod
     def _read(cls, folder: Path) -> Adapter:
         if not (folder / CONFIG_FILE).is_file():
-            raise AdapterError(f"{folder}: no {CONFIG_FILE}; this is not an adapter folder")
+            raise AdapterError(f"{folder}: no {CONFIG_FILE}; {_without_config(folder)}")
         config = read_json(folder / CONFIG_FILE)
         if not isinstance(config.get("peft_type"), str):
             raise AdapterError(f"{folder / CONFIG_FILE}: has no peft_type")
@@ -159,6 +160,17 @@ class Adapter:
             (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
             _verify(partial, self.config, weights, str(folder))
             return (partial / WEIGHTS_FILE).stat().st_size
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder without a PEFT configuration is, as far as its files tell."""
+    if (folder / "config.json").is_file():
+        return "this is a base model, not an adapter"
+    for path in sorted(folder.glob("*.safetensors")):
+        found = foreign_format(tensor_names(path))
+        if found is not None:
+            return f"{path.name} is no PEFT adapter: {found}"
+    return "this is not an adapter folder"
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

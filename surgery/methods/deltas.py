@@ -11,71 +11,113 @@ from surgery.catalogue import method_for_type
 from surgery.errors import AdapterError, listing
 from surgery.linalg.delta import Delta
 from surgery.methods.base import OwnMethod, Role, Tensors
-from surgery.methods.lora import lora_delta
+from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
+from surgery.methods.regeneration import leaves_out_bases
+from surgery.methods.stock import STOCK
 
 if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter
 
-__all__ = ["delta_of"]
+__all__ = ["delta_of", "own_config", "own_delta", "short_names", "stock_delta"]
 
 
 def delta_of(adapter: Adapter, module: str, weight: torch.Tensor | None = None) -> Delta:
-    """The weight change of one layer, float32, on the CPU.
+    """The weight change of one layer, float32, `(out, in)` whatever the orientation of the layer's weight.
 
     Args:
-        adapter: an adapter of type LORA, VERA, INILORA, FROD_PORTABLE or SMOA.
+        adapter: an adapter of type LORA, LOHA, LOKR, HIRA, RANDLORA, VERA, INILORA, FROD_PORTABLE or SMOA.
         module: the layer's name, as in `adapter.modules`.
-        weight: the base weight `(out, in)`; needed for FROD_PORTABLE and SMOA, and for VERA, whose file does not say
-            how wide a layer is.
+        weight: the base weight `(out, in)`; needed for HIRA, FROD_PORTABLE and SMOA, and for VERA and RANDLORA, whose
+            files do not say how wide a layer is.
+
+    Returns:
+        The change on the CPU, where the file's tensors are, or on the device of `weight` for a type that needs it.
 
     Raises:
-        AdapterError: the adapter has no such layer, is of another type, stores no bases, or needs the weight.
+        AdapterError: the adapter has no such layer, is of another type or variant, stores no bases, holds tensors that
+            are broken, or needs the weight.
     """
+    refuse_unreadable(adapter)
     modules = adapter.modules
     parts = modules.get(module)
     if not module or parts is None:
         raise AdapterError(
             f"the adapter changes no module {module!r}; it has {listing(sorted(filter(None, modules)), 4)}"
         )
-    if adapter.peft_type == "LORA":
-        return lora_delta(adapter.config, module, parts)
+    if adapter.peft_type in STOCK:
+        return stock_delta(adapter, module, parts, weight)
+    check_layer(adapter, module, parts)
     method = method_for_type(adapter.peft_type)
-    if method is None:
-        raise AdapterError(f"the weight change of a {adapter.peft_type} adapter is not known here")
+    assert method is not None
     if isinstance(method, OwnMethod):
         return _own_delta(adapter, method, module, weight)
     if "vera_A" not in modules.get("", {}):
         raise AdapterError("the VeRA adapter stores no projections; open it with surgery.load")
     if weight is None:
         raise AdapterError(f"{module}: a VeRA file does not say how wide the layer is; give its base weight")
-    tensors = {name: tensor.float() for name, tensor in {**parts, **modules[""]}.items()}
-    return method.delta(None, tensors, weight)
+    return method.delta(None, in_float32({**parts, **modules[""]}, weight.device), weight)
+
+
+def stock_delta(adapter: Adapter, module: str, parts: Tensors, weight: torch.Tensor | None) -> Delta:
+    """The weight change of one layer of a stock type, from its tensors.
+
+    Raises:
+        AdapterError: as `delta_of`.
+    """
+    parts = with_shared(adapter, parts)
+    check_layer(adapter, module, parts)
+    whole = weight.float() if weight is not None else None
+    device = whole.device if whole is not None else torch.device("cpu")
+    return STOCK[adapter.peft_type].formula(adapter.config, module, in_float32(parts, device), whole)
+
+
+def own_config(adapter: Adapter, method: OwnMethod) -> Any:
+    """The configuration of an adapter of ours."""
+    known = {field.name for field in dataclasses.fields(method.config_class)}
+    return method.config_class(**{key: value for key, value in adapter.config.items() if key in known})
+
+
+def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    """The weight change of one layer of ours, from all its stored tensors, shared and regenerated ones included.
+
+    Args:
+        method: the adapter's method.
+        config: its configuration.
+        tensors: by short name.
+        weight: the base weight `(out, in)`, float32, where the method needs it.
+    """
+    if not set(method.names(Role.DERIVED, shared=True)) <= set(tensors):
+        tensors = {**tensors, **method.shared_derived(config, tensors)}
+    if weight is not None:
+        whole = weight
+        tensors = {**tensors, **method.derived(config, tensors, lambda: whole)}
+    return method.delta(config, tensors, weight)
+
+
+def short_names(method: OwnMethod, parts: Tensors, device: torch.device | str = "cpu") -> Tensors:
+    """The tensors of a layer of ours by their short names, floating-point ones in float32."""
+    return in_float32({name.removeprefix(method.prefix): tensor for name, tensor in parts.items()}, device)
+
+
+def in_float32(tensors: Tensors, device: torch.device | str) -> Tensors:
+    """Tensors on a device, floating-point ones in float32."""
+    return {name: (t.float() if t.is_floating_point() else t).to(device) for name, t in tensors.items()}
 
 
 def _own_delta(adapter: Adapter, method: OwnMethod, module: str, weight: torch.Tensor | None) -> Delta:
-    known = {field.name for field in dataclasses.fields(method.config_class)}
-    config: Any = method.config_class(**{key: value for key, value in adapter.config.items() if key in known})
-    if method.names(Role.BASE) and not config.store_bases:
+    config = own_config(adapter, method)
+    if leaves_out_bases(method, config):
         raise AdapterError("the adapter stores no bases; open it with surgery.load, which regenerates them")
     if weight is None and method.needs_base(config):
         raise AdapterError(f"the weight change of {method.info.title} needs the base weight")
+    whole = weight.float() if weight is not None else None
+    device = whole.device if whole is not None else torch.device("cpu")
     modules = adapter.modules
-    tensors = _short_names(method, modules[module])
+    tensors = short_names(method, modules[module], device)
     for name in method.names(Role.BASE, shared=True):
         if name not in tensors:
-            tensors[name] = _short_names(method, modules[_owner(method, modules, module)])[name]
-    tensors.update(method.shared_derived(config, tensors))
-    whole = weight.float() if weight is not None else None
-    if whole is not None:
-        tensors.update(method.derived(config, tensors, lambda: whole))
-    return method.delta(config, tensors, whole)
-
-
-def _short_names(method: OwnMethod, parts: Tensors) -> Tensors:
-    return {
-        name.removeprefix(method.prefix): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in parts.items()
-    }
+            tensors[name] = short_names(method, modules[_owner(method, modules, module)], device)[name]
+    return own_delta(method, config, tensors, whole)
 
 
 def _owner(method: OwnMethod, modules: dict[str, Tensors], module: str) -> str:
