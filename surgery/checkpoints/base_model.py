@@ -98,6 +98,15 @@ class BaseModel:
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
         return cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
 
+    def with_config(self, config: PretrainedConfig) -> BaseModel:
+        """The same files under a changed configuration (another number of labels, untied embeddings).
+
+        Raises:
+            CheckpointError: no model can be built from the configuration.
+        """
+        model = _on_meta(self.folder, type(self.model), config)
+        return BaseModel(self.name, self.folder, config, model, self.task, self.files)
+
     def select(self, targets: Sequence[str] = (), present: bool = True) -> list[Site]:
         """The sites that `targets` name (see `select_sites`); with `present`, each of them is in the checkpoint.
 

@@ -18,7 +18,7 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.sites import Site, linear_sites, target_modules
 
-__all__ = ["load"]
+__all__ = ["load", "own_task"]
 
 
 def load(
@@ -59,7 +59,7 @@ def load(
     if model is None:
         name = str(base) if base is not None else _named_base(opened)
         try:
-            model = _load_base(name, task or _own_task(opened), device_map, dtype, trust_remote_code)
+            model = _load_base(name, task or own_task(opened), device_map, dtype, trust_remote_code)
         except CheckpointError as error:
             if base is not None:
                 raise
@@ -94,7 +94,7 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
     return loaded
 
 
-def _own_task(adapter: Adapter) -> str | None:
+def own_task(adapter: Adapter) -> str | None:
     """The task that the adapter was made for, by its configuration or its history."""
     by_type = {peft_type: name for name, (peft_type, _) in TASK_TABLE.items() if peft_type}
     task = by_type.get(adapter.config.get("task_type") or "") or adapter.provenance.get("task")
