@@ -28,7 +28,19 @@ TASK_TABLE: dict[str, tuple[str | None, str]] = {
     "feature-extraction": (None, "MODEL_MAPPING"),
 }
 
-__all__ = ["METHODS", "OWN_TYPES", "TASK_TABLE", "MethodInfo", "method_for_type", "method_info", "method_named"]
+# Options of `surgery init` for methods that need data.
+DATA_OPTIONS = frozenset({"data", "loss", "samples", "batch_size", "max_length", "gradient_checkpointing"})
+
+__all__ = [
+    "DATA_OPTIONS",
+    "METHODS",
+    "OWN_TYPES",
+    "TASK_TABLE",
+    "MethodInfo",
+    "method_for_type",
+    "method_info",
+    "method_named",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class MethodInfo:
         alpha: default `alpha`; None stands for "equal to the rank" where the method has one.
         learning_rate: the published setting, or None where we know of none for all tasks.
         reads_weights: its start depends on the values of the base weights.
+        reads_gradients: its start depends on the gradient of a loss, so on data.
     """
 
     name: str
@@ -64,6 +77,7 @@ class MethodInfo:
     alpha: float | None = None
     learning_rate: float | None = None
     reads_weights: bool = True
+    reads_gradients: bool = False
 
     def load(self) -> Method:
         """Import the method's formulas (this imports torch and peft)."""
@@ -96,6 +110,21 @@ METHODS: dict[str, MethodInfo] = {
             options=frozenset({"rank", "store_bases"}),
             rank=256,
             reads_weights=False,
+        ),
+        MethodInfo(
+            name="giva",
+            title="GiVA",
+            peft_type="GIVA",
+            module="giva",
+            change="diag(o) B diag(s) A",
+            trains="o (out), s (r)",
+            stores="A (r, in): the gradient's leading directions; B (out, r), or its seed",
+            paper="arXiv 2604.21901",
+            options=frozenset({"rank", "store_bases", "variant", "split"}) | DATA_OPTIONS,
+            rank=8,
+            learning_rate=1e-2,
+            reads_weights=False,
+            reads_gradients=True,
         ),
         MethodInfo(
             name="inilora",

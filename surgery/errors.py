@@ -11,6 +11,7 @@ from collections.abc import Iterable
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "DataError",
     "MethodError",
     "OutputError",
     "SurgeryError",
@@ -38,6 +39,10 @@ class TargetError(SurgeryError):
 
 class MethodError(SurgeryError):
     """The options do not make sense for the chosen adapter method."""
+
+
+class DataError(SurgeryError):
+    """A data file cannot be used: it is missing, broken, empty, or lacks what the task needs."""
 
 
 class OutputError(SurgeryError):

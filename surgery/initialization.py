@@ -7,35 +7,47 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from surgery.catalogue import method_info
+from surgery.catalogue import MethodInfo, method_info
 from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.atomic import check_output
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.checkpoints.live_model import LiveModel
 from surgery.devices import resolve_device
-from surgery.errors import MethodError, OutputError, listing
+from surgery.errors import MethodError, OutputError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.memory import release_freed
 from surgery.methods.base import Method, OwnMethod, Start
+from surgery.methods.giva import GradientSource
 from surgery.reports.report import Report, SiteReport
 from surgery.sites import Site, target_modules, unsupported_modules
+from surgery.training.data import labels_in
+from surgery.training.gradients import Gradients
+from surgery.training.processes import Processes
+from surgery.training.start import GradientRun, GradientSettings, gradient_run, is_file
 
 __all__ = ["init"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# (weights read so far, weights to read, what is being read)
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+CLASS_TASKS = {"seq-cls", "image-cls"}
+FEW_LABELS = 10_000  # more are no classes
+# (layers done so far, layers to do, what is being done)
 Progress = Callable[[int, int, str], None]
 
 
 def init(
-    model: str | Path,
+    model: str | Path | nn.Module,
     method: str,
     out: str | Path | None = None,
     *,
@@ -44,6 +56,14 @@ def init(
     sparse_rate: float | None = None,
     groups: int | None = None,
     store_bases: bool | None = None,
+    data: str | Path | Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    variant: str | None = None,
+    split: Mapping[str, int | Sequence[int]] | None = None,
     target: str | Sequence[str] = (),
     task: str | None = None,
     seed: int = 0,
@@ -56,11 +76,12 @@ def init(
 ) -> tuple[Adapter, Report]:
     """Make an adapter that starts well from a base model, without loading the model.
 
-    Weights are read one at a time; the base checkpoint is not touched. The adapter starts at a weight change of
+    Weights are read one at a time; the base checkpoint is not touched. GiVA alone loads the model, for one forward
+    and backward pass over `data` in which no weight's gradient is held. The adapter starts at a weight change of
     zero, and opens with `PeftModel.from_pretrained` (after `import surgery` for our own types).
 
     Args:
-        model: a folder with `config.json` and safetensors, or a Hub id.
+        model: a folder with `config.json` and safetensors, or a Hub id; for GiVA also a loaded model.
         method: a name from `surgery methods`.
         out: the adapter folder to write; None writes nothing.
         rank: for the methods that have one; see the method table for the defaults.
@@ -68,11 +89,22 @@ def init(
         sparse_rate: FRoD: share of the entries of S that train.
         groups: SMoA: number of spectral groups K.
         store_bases: store the frozen bases (default), or regenerate and check them on load.
+        data: GiVA: a data file (`.jsonl`, `.txt`, `.csv`, `.parquet`, for images also a folder), or batches:
+            dictionaries of the model's arguments with labels, or whatever `loss` takes.
+        loss: GiVA: `loss(model, batch)` for batches of one's own; default the loss that the model returns.
+        samples: GiVA: how many samples are drawn from a data file; default 32.
+        batch_size: GiVA: how many of them are run at a time, over all processes; default 32.
+        max_length: GiVA: tokens of the longest sample.
+        gradient_checkpointing: GiVA: compute activations twice instead of holding them.
+        variant: GiVA: `vr`, `vru2r`, `vrur` or `vrurand`; see `surgery.methods.giva`.
+        split: GiVA: fused layers to be treated in parts: the end of the module's name -> how many parts, or their
+            heights. Known for GPT-2, Phi-3 and GLM.
         target: module names, endings of names, or regular expressions; default every linear of the blocks.
         task: what the model is for, which chooses its class; default the class that `config.json` names.
         seed: of everything drawn at random.
         device: where to compute: auto, cpu, cuda.
-        dtype: of the stored floating-point tensors: float32, bfloat16, float16.
+        dtype: of the stored floating-point tensors: float32, bfloat16, float16 (fp32, bf16, fp16); for GiVA also of
+            the model while its gradient is computed.
         dry_run: check everything and report sizes, but read no weights and write nothing.
         force: replace an output folder that exists.
         trust_remote_code: run model code that comes with the checkpoint.
@@ -88,41 +120,125 @@ def init(
         OutputError: the output cannot be written.
     """
     started = time.perf_counter()
-    given = {"rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups, "store_bases": store_bases}
+    given = {
+        "rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups, "store_bases": store_bases,
+        "data": data, "loss": loss, "samples": samples, "batch_size": batch_size, "max_length": max_length,
+        "gradient_checkpointing": gradient_checkpointing, "variant": variant, "split": split,
+    }  # fmt: skip
     options = _checked(method, {name: value for name, value in given.items() if value is not None}, seed, dtype)
     info = method_info(method)
     where = resolve_device(device)
-    base = BaseModel.open(model, task, trust_remote_code)
+    base = _opened(model, info, task, options.get("data"), trust_remote_code)
     if out is not None:
         _check_place(Path(out), base, force)
     if info.reads_weights:
         base.refuse_quantized()
     sites = base.select([target] if isinstance(target, str) else target, present=info.reads_weights)
     formulas = info.load()
+    options = formulas.complete(options, sites, base.config)
     config = formulas.make_config(options, _common_config(base, sites, seed))
     notes = formulas.notes(config, sites)
     carried, fresh = carried_tensors(base, seed)
-    notes += _missing_notes(base, fresh, bool(carried), info.reads_weights)
+    notes += _missing_notes(base, fresh, bool(carried), info.reads_weights or info.reads_gradients)
     reader = _Reader(base, len(sites) * formulas.passes, where, _needs_base(formulas, config), progress)
-    start = _planned(formulas, config, sites) if dry_run else formulas.start(config, sites, reader)
-    if reader.fingerprinted and not dry_run:
-        config.base_fingerprint = reader.fingerprint.digests()
+    run = None
+    if info.reads_gradients:
+        settings = _settings(options, DTYPES[dtype], seed, where, spread=device == "auto")
+        wanted = formulas.gradient_parts(config, sites)
+        run = _gradients(base, sites, wanted, options, settings, carried, dry_run, progress)
+        sites = [site for site in sites if site.module not in run.found.absent]
+        config = formulas.make_config(options, _common_config(base, sites, seed))
+        notes += run.notes
+    start = _start(formulas, config, sites, run, reader, dry_run)
     tensors = {_file_name(name): _stored(name, tensor, DTYPES[dtype]) for name, tensor in start.tensors.items()}
     tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in carried.items()})
     adapter = Adapter(_config_dict(config), tensors)
     report = _report(adapter, base, sites, formulas, config, notes + _merged(start.notes))
-    report.device = str(where) if info.reads_weights else "cpu"
+    report.device = str(where) if info.reads_weights or info.reads_gradients else "cpu"
     report.dry_run = dry_run
-    if not dry_run:
+    report.labels = int(base.config.num_labels) if base.labels is not None else None
+    if run is not None:
+        report.loss, report.samples = run.found.loss, run.samples
+    elif not dry_run:
         _add_weight_figures(report, adapter, formulas, config, reader.energies)
     adapter.provenance = _provenance(report, options, seed, dtype, base)
     if dry_run:
         adapter.tensors = {}
     elif out is not None:
-        report.bytes = adapter.save(out, force)
+        if run is None or run.processes.first:
+            report.bytes = adapter.save(out, force)
+        if run is not None:
+            run.processes.wait()
         report.out = str(out)
     report.seconds = time.perf_counter() - started
     return adapter, report
+
+
+def _opened(
+    model: str | Path | nn.Module, info: MethodInfo, task: str | None, data: Any, trust_remote_code: bool
+) -> BaseModel:
+    """The base model; a classifier that the checkpoint lacks gets as many outputs as the data has labels."""
+    if isinstance(model, nn.Module):
+        if not info.reads_gradients:
+            raise MethodError(
+                f"{info.name} reads a model's files: give its folder, or call peft.get_peft_model(model, config)"
+            )
+        return LiveModel(model)
+    base = BaseModel.open(model, task, trust_remote_code)
+    if info.reads_gradients and data is None:
+        raise MethodError(f"{info.name} starts from the gradient of a loss: give the data for it with --data FILE")
+    if is_file(data) and base.task is not None and base.task.name in CLASS_TASKS and base.head_is_free:
+        labels = labels_in(data, base)
+        if len(labels) < FEW_LABELS and not any(isinstance(label, float) for label in labels):
+            return BaseModel.open(model, task, trust_remote_code, labels=labels)
+    return base
+
+
+def _settings(
+    options: dict[str, Any], dtype: torch.dtype, seed: int, device: torch.device, spread: bool
+) -> GradientSettings:
+    names = ("samples", "batch_size", "max_length", "gradient_checkpointing")
+    given = {name: options[name] for name in names if name in options}
+    return GradientSettings(dtype=dtype, seed=seed, device=device, spread=spread, **given)
+
+
+def _gradients(
+    base: BaseModel,
+    sites: Sequence[Site],
+    wanted: tuple[int, dict[str, list[int]]],
+    options: dict[str, Any],
+    settings: GradientSettings,
+    carried: dict[str, torch.Tensor],
+    dry_run: bool,
+    progress: Progress | None,
+) -> GradientRun:
+    """The gradients that a method starts from; for a dry run the data is read, but the model is not."""
+    data = options["data"]
+    if dry_run:
+        examples = settings.examples(data, base)
+        return GradientRun(Gradients(), None, Processes(), examples.notes if examples is not None else [])
+    rank, parts = wanted
+    run = gradient_run(
+        base, sites, rank, parts, data, options.get("loss"), settings, carried=carried, progress=progress
+    )
+    if run.found.absent:
+        run.notes.append(f"no gradient reaches {listing(run.found.absent, 4)}: left out")
+    if not run.found.svds:
+        raise TargetError(f"no gradient reaches any of the {len(sites)} layers: the loss does not depend on them")
+    return run
+
+
+def _start(
+    formulas: Method, config: Any, sites: Sequence[Site], run: GradientRun | None, reader: _Reader, dry_run: bool
+) -> Start:
+    if dry_run:
+        return _planned(formulas, config, sites)
+    if run is not None:
+        return formulas.start(config, sites, GradientSource(run.found.svds))
+    start = formulas.start(config, sites, reader)
+    if reader.fingerprinted:
+        config.base_fingerprint = reader.fingerprint.digests()
+    return start
 
 
 def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dict[str, Any]:
@@ -197,7 +313,7 @@ class _Reader:
 
 def _check_place(out: Path, base: BaseModel, force: bool) -> None:
     folder, target = base.folder.resolve(), out.resolve()
-    if target == folder or target in folder.parents:
+    if base.live is None and (target == folder or target in folder.parents):
         raise OutputError(f"{out}: holds the base model; choose another output with -o")
     check_output(out, force)
 
@@ -207,7 +323,7 @@ def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[st
     return {
         "target_modules": target_modules(base.model, sites),
         "task_type": base.task.peft_task_type if base.task else None,
-        "base_model_name_or_path": name.rstrip("/") or name,
+        "base_model_name_or_path": name.rstrip("/") or name or None,
         "revision": revision or None,
         "modules_to_save": carried_modules(base) or None,
         "fan_in_fan_out": all(site.transposed for site in sites),
@@ -331,14 +447,17 @@ def _provenance(report: Report, options: dict[str, Any], seed: int, dtype: str, 
     from surgery import __version__
 
     # A Hub id says which model it was; of a folder only its own name is kept.
-    name = base.folder.resolve().name if Path(base.name).is_dir() else base.name
+    name = base.folder.resolve().name if base.name and Path(base.name).is_dir() else base.name
+    data, kept = options.get("data"), {k: v for k, v in options.items() if k not in {"data", "loss"}}
     return {
         "format_version": 1,
         "tool": "surgery",
         "version": __version__,
         "command": "init",
         "method": report.method,
-        "options": {**options, "seed": seed, "dtype": dtype},
+        "options": {**kept, "seed": seed, "dtype": dtype},
+        "data": Path(str(data)).name if is_file(data) else None,
+        "labels": base.labels,
         "task": base.task.name if base.task else None,
         "base": name,
         "modules": report.modules,

@@ -60,7 +60,12 @@ class BaseModel:
         task: the task whose class was chosen, or None for a class that serves none of the known tasks.
         files: the checkpoint's tensors.
         shapes: shape of every parameter of the model.
+        live: the model with its values, where it was loaded by the caller; else None.
+        labels: the classes that were given to a head which the checkpoint lacks; else None.
     """
+
+    live: Any = None
+    labels: list[int | str] | None = None
 
     def __init__(
         self, name: str, folder: Path, config: PretrainedConfig, model: Any, task: Task | None, files: TensorFiles
@@ -75,13 +80,20 @@ class BaseModel:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @classmethod
-    def open(cls, model: str | Path, task: str | None = None, trust_remote_code: bool = False) -> BaseModel:
+    def open(
+        cls,
+        model: str | Path,
+        task: str | None = None,
+        trust_remote_code: bool = False,
+        labels: Sequence[int | str] | None = None,
+    ) -> BaseModel:
         """Open a folder or Hub id; no weight is read.
 
         Args:
             model: a folder with `config.json` and safetensors, or a Hub id (`org/name`, `org/name@revision`).
             task: a key of `TASKS`; without it the class that the configuration names.
             trust_remote_code: run model code that comes with the checkpoint.
+            labels: the classes of a head, where the checkpoint does not say.
 
         Raises:
             CheckpointError: the folder or one of its files is missing, broken or unsupported.
@@ -95,8 +107,23 @@ class BaseModel:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers validates a configuration with errors of many kinds
             raise CheckpointError(f"{folder / 'config.json'}: {_reason(folder, error, trust_remote_code)}") from None
+        if labels is not None:
+            _set_labels(config, labels)
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
-        return cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
+        base = cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
+        base.labels = list(labels) if labels is not None else None
+        return base
+
+    @property
+    def head_is_free(self) -> bool:
+        """Whether neither the weights nor the configuration say how many classes there are."""
+        known = {"num_labels", "id2label", "label2id"} & set(read_json(self.folder / "config.json"))
+        head = [name for name, _ in self.model.named_parameters() if not name.startswith(self._body)]
+        return not known and all(name not in self.sources for name in head)
+
+    @property
+    def _body(self) -> str:
+        return f"{self.model.base_model_prefix}."
 
     def with_config(self, config: PretrainedConfig) -> BaseModel:
         """The same files under a changed configuration (another number of labels, untied embeddings).
@@ -175,6 +202,15 @@ class BaseModel:
     def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
         """The weight of `site`, `(out, in)`, float32, on `device`."""
         return self.raw_weight(site).to(device=device, dtype=torch.float32)
+
+
+def _set_labels(config: PretrainedConfig, labels: Sequence[int | str]) -> None:
+    """Name the classes: whole numbers stand for themselves, names are numbered in order."""
+    if all(isinstance(label, int) for label in labels):
+        config.num_labels = max(int(label) for label in labels) + 1
+        return
+    config.id2label = {index: str(label) for index, label in enumerate(labels)}
+    config.label2id = {str(label): index for index, label in enumerate(labels)}
 
 
 def _reason(folder: Path, error: Exception, trust_remote_code: bool) -> str:

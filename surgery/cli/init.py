@@ -29,7 +29,29 @@ FLAGS = {
     "sparse_rate": "--sparse-rate",
     "groups": "--groups",
     "store_bases": "--no-store-bases",
+    "data": "--data",
+    "samples": "--samples",
+    "batch_size": "--batch-size",
+    "max_length": "--max-length",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "variant": "--variant",
+    "split": "--split",
 }
+
+
+def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
+    """`NAME=N` or `NAME=A,B,C` as a dictionary; None where nothing was given."""
+    found: dict[str, int | list[int]] = {}
+    for value in values:
+        name, _, numbers = value.partition("=")
+        try:
+            parts = [int(number) for number in numbers.split(",")]
+        except ValueError:
+            parts = []
+        if not name or not parts or min(parts) < 1:
+            raise click.BadParameter(f"{value!r} is not NAME=N or NAME=A,B,C", param_hint="'--split'")
+        found[name] = parts if len(parts) > 1 else parts[0]
+    return found or None
 
 
 @click.command("init")
@@ -47,6 +69,29 @@ FLAGS = {
     type=bool,
     default=None,
     help="Leave the frozen bases out of the file; they are regenerated on load, and checked.",
+)
+@click.option("--data", metavar="FILE", help="giva: .jsonl, .txt, .csv or .parquet; for images also a folder.")
+@click.option("--samples", type=int, metavar="N", help="giva: samples drawn from FILE.  [default: 32]")
+@click.option("--batch-size", type=int, metavar="N", help="giva: samples run at a time.  [default: 32]")
+@click.option("--max-length", type=int, metavar="T", help="giva: tokens of the longest sample.  [default: up to 512]")
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    default=None,
+    help="giva: compute activations twice instead of holding them.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["vr", "vru2r", "vrur", "vrurand"]),
+    help="giva: what B is: random orthonormal, left singular vectors r..2r or 0..r, Gaussian.  [default: vr]",
+)
+@click.option(
+    "--split",
+    multiple=True,
+    metavar="NAME=N",
+    callback=lambda context, parameter, value: parsed_split(value),
+    help="giva: treat a fused layer as N parts, or parts of heights A,B,C. Repeatable. "
+    "[default: GPT-2, Phi-3 and GLM are known]",
 )
 @click.option(
     "--target",
@@ -66,14 +111,18 @@ def command(
     """Make an adapter that starts well from a base model.
 
     MODEL is a folder with config.json and safetensors, or a Hub id. It is read one weight at a time and never
-    changed. The result opens with PeftModel.from_pretrained, after `import surgery` for all methods but vera.
+    changed; giva alone loads it, for one pass over the data. The result opens with PeftModel.from_pretrained, after
+    `import surgery` for all methods but vera.
 
     \b
     Examples:
       surgery init --method frod model/
+      surgery init --method giva --data train.jsonl model/
       surgery init --method inilora --rank 16 --target q_proj --target v_proj model/ -o start/
     """
     refuse_idle_options(method, FLAGS, options)
+    if METHODS[method].reads_gradients and options["data"] is None:
+        raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 
@@ -81,6 +130,8 @@ def command(
     folder = out or f"{name.name}-{method}"
     with progress_bar(f"init {method}", wanted=not quiet and not as_json) as progress:
         _, report = init(model, method, folder, progress=progress, **options)
+    if int(os.environ.get("RANK", "0")) > 0:  # of torchrun's processes the first one speaks
+        return
     if as_json:
         show_json(report.to_dict())
     elif quiet:
@@ -120,11 +171,19 @@ def _show(report: Report, verbose: bool) -> None:
                 ("layers", f"{report.modules:,} adapted"),
                 ("trainable", f"{report.trainable_parameters:,} parameters"),
                 ("file", f"{planned}{human_bytes(report.bytes)}"),
+                *([("loss", _loss_line(report))] if report.loss is not None else []),
                 ("time", f"{report.seconds:.2f} s on {report.device}"),
                 written,
             ]
         )
     )
     if not report.dry_run:
+        if report.labels:
+            click.echo(f"\nIts head has {report.labels} outputs: load the base with num_labels={report.labels}")
         imported = "" if report.peft_type == "VERA" else "import surgery; "
         click.echo(f'\nLoad it:  {imported}PeftModel.from_pretrained(base, "{report.out}", is_trainable=True)')
+
+
+def _loss_line(report: Report) -> str:
+    source = f"{report.samples} samples" if report.samples is not None else "the given batches"
+    return f"{report.loss:.4f} on {source}, whose gradient chose A"

@@ -55,10 +55,10 @@ def compute_options() -> Callable[[F], F]:
             ),
             click.option(
                 "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
+                type=click.Choice(["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]),
                 default="float32",
                 show_default=True,
-                help="Type of the stored tensors.",
+                help="Type of the stored tensors; giva: also of the model while its gradient is computed.",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
         ]

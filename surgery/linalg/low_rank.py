@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from surgery.linalg.threads import one_torch_thread
 
-__all__ = ["TruncatedSVD", "svd_of_product", "truncated_svd"]
+__all__ = ["LinearMap", "TruncatedSVD", "orthonormal_to", "svd_of_map", "svd_of_product", "truncated_svd"]
 
 OVERSAMPLING = 8
 # Stop when another block adds less than this share to the energy captured so far. On real and on flat spectra what is
 # then missing is about a tenth of it.
 CONVERGED = 1e-4
-FIRST_LOOK = 4
+EVERY = 2  # blocks from one look to the next: a look takes an eigendecomposition
 # Below this many entries one thread is faster than several.
 SMALL = 1 << 20
+
+
+class LinearMap(Protocol):
+    """A matrix that is known by its products alone; every real tensor is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def T(self) -> LinearMap: ...
+
+    def __matmul__(self, other: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,7 @@ class TruncatedSVD:
         U: `(m, r)`, orthonormal columns.
         S: `(r,)`, in falling order.
         Vh: `(r, n)`, orthonormal rows.
-        energy: squared Frobenius norm of the whole matrix.
+        energy: squared Frobenius norm of the whole matrix; NaN where it is not known.
     """
 
     U: torch.Tensor
@@ -78,8 +99,29 @@ def _truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> TruncatedSVD:
     if 3 * block >= min(rows, columns):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        U, S, Vh = _block_krylov(matrix, rank, block, seed)
+        U, S, Vh = _block_krylov(matrix, rank, block, seed, _gains_little, EVERY)
     return _canonical(TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], energy))
+
+
+def svd_of_map(matrix: LinearMap, rank: int, seed: int = 0, missing: float = 5e-3) -> TruncatedSVD:
+    """The leading `rank` singular triplets of a matrix that is given by its products with others.
+
+    The iteration of `truncated_svd`; every block of it takes one product with the matrix and one with its transpose,
+    so after each it is asked whether that was enough.
+
+    Args:
+        matrix: `(m, n)`.
+        rank: at least 1; capped at min(m, n).
+        seed: of the starting block.
+        missing: stop when about this share of the energy that `rank` triplets can capture is not captured yet.
+
+    Returns:
+        The decomposition, its `energy` NaN: products do not tell it.
+    """
+    rank = min(rank, *matrix.shape)
+    block = min(rank + OVERSAMPLING, *matrix.shape)
+    U, S, Vh = _block_krylov(matrix, rank, block, seed, lambda captured: _missing(captured) <= missing)
+    return _canonical(TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], math.nan))
 
 
 def svd_of_product(B: torch.Tensor, A: torch.Tensor) -> TruncatedSVD:
@@ -98,27 +140,44 @@ def svd_of_product(B: torch.Tensor, A: torch.Tensor) -> TruncatedSVD:
     return _canonical(TruncatedSVD(Q_B @ U, S, Vh @ Q_A.T, float(S.double().square().sum())))
 
 
+def _gains_little(captured: Sequence[float]) -> bool:
+    return len(captured) > 1 and captured[-1] - captured[-2] <= EVERY * CONVERGED * captured[-1]
+
+
+def _missing(captured: Sequence[float]) -> float:
+    """About what share of the energy the next blocks would add, if the gains go on falling by the same factor.
+
+    The last step, from the basis to the triplets, gives about half a block for nothing: hence the exponent.
+    """
+    gains = [captured[0]] + [now - before for before, now in itertools.pairwise(captured)]
+    if captured[-1] == 0 or gains[-1] <= 0:
+        return 0.0
+    if len(gains) == 1 or gains[-1] >= gains[-2]:
+        return 1.0
+    ratio = gains[-1] / gains[-2]
+    return gains[-1] / captured[-1] * float(ratio**1.5) / (1 - ratio)
+
+
 def _block_krylov(
-    matrix: torch.Tensor, rank: int, block: int, seed: int
+    matrix: LinearMap, rank: int, block: int, seed: int, enough: Callable[[list[float]], bool], every: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix)
+    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device, matrix.dtype)
     Q = torch.linalg.qr(matrix @ start)[0]  # (m, k): the Krylov basis so far, a block of columns at a time
     newest = Q
-    projected = newest.T @ matrix  # (k, n), row for row with the basis
-    captured = 0.0
+    projected = (matrix.T @ newest).T  # (k, n), row for row with the basis
+    captured: list[float] = []
     for blocks in itertools.count(1):
         full = Q.shape[1] + block > min(matrix.shape)
-        if full or (blocks >= FIRST_LOOK and blocks % 2 == 0):
+        if not full and blocks % every == 0:
             # The squared singular values of Q^T W, from its small Gram matrix.
-            now = float(torch.linalg.eigvalsh(projected @ projected.T)[-rank:].clamp_min(0).sum())
-            if full or now - captured <= 2 * CONVERGED * now:
-                break
-            captured = now
+            captured.append(float(torch.linalg.eigvalsh(projected @ projected.T)[-rank:].clamp_min(0).sum()))
+        if full or (blocks % every == 0 and enough(captured)):
+            break
         newest = matrix @ projected[-block:].T
-        newest = _orthonormal_to(Q, newest)
+        newest = orthonormal_to(Q, newest)
         Q = torch.cat([Q, newest], 1)
-        projected = torch.cat([projected, newest.T @ matrix])
+        projected = torch.cat([projected, (matrix.T @ newest).T])
     vectors = torch.linalg.eigh((projected @ projected.T).double())[1]
     top = vectors[:, -rank:].flip(1).to(matrix.dtype)
     # The Gram matrix says which directions; their lengths are taken from the projection itself.
@@ -127,7 +186,7 @@ def _block_krylov(
     return Q @ (top @ left), S, right @ U.T
 
 
-def _orthonormal_to(Q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+def orthonormal_to(Q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of `block` without its part in the span of `Q`.
 
     Twice is usually enough. Where nothing of the block is left but rounding, because Q already spans an invariant

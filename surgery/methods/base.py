@@ -76,6 +76,7 @@ class Start:
 class OwnType(str, Enum):
     """Our PEFT types. PEFT's tables, and transformers', need a member of a string enumeration, not a bare string."""
 
+    GIVA = "GIVA"
     INILORA = "INILORA"
     SMOA = "SMOA"
     FROD_PORTABLE = "FROD_PORTABLE"
@@ -177,13 +178,30 @@ class Method(ABC):
             MethodError: an option is out of range.
         """
 
+    def complete(self, options: dict[str, Any], sites: Sequence[Site], model_config: Any) -> dict[str, Any]:
+        """The options with what depends on the model: defaults for its type, sizes for its layers.
+
+        Raises:
+            MethodError: an option does not fit the model.
+        """
+        return options
+
+    def gradient_parts(self, config: Any, sites: Sequence[Site]) -> tuple[int, dict[str, list[int]]]:
+        """For a method that reads gradients: the singular triplets it wants of each, and the heights of the parts of
+        fused layers by module name.
+        """
+        raise NotImplementedError(f"{self.info.title} reads no gradients")
+
     @abstractmethod
     def start(self, config: Any, sites: Sequence[Site], weight: WeightReader | None) -> Start:
         """The adapter at its start. A method that reads no weights may be given no reader."""
 
     @abstractmethod
-    def delta(self, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
-        """The weight change of a site, from all its tensors and, where the method needs it, its base weight."""
+    def delta(self, config: Any, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
+        """The weight change of a site, from all its tensors and, where the method needs it, its base weight.
+
+        `module` is the site's name, for methods whose configuration says something about single modules.
+        """
 
     def notes(self, config: Any, sites: Sequence[Site]) -> list[str]:
         """What the user should know about the choice of options for these sites."""
@@ -219,6 +237,8 @@ class OwnMethod(Method):
     peft_type: OwnType
     config_class: type[OwnConfig]
     specs: tuple[Spec, ...]
+    # Whether the kept tensors come from the weights, as against all else that a start may come from.
+    keeps_from_weights = True
 
     def __init__(self, name: str) -> None:
         self.info = METHODS[name]
@@ -320,8 +340,8 @@ class OwnMethod(Method):
         shared = bases.shared
         if not set(self.names(Role.DERIVED, shared=True)) <= set(shared):
             shared = {**shared, **self.shared_derived(config, shared)}
-        keeps = bool(self.names(Role.KEPT))
-        weights = weight.each(sites)
+        keeps = self.keeps_from_weights and bool(self.names(Role.KEPT))
+        weights = weight.each(sites) if keeps else iter(())
         result = []
         for index, site in enumerate(sites):
             frozen = {**shared, **bases.own[index]}

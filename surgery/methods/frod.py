@@ -127,7 +127,9 @@ class FRoD(OwnMethod):
     def shared_derived(self, config: FrodPortableConfig, bases: Tensors) -> Tensors:
         return {"P": right_inverse_transposed(bases["V"]), "places": bases["positions"].to(torch.int64)}
 
-    def delta(self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    def delta(
+        self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = ""
+    ) -> Delta:
         l0 = tensors["l0"]
         gain = torch.where(l0 > 0, 1.0 / torch.where(l0 > 0, l0, 1.0), 0.0).to(l0.dtype)
         diagonal = tensors["l"] - l0

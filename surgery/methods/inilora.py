@@ -111,7 +111,7 @@ class IniLoRA(OwnMethod):
     def trainables(self, config: IniloraConfig, site: Site, frozen: Tensors) -> Tensors:
         return {"A": frozen["A0"].clone(), "B": frozen["B0"].clone()}
 
-    def delta(self, config: IniloraConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    def delta(self, config: IniloraConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
         return Sum(
             [
                 (config.scaling, LowRank(tensors["B"], tensors["A"])),

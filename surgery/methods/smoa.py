@@ -99,7 +99,7 @@ class SMoA(OwnMethod):
     def derived(self, config: SmoaConfig, tensors: Tensors, weight: Callable[[], torch.Tensor]) -> Tensors:
         return {"masks": top_components(weight(), tensors["cuts"].tolist())}
 
-    def delta(self, config: SmoaConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    def delta(self, config: SmoaConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
         if weight is None:
             raise MethodError("SMoA needs the base weight that its masks are components of")
         ranks = split_rank(tensors["A"].shape[0], config.groups)

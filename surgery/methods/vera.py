@@ -61,7 +61,7 @@ class VeRA(Method):
             tensors[".vera_A"], tensors[".vera_B"] = A, B
         return Start(tensors)
 
-    def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
         assert weight is not None
         # One pair for all layers, as large as the largest: each takes the corner that fits it.

@@ -46,6 +46,9 @@ class Report:
         model_class: the transformers class that the adapter's module names are for.
         device: device the tensors were computed on.
         notes: what the user should know.
+        loss: the mean loss on the data, for a start that comes from its gradient.
+        samples: how many samples of a data file that was.
+        labels: classes of a head that the data, not the checkpoint, determined.
         not_adapted: layers that can't be adapted, with the reason.
         sites: one entry for each adapted layer.
     """
@@ -62,6 +65,9 @@ class Report:
     model_class: str
     device: str
     dry_run: bool = False
+    loss: float | None = None
+    samples: int | None = None
+    labels: int | None = None
     notes: list[str] = field(default_factory=list)
     not_adapted: dict[str, str] = field(default_factory=dict)
     sites: list[SiteReport] = field(default_factory=list)

@@ -126,7 +126,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         attachment = self.attachments[adapter_name]
         tensors = attachment.tensors(self.site)
         weight = self.pristine_weight() if self._needs_weight(attachment) else None
-        return self.method.delta(attachment.config, tensors, weight)
+        return self.method.delta(attachment.config, tensors, weight, self.site.module)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The weight change in the base weight's own orientation, float32."""
@@ -137,7 +137,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 for name, tensor in attachment.tensors(self.site).items()
             }
             weight = self.pristine_weight().float() if self._needs_weight(attachment) else None
-            dense = self.method.delta(attachment.config, tensors, weight).dense()
+            dense = self.method.delta(attachment.config, tensors, weight, self.site.module).dense()
         return dense.T if self.fan_in_fan_out else dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,268 @@
+"""GiVA (arXiv 2604.21901): `dW = diag(o) B diag(s) A` with frozen bases that the loss's gradient chose.
+
+A holds the leading right singular vectors of the gradient of the task's loss with respect to the layer's weight, so
+that the first steps of training move along what the gradient wants; B is random, or the gradient's left singular
+vectors. `o = 0` makes the start a weight change of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.errors import AdapterError, MethodError
+from surgery.linalg.delta import Delta, LowRank
+from surgery.linalg.low_rank import TruncatedSVD
+from surgery.linalg.seeded import generator_for, normal
+from surgery.methods.base import (
+    Bases,
+    OwnConfig,
+    OwnMethod,
+    OwnType,
+    Role,
+    Spec,
+    Tensors,
+    WeightReader,
+    capped_rank_note,
+    positive_rank,
+)
+from surgery.sites import Site
+
+# What B is: variant -> whether a seed gives it.
+VARIANTS = {"vr": True, "vrurand": True, "vru2r": False, "vrur": False}
+
+__all__ = ["VARIANTS", "GiVA", "GivaConfig", "GradientSource", "heights_of", "parts_of"]
+
+
+@dataclass
+class GivaConfig(OwnConfig):
+    """Configuration of a `GIVA` adapter.
+
+    Attributes:
+        r: rank, capped at min(in, out) of each layer (each part of a fused one), for `vru2r` at half of that.
+        variant: what B is: `vr` random orthonormal columns, `vrurand` Gaussian, `vrur` the left singular vectors
+            that belong to A, `vru2r` the r after these.
+        split: fused weights that hold several matrices one above the other: the end of the module's name -> their
+            heights.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    variant: str = field(default="vr", metadata={"help": f"What B is: {', '.join(VARIANTS)}."})
+    split: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Heights of the parts of fused weights, by the end of the module's name."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = OwnType.GIVA
+        positive_rank(self.r)
+        if self.variant not in VARIANTS:
+            raise MethodError(f"GiVA has variants {', '.join(VARIANTS)}, not {self.variant!r}")
+        if not self.store_bases and not VARIANTS[self.variant]:
+            raise MethodError(
+                f"variant {self.variant} takes B from the gradient, which is not there when the adapter is loaded: "
+                "store the bases, or use variant vr"
+            )
+
+    def rank_of(self, height: int, width: int) -> int:
+        """The rank of a `(height, width)` part: the left vectors of `vru2r` leave room for two sets of them."""
+        largest = min(height, width)
+        return min(self.r, max(largest // 2, 1) if self.variant == "vru2r" else largest)
+
+
+class GradientSource:
+    """What the start of GiVA is computed from: gradients, where other methods read weights.
+
+    Args:
+        svds: by module name, the leading singular triplets of the gradient of each part of the layer.
+    """
+
+    def __init__(self, svds: dict[str, list[TruncatedSVD]]) -> None:
+        self.svds = svds
+
+    def __call__(self, site: Site) -> torch.Tensor:
+        raise NotImplementedError("GiVA reads no weights")
+
+    def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
+        raise NotImplementedError("GiVA reads no weights")
+
+
+class GiVA(OwnMethod):
+    """Vectors on bases from the gradient."""
+
+    peft_type = OwnType.GIVA
+    config_class = GivaConfig
+    specs = (
+        Spec("o", Role.TRAINABLE),
+        Spec("s", Role.TRAINABLE),
+        Spec("A", Role.KEPT),
+        Spec("B", Role.BASE),
+    )
+    keeps_from_weights = False
+
+    def __init__(self) -> None:
+        super().__init__("giva")
+
+    def complete(self, options: dict[str, Any], sites: Sequence[Site], model_config: Any) -> dict[str, Any]:
+        wanted = {**default_split(model_config), **(options.get("split") or {})}
+        return {**options, "split": _heights(wanted, sites, set(options.get("split") or ()))}
+
+    def gradient_parts(self, config: GivaConfig, sites: Sequence[Site]) -> tuple[int, dict[str, list[int]]]:
+        heights = {site.module: heights_of(config, site.module, site.out_features) for site in sites}
+        return config.r * (2 if config.variant == "vru2r" else 1), heights
+
+    def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> GivaConfig:
+        return GivaConfig(
+            r=positive_rank(options.get("rank", self.info.rank)),
+            variant=options.get("variant", "vr"),
+            split=options.get("split") or None,
+            store_bases=options.get("store_bases", True),
+            **common,
+        )
+
+    def notes(self, config: GivaConfig, sites: Sequence[Site]) -> list[str]:
+        return super().notes(config, sites) + capped_rank_note(config.r, sites)
+
+    def rank_at(self, config: GivaConfig, site: Site) -> int:
+        return max(rank for _, rank in parts_of(config, site))
+
+    def shapes(self, config: GivaConfig, site: Site) -> dict[str, tuple[int, ...]]:
+        parts = parts_of(config, site)
+        total, widest = sum(rank for _, rank in parts), max(rank for _, rank in parts)
+        return {
+            "o": (site.out_features,),
+            "s": (total,),
+            "A": (total, site.in_features),
+            "B": (site.out_features, widest),
+            "check": (1, 9),
+        }
+
+    def bases(self, config: GivaConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
+        """A and B at the start. An adapter that is loaded without its B has no gradient: B comes from its seed."""
+        if not isinstance(weight, GradientSource):
+            if config.store_bases:
+                raise AdapterError(
+                    "the start of GiVA needs the gradient of a loss: make it with surgery init --method giva --data "
+                    "FILE, or surgery.init(model, 'giva', data=batches), and load that"
+                )
+            return Bases(own=[{"B": _random_B(config, site)} for site in sites])
+        own = []
+        for site in sites:
+            svds = weight.svds[site.module]
+            ranks = [rank for _, rank in parts_of(config, site)]
+            A = torch.cat([svd.Vh[:rank] for svd, rank in zip(svds, ranks, strict=True)])
+            seeded = VARIANTS[config.variant]
+            own.append({"A": A, "B": _random_B(config, site) if seeded else _left_vectors(config, svds, ranks)})
+        return Bases(own=own)
+
+    def trainables(self, config: GivaConfig, site: Site, frozen: Tensors) -> Tensors:
+        return {"o": torch.zeros(site.out_features), "s": torch.ones(frozen["A"].shape[0])}
+
+    def delta(self, config: GivaConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
+        o, s, A, B = (tensors[name] for name in ("o", "s", "A", "B"))
+        heights = heights_of(config, module, B.shape[0])
+        if len(heights) > 1:
+            ranks = [config.rank_of(height, A.shape[1]) for height in heights]
+            blocks = [block[:, :rank] for block, rank in zip(B.split(heights), ranks, strict=True)]
+            B = torch.block_diag(*blocks)
+        return LowRank(o[:, None] * B, s[:, None] * A)
+
+
+def default_split(model_config: Any) -> dict[str, int | list[int]]:
+    """The fused layers of model types that we know: the end of the module's name -> parts, or their heights."""
+    kind = getattr(model_config, "model_type", None)
+    if kind == "gpt2":
+        return {"attn.c_attn": 3, "crossattention.c_attn": 2}
+    if kind in {"glm", "glm4"}:
+        return {"gate_up_proj": 2}
+    if kind == "phi3":
+        heads = model_config.num_attention_heads
+        size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+        shared = model_config.num_key_value_heads * size
+        return {"qkv_proj": [heads * size, shared, shared], "gate_up_proj": 2}
+    return {}
+
+
+def _heights(wanted: dict[str, int | list[int]], sites: Sequence[Site], asked: set[str]) -> dict[str, list[int]]:
+    """Heights of the parts for each entry that matches a layer and does not leave it whole.
+
+    Raises:
+        MethodError: an entry that was asked for matches nothing or does not divide what it matches.
+    """
+    found: dict[str, list[int]] = {}
+    for name, parts in wanted.items():
+        matched = [site for site in sites if site.module == name or site.module.endswith(f".{name}")]
+        if not matched and name in asked:
+            raise MethodError(f"split {name}: no adapted layer is called so")
+        for site in matched:
+            heights = _divided(site, parts)
+            if found.setdefault(name, heights) != heights:
+                raise MethodError(f"split {name}: {site.module} has another height than the first such layer; name one")
+    # Longer names are more special, and the first that fits is taken.
+    return {name: found[name] for name in sorted(found, key=len, reverse=True)}
+
+
+def _divided(site: Site, parts: int | list[int]) -> list[int]:
+    if isinstance(parts, int):
+        if parts < 1 or site.out_features % parts:
+            raise MethodError(f"split: {site.module} has {site.out_features} outputs, which {parts} does not divide")
+        return [site.out_features // parts] * parts
+    if sum(parts) != site.out_features or min(parts) < 1:
+        raise MethodError(f"split: {site.module} has {site.out_features} outputs, not {' + '.join(map(str, parts))}")
+    return list(parts)
+
+
+def heights_of(config: GivaConfig, module: str, out_features: int) -> list[int]:
+    """The heights of a layer's parts; one part for a layer that is not split.
+
+    Raises:
+        AdapterError: they do not add up to the layer's height.
+    """
+    for name, heights in (config.split or {}).items():
+        if module == name or module.endswith(f".{name}"):
+            if sum(heights) != out_features:
+                raise AdapterError(f"{module}: split into {heights}, but has {out_features} outputs")
+            return list(heights)
+    return [out_features]
+
+
+def parts_of(config: GivaConfig, site: Site) -> list[tuple[int, int]]:
+    """Height and rank of every part of a layer."""
+    heights = heights_of(config, site.module, site.out_features)
+    return [(height, config.rank_of(height, site.in_features)) for height in heights]
+
+
+def _random_B(config: GivaConfig, site: Site) -> torch.Tensor:
+    """B of the variants that need no gradient: `(out, widest rank)`, float32, by seed and layer."""
+    parts = parts_of(config, site)
+    widest = max(rank for _, rank in parts)
+    generator = generator_for(config.seed, site.key)
+    blocks = []
+    for height, rank in parts:
+        block = normal((height, rank), 1.0, generator)
+        if config.variant == "vr":
+            # In double precision, so that rounding elsewhere does not show.
+            block = torch.linalg.qr(block.double())[0].float()
+        blocks.append(_widened(block, widest))
+    return torch.cat(blocks)
+
+
+def _left_vectors(config: GivaConfig, svds: Sequence[TruncatedSVD], ranks: Sequence[int]) -> torch.Tensor:
+    """B from the gradient's left singular vectors: those of A's directions, or the next ones."""
+    blocks = []
+    for svd, rank in zip(svds, ranks, strict=True):
+        # A layer with a single output or input has no second vector.
+        first = rank if config.variant == "vru2r" and svd.U.shape[1] >= 2 * rank else 0
+        blocks.append(svd.U[:, first : first + rank])
+    return torch.cat([_widened(block, max(ranks)) for block in blocks])
+
+
+def _widened(block: torch.Tensor, columns: int) -> torch.Tensor:
+    """Zero columns up to a width that the parts of a layer share."""
+    return torch.nn.functional.pad(block, (0, columns - block.shape[1]))
+
+
+METHODS = {"giva": GiVA()}

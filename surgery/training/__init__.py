@@ -1,0 +1,1 @@
+"""Passes over data: what becomes a batch, the gradients that a start needs."""

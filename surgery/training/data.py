@@ -1,0 +1,382 @@
+"""From a data file to batches: reading through `datasets`, and a task's way from a row to what its model takes."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from surgery.checkpoints.base_model import BaseModel
+from surgery.errors import DataError, listing
+
+__all__ = ["DATA_TASKS", "Examples", "batches", "labels_in", "read_examples"]
+
+IGNORED = -100  # transformers' mark for positions that a loss leaves out
+DEFAULT_LENGTH = 512
+MASKED_SHARE = 0.15
+READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+# A row made ready: the model's arguments but for the batch dimension.
+Features = dict[str, torch.Tensor]
+
+
+@dataclass
+class Examples:
+    """Samples made ready for a model.
+
+    Attributes:
+        features: one dictionary of tensors for each sample.
+        counts: over how many items (tokens, or 1) each sample's loss is summed.
+        padding: by name, what fills a batch up; names that are not here are stacked.
+        notes: what the user should know about them.
+    """
+
+    features: list[Features]
+    counts: list[int]
+    padding: Mapping[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Items of all samples."""
+        return sum(self.counts)
+
+
+def batches(examples: Examples, size: int, rank: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
+    """Batches of `size` samples, of which this process gets its share.
+
+    Each has the key `share` besides the model's arguments: the batch's part of all items, by which its mean loss is
+    to be weighted so that the losses sum to the mean over all items. A process for which a batch has no sample gets
+    one of share 0: every process has the same number of batches.
+    """
+    order = range(len(examples.features))
+    for start in range(0, len(order), size):
+        whole = order[start : start + size]
+        mine = whole[rank::processes]
+        count = sum(examples.counts[index] for index in mine)
+        chosen = mine or whole[:1]
+        yield {**_collated([examples.features[i] for i in chosen], examples.padding), "share": count / examples.total}
+
+
+def read_examples(
+    path: str | Path, base: BaseModel, samples: int, max_length: int | None = None, seed: int = 0
+) -> Examples:
+    """Draw samples from a file and make them ready for a model.
+
+    Args:
+        path: a `.jsonl`, `.json`, `.txt`, `.csv` or `.parquet` file; for images also a folder of folders, one for
+            each class.
+        base: the model, which brings tokenizer or image processor and whose task says how rows are read.
+        samples: how many, drawn at random; all where the file has fewer.
+        max_length: tokens of the longest sample, which is cut there.
+        seed: of the drawing, and of the masks of masked language modelling.
+
+    Raises:
+        DataError: the file cannot be used for this task.
+    """
+    encoder = _encoder(base, max_length, seed)
+    rows = _read(Path(path), wants_images=isinstance(encoder, _Images))
+    encoder.check(rows.column_names, str(path))
+    chosen = rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
+    encoder.see_all(rows, str(path))
+    features, counts = [], []
+    for index, row in enumerate(chosen):
+        made = encoder.encode(row, index, str(path))
+        count = encoder.count(made)
+        if count:
+            features.append(made)
+            counts.append(count)
+    empty = len(chosen) - len(features)
+    if not features:
+        raise DataError(f"{path}: none of {len(chosen)} samples has anything to learn from")
+    notes = encoder.notes(len(chosen))
+    if len(rows) < samples:
+        notes.append(f"the data has {len(rows)} samples, {samples} were asked for: all of them are used")
+    if empty:
+        notes.append(f"{empty} samples have no token to learn from and are left out")
+    return Examples(features, counts, encoder.padding, notes)
+
+
+def labels_in(path: str | Path, base: BaseModel) -> list[int | str]:
+    """The different labels of a classification file, in order.
+
+    Raises:
+        DataError: the file cannot be read or has no column `label`.
+    """
+    images = base.task is not None and base.task.name == "image-cls"
+    rows = _read(Path(path), wants_images=images)
+    _Classes.check_label(rows.column_names, str(path))
+    return sorted({value for value in rows.unique("label") if value is not None}, key=lambda v: (isinstance(v, str), v))
+
+
+def _read(path: Path, wants_images: bool) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if path.is_dir() and wants_images:
+        kind, where = "imagefolder", {"data_dir": str(path)}
+    elif path.is_file() and path.suffix.lower() in READERS:
+        kind, where = READERS[path.suffix.lower()], {"data_files": str(path)}
+    elif path.exists():
+        folder = " or a folder of image folders" if wants_images else ""
+        raise DataError(f"{path}: data is read from {', '.join(READERS)} files{folder}")
+    else:
+        raise DataError(f"{path}: no such data file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty")
+    try:
+        rows = datasets.load_dataset(kind, split="train", **where)
+    except Exception as error:  # of many kinds, from the readers of the formats
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise DataError(f"{path}: cannot be read as {kind} ({reason[:200]})") from None
+    if kind == "text":
+        rows = rows.filter(lambda row: bool(row["text"].strip()))
+    if len(rows) == 0:
+        raise DataError(f"{path}: is empty")
+    return rows
+
+
+def _collated(features: Sequence[Features], padding: Mapping[str, int]) -> Features:
+    return {
+        name: pad_sequence([each[name] for each in features], batch_first=True, padding_value=padding[name])
+        if name in padding
+        else torch.stack([each[name] for each in features])
+        for name in features[0]
+    }
+
+
+class _Encoder(ABC):
+    """A task's way from a row to a model's arguments."""
+
+    task: str
+    columns: tuple[tuple[str, ...], ...]  # the sets of columns that will do
+    padding: Mapping[str, int] = {}
+
+    def check(self, found: Sequence[str], path: str) -> None:
+        """Check that a file has the columns."""
+        if not any(set(wanted) <= set(found) for wanted in self.columns):
+            wanted = " or ".join(" + ".join(names) for names in self.columns)
+            raise DataError(f"{path}: has the columns {listing(found)}; {self.task} needs {wanted}")
+
+    def see_all(self, rows: Any, path: str) -> None:  # noqa: B027 - most tasks look at the drawn samples alone
+        """Look at all rows before any is drawn: a label that the model lacks is an error wherever it stands."""
+
+    @abstractmethod
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        """One row's features."""
+
+    def count(self, features: Features) -> int:
+        """Over how many items the model's loss on this sample is a mean."""
+        return 1
+
+    def notes(self, samples: int) -> list[str]:
+        """What the user should know after `samples` rows."""
+        return []
+
+
+class _Texts(_Encoder):
+    """What the tasks on text share: tokenizer and length."""
+
+    def __init__(self, base: BaseModel, max_length: int | None) -> None:
+        self.tokenizer = _processor(base, "tokenizer")
+        self.length = _length(base, self.tokenizer, max_length)
+        self.chosen = max_length is not None
+        self.cut = 0
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        self.padding = {"input_ids": pad or 0, "attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
+
+    def tokens(self, *texts: Any, path: str, **options: Any) -> dict[str, list[int]]:
+        """The tokenizer's output for one text or pair of texts, cut to length."""
+        if not all(isinstance(text, str) for text in texts):
+            wrong = next(text for text in texts if not isinstance(text, str))
+            raise DataError(f"{path}: expected text, found {type(wrong).__name__} ({str(wrong)[:40]!r})")
+        found = dict(self.tokenizer(*texts, truncation=False, **options))
+        if len(found["input_ids"]) > self.length:
+            self.cut += 1
+            found = dict(self.tokenizer(*texts, truncation=True, max_length=self.length, **options))
+        return found
+
+    def notes(self, samples: int) -> list[str]:
+        hint = "" if self.chosen else "; --max-length changes that"
+        return [f"{self.cut} of {samples} samples were cut at {self.length} tokens{hint}"] if self.cut else []
+
+
+class _CausalLM(_Texts):
+    task = "causal-lm"
+    columns = (("text",), ("prompt", "completion"))
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        if row.get("completion") is None:
+            ids = self.tokens(row["text"], path=path)["input_ids"]
+            labels = list(ids)
+        else:
+            prompt = self.tokenizer(row["prompt"])["input_ids"]
+            end = self.tokenizer.eos_token_id
+            if prompt and prompt[-1] == end and len(prompt) > 1:
+                prompt = prompt[:-1]  # some tokenizers end every text
+            completion = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            completion = completion + ([end] if end is not None else [])
+            self.cut += len(prompt) + len(completion) > self.length
+            ids = (prompt + completion)[: self.length]
+            labels = ([IGNORED] * len(prompt) + completion)[: self.length]
+        tensor = torch.tensor(ids, dtype=torch.int64)
+        return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor), "labels": torch.tensor(labels)}
+
+    def count(self, features: Features) -> int:
+        # The model predicts every token but the first.
+        return int((features["labels"][1:] != IGNORED).sum())
+
+
+class _MaskedLM(_Texts):
+    task = "masked-lm"
+    columns = (("text",),)
+
+    def __init__(self, base: BaseModel, max_length: int | None, seed: int) -> None:
+        super().__init__(base, max_length)
+        self.seed = seed
+        if self.tokenizer.mask_token is None:
+            raise DataError(f"{base.folder}: its tokenizer has no mask token, which masked-lm needs")
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        from transformers import DataCollatorForLanguageModeling
+
+        # A generator for each sample: the masks do not depend on how samples are shared out.
+        seed = zlib.crc32(f"{self.seed}:{index}".encode())
+        collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED_SHARE, seed=seed)
+        masked = collator([self.tokens(row["text"], path=path)])
+        return {name: tensor[0] for name, tensor in masked.items()}
+
+    def count(self, features: Features) -> int:
+        return int((features["labels"] != IGNORED).sum())
+
+
+class _Seq2SeqLM(_Texts):
+    task = "seq2seq-lm"
+    columns = (("prompt", "completion"),)
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        given = self.tokens(row["prompt"], path=path)
+        target = self.tokenizer(text_target=row["completion"], truncation=True, max_length=self.length)
+        names = ("input_ids", "attention_mask")
+        return {name: torch.tensor(given[name]) for name in names} | {"labels": torch.tensor(target["input_ids"])}
+
+    def count(self, features: Features) -> int:
+        return int((features["labels"] != IGNORED).sum())
+
+
+class _Classes(_Encoder):
+    """Labels as numbers, as names of the model's classes, or as numbers to be met where the model has one output."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self.number = int(base.config.num_labels)
+        self.ids: Mapping[str, int] = {str(k): int(v) for k, v in (base.config.label2id or {}).items()}
+
+    @staticmethod
+    def check_label(found: Sequence[str], path: str) -> None:
+        if "label" not in found:
+            raise DataError(f"{path}: has the columns {listing(found)}; classification needs label")
+
+    def see_all(self, rows: Any, path: str) -> None:
+        if self.number > 1:
+            for label in rows.unique("label"):
+                self.label(label, path)
+
+    def label(self, value: Any, path: str) -> torch.Tensor:
+        if self.number == 1 and isinstance(value, (int, float)):
+            return torch.tensor(float(value))
+        if isinstance(value, str) and value in self.ids:
+            return torch.tensor(self.ids[value])
+        if isinstance(value, int) and 0 <= value < self.number:
+            return torch.tensor(int(value))
+        raise DataError(
+            f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(self.ids, 4)}), which "
+            f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name"
+        )
+
+
+class _TextClasses(_Classes, _Texts):
+    task = "seq-cls"
+    columns = (("text", "label"),)
+
+    def __init__(self, base: BaseModel, max_length: int | None) -> None:
+        _Classes.__init__(self, base)
+        _Texts.__init__(self, base, max_length)
+        # A class is one number: it is stacked, not padded.
+        self.padding = {name: value for name, value in self.padding.items() if name != "labels"}
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        texts = [row["text"], *([row["text_pair"]] if row.get("text_pair") is not None else [])]
+        found = self.tokens(*texts, path=path)
+        names = [name for name in self.tokenizer.model_input_names if name in found]
+        return {name: torch.tensor(found[name]) for name in names} | {"labels": self.label(row["label"], path)}
+
+
+class _Images(_Classes):
+    task = "image-cls"
+    columns = (("image", "label"),)
+
+    def __init__(self, base: BaseModel) -> None:
+        super().__init__(base)
+        self.processor = _processor(base, "image processor")
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        image = row["image"]
+        if not hasattr(image, "convert"):
+            raise DataError(f"{path}: the column image holds {type(image).__name__}, not images")
+        pixels = self.processor([image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self.label(row["label"], path)}
+
+
+DATA_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "seq-cls", "image-cls")
+
+
+def _encoder(base: BaseModel, max_length: int | None, seed: int) -> _Encoder:
+    task = base.task.name if base.task is not None else None
+    if task == "causal-lm":
+        return _CausalLM(base, max_length)
+    if task == "masked-lm":
+        return _MaskedLM(base, max_length, seed)
+    if task == "seq2seq-lm":
+        return _Seq2SeqLM(base, max_length)
+    if task == "seq-cls":
+        return _TextClasses(base, max_length)
+    if task == "image-cls":
+        if max_length is not None:
+            raise DataError("images have no length: leave out --max-length")
+        return _Images(base)
+    named = f"{type(base.model).__name__} ({task or 'no task known here'})"
+    raise DataError(f"{named} has no loss for a data file: say with --task which of {', '.join(DATA_TASKS)} it is for")
+
+
+def _processor(base: BaseModel, kind: str) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    loader = AutoTokenizer if kind == "tokenizer" else AutoImageProcessor
+    try:
+        return loader.from_pretrained(base.folder)
+    except Exception as error:  # what is missing shows as errors of many kinds
+        reason = str(error).strip().split("\n")[0][:160]
+        raise DataError(f"{base.folder}: has no usable {kind}, which the data needs ({reason})") from None
+
+
+def _length(base: BaseModel, tokenizer: Any, wanted: int | None) -> int:
+    """Tokens of the longest sample.
+
+    Raises:
+        DataError: more are wanted than the model has positions.
+    """
+    text = base.config.get_text_config()
+    positions = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
+    limit = min((each for each in positions if isinstance(each, int) and 0 < each < 1 << 24), default=1 << 24)
+    if wanted is not None and wanted > limit:
+        raise DataError(f"--max-length {wanted}: {base.folder} takes at most {limit} tokens")
+    if wanted is not None and wanted < 2:
+        raise DataError(f"--max-length must be at least 2, got {wanted}")
+    return wanted if wanted is not None else min(DEFAULT_LENGTH, limit)

@@ -1,0 +1,218 @@
+"""The gradient that a start needs: a base model loaded, its data made ready, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+import transformers
+
+from surgery.checkpoints.base_model import BaseModel
+from surgery.errors import CheckpointError, DataError, MethodError
+from surgery.sites import Site
+from surgery.training.data import Examples, batches, read_examples
+from surgery.training.gradients import Gradients, Loss, Parts, Progress, gradients
+from surgery.training.processes import Processes, processes
+
+__all__ = ["GradientRun", "GradientSettings", "gradient_run", "is_file"]
+
+# Share of a GPU's free memory that weights may take: activations need the rest.
+WEIGHT_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the pass is made.
+
+    Attributes:
+        samples: how many samples are drawn from a data file.
+        batch_size: how many of them make a batch, over all processes.
+        max_length: tokens of the longest sample.
+        gradient_checkpointing: compute activations twice instead of holding them.
+        dtype: of the model while it runs.
+        seed: of everything drawn.
+        device: where.
+        spread: let transformers spread a model that does not fit the device over all devices there are.
+    """
+
+    samples: int = 32
+    batch_size: int = 32
+    max_length: int | None = None
+    gradient_checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise MethodError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in {torch.float32, torch.bfloat16}:
+            raise MethodError(
+                f"gradients are computed in float32 or bfloat16, not in {self.dtype}: they would underflow"
+            )
+
+    def examples(self, data: Any, base: BaseModel) -> Examples | None:
+        """The samples of a data file; None for batches that the caller brings."""
+        if not is_file(data):
+            return None
+        return read_examples(data, base, self.samples, self.max_length, self.seed)
+
+
+@dataclass
+class GradientRun:
+    """What came out.
+
+    Attributes:
+        found: the gradients.
+        samples: how many samples they come from, or None where the batches were the caller's own.
+        processes: who took part.
+        notes: what the user should know.
+    """
+
+    found: Gradients
+    samples: int | None
+    processes: Processes
+    notes: list[str] = field(default_factory=list)
+
+
+def gradient_run(
+    base: BaseModel,
+    sites: Sequence[Site],
+    rank: int,
+    parts: Parts,
+    data: str | Path | Iterable[Any],
+    loss: Loss | None,
+    settings: GradientSettings,
+    *,
+    carried: dict[str, torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> GradientRun:
+    """Load a base model, run it on data, and reduce the gradient of every site.
+
+    Dropout is off: what is reduced is the gradient of the mean loss over all items (tokens, or samples) of the data,
+    however the samples are cut into batches or shared out to processes.
+
+    Args:
+        base: the model; where it was opened from a live one, that is used.
+        sites: the layers.
+        rank: singular triplets wanted for each part of a layer.
+        parts: heights of the parts of fused layers, by module name.
+        data: a file (see `read_examples`), or batches: dictionaries of a model's arguments, or whatever `loss` takes.
+        loss: `loss(model, batch)` for own batches; default the model's own.
+        settings: how.
+        carried: parameters to set after loading, by name: heads that the checkpoint lacks.
+        progress: called after each layer that is reduced.
+
+    Raises:
+        DataError: the data cannot be used.
+        CheckpointError: the model cannot be loaded.
+        MethodError: a loss is not finite.
+    """
+    group = processes(settings.device)
+    examples = (
+        read_examples(data, base, settings.samples, settings.max_length, settings.seed) if is_file(data) else None
+    )
+    model = base.live or _loaded(base, settings, carried or {})
+    if settings.gradient_checkpointing:
+        _checkpoint(model)
+    where = next(model.parameters()).device
+    found = gradients(
+        model,
+        _on(where, _feed(data, examples, settings.batch_size, group)),
+        _weighted if examples is not None else (loss or _own_loss),
+        sites,
+        rank,
+        parts=parts,
+        seed=settings.seed,
+        reduce=group.reduce,
+        progress=progress if group.first else None,
+    )
+    total = torch.tensor(found.loss, device=where)
+    if group.reduce is not None:
+        group.reduce(total)
+    found.loss = float(total) if examples is not None else found.loss / max(found.batches, 1)
+    return GradientRun(found, len(examples.features) if examples else None, group, examples.notes if examples else [])
+
+
+def is_file(data: Any) -> TypeGuard[str | Path]:
+    """Whether data is named, as against batches that the caller brings."""
+    return isinstance(data, (str, Path))
+
+
+def _feed(data: Any, examples: Examples | None, size: int, group: Processes) -> Iterator[Any]:
+    if examples is not None:
+        return batches(examples, size, group.rank, group.count)
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is a file or an iterable of batches, not {type(data).__name__}")
+    return iter(data)
+
+
+def _on(device: torch.device, feed: Iterator[Any]) -> Iterator[Any]:
+    for batch in feed:
+        yield _moved(batch, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(each, device) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+def _weighted(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """A batch's part of the mean loss over all items of the data."""
+    features = {name: value for name, value in batch.items() if name != "share"}
+    return model(**features).loss * batch["share"]
+
+
+def _own_loss(model: Any, batch: Any) -> torch.Tensor:
+    output = model(**batch)
+    if getattr(output, "loss", None) is None:
+        raise DataError("the model gives no loss for these batches: add labels to them, or give loss=")
+    return output.loss
+
+
+def _loaded(base: BaseModel, settings: GradientSettings, carried: dict[str, torch.Tensor]) -> Any:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    device_map = "auto" if settings.spread and not _fits(base, settings) else None
+    try:
+        # A seed for whatever transformers draws because the checkpoint lacks it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = type(base.model).from_pretrained(
+                base.folder, config=base.config, dtype=settings.dtype, device_map=device_map
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{base.folder}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    model.load_state_dict(carried, strict=False)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return (model if device_map else model.to(settings.device)).eval()
+
+
+def _fits(base: BaseModel, settings: GradientSettings) -> bool:
+    if settings.device.type != "cuda":
+        return True
+    size = sum(tensor.numel() for tensor in base.model.parameters()) * settings.dtype.itemsize
+    return size <= WEIGHT_SHARE * torch.cuda.mem_get_info(settings.device)[0]
+
+
+def _checkpoint(model: Any) -> None:
+    """Turn checkpointing on in evaluation mode: transformers asks for training mode, which would bring dropout."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise MethodError(f"{type(model).__name__} does not support gradient checkpointing")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
