@@ -17,20 +17,39 @@ if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter
     from surgery.checkpoints.base_model import BaseModel
     from surgery.initialization import init
+    from surgery.inspection import Inspection, inspect
+    from surgery.merging import merge
+    from surgery.reports.merge_report import MergeReport
     from surgery.reports.report import Report
     from surgery.runtime.loading import load
 
-__all__ = ["Adapter", "BaseModel", "Report", "__version__", "errors", "init", "load"]
+__all__ = [
+    "Adapter",
+    "BaseModel",
+    "Inspection",
+    "MergeReport",
+    "Report",
+    "__version__",
+    "errors",
+    "init",
+    "inspect",
+    "load",
+    "merge",
+]
 
 __version__ = version("adapter-surgery")
 
 _HOMES = {
     "Adapter": "surgery.checkpoints.adapter",
     "BaseModel": "surgery.checkpoints.base_model",
+    "Inspection": "surgery.inspection",
+    "MergeReport": "surgery.reports.merge_report",
     "Report": "surgery.reports.report",
     "errors": "surgery.errors",
     "init": "surgery.initialization",
+    "inspect": "surgery.inspection",
     "load": "surgery.runtime.loading",
+    "merge": "surgery.merging",
 }
 
 

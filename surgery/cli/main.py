@@ -16,7 +16,12 @@ from surgery.errors import SurgeryError
 
 __all__ = ["cli", "main"]
 
-COMMANDS = {"init": "surgery.cli.init", "methods": "surgery.cli.methods"}
+COMMANDS = {
+    "init": "surgery.cli.init",
+    "inspect": "surgery.cli.inspect",
+    "merge": "surgery.cli.merge",
+    "methods": "surgery.cli.methods",
+}
 INTERRUPTED, TERMINATED = 130, 143
 
 

@@ -1,0 +1,176 @@
+"""Writing a safetensors file one tensor at a time, from the header of another: memory is that of one tensor.
+
+The format: the length of the header in 8 bytes, the header (JSON: dtype, shape and place of every tensor), the bytes of
+the tensors one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from surgery.checkpoints.tensor_files import tensor_names
+from surgery.errors import CheckpointError, OutputError
+
+__all__ = ["DTYPES", "Header", "Tensor", "file_bytes", "read_digests", "read_header", "tensor_bytes", "write_file"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: as the format calls it, `BF16`.
+        shape: its shape.
+        size: its bytes.
+        start: where they begin in the file; None for one that is still to be written.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    start: int | None = None
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> Tensor:
+        """The entry of a tensor in memory."""
+        return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """The entry of this tensor in another dtype."""
+        return Tensor(NAMES[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its tensors in the order of the file, and its metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file and nothing else.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not a safetensors file.
+    """
+    tensor_names(path)  # the format's own library judges whether header and file fit together
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    metadata = entries.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+        begin, end = entry["data_offsets"]
+        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), end - begin, 8 + length + begin)
+    return Header(tensors, metadata)
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    content: Callable[[str], Iterator[Any]],
+) -> dict[str, str]:
+    """Write a safetensors file.
+
+    Args:
+        path: where to.
+        tensors: what it will hold. Wide dtypes come first in the file, so that every tensor is aligned.
+        metadata: of the header.
+        content: gives the bytes of a tensor, in pieces; called once for each, in the order of the file.
+
+    Returns:
+        A digest of every tensor.
+
+    Raises:
+        OutputError: a tensor has another number of bytes than its entry says.
+    """
+    order = sorted(tensors, key=lambda name: -_item_size(tensors[name]))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in order:
+        entry = tensors[name]
+        entries[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.size],
+        }
+        position += entry.size
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    digests = {}
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            digest, written = xxhash.xxh3_128(), 0
+            for piece in content(name):
+                digest.update(piece)
+                written += file.write(piece)
+            if written != tensors[name].size:
+                raise OutputError(f"{path.name}: {name} has {written} bytes, expected {tensors[name].size}")
+            digests[name] = digest.hexdigest()
+    return digests
+
+
+def file_bytes(path: Path, tensor: Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor as they are in a file, in pieces."""
+    assert tensor.start is not None
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.size
+        while left:
+            piece = file.read(min(left, CHUNK))
+            if not piece:
+                raise CheckpointError(f"{path}: ends before its tensors do")
+            left -= len(piece)
+            yield piece
+
+
+def tensor_bytes(tensor: torch.Tensor) -> Iterator[Any]:
+    """The bytes of a tensor in memory, in one piece."""
+    yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """A digest of every tensor of a file, read from the disk.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    digests = {}
+    for name, tensor in read_header(path).tensors.items():
+        digest = xxhash.xxh3_128()
+        for piece in file_bytes(path, tensor):
+            digest.update(piece)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _item_size(tensor: Tensor) -> int:
+    return tensor.size // max(math.prod(tensor.shape), 1)

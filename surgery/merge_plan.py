@@ -1,0 +1,291 @@
+"""What a merge will change: which parameters get new values, and where in the base's files they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.inversion import written_back
+from surgery.checkpoints.naming import Source, parameter_sources
+from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.fitting import located, sites_on_base, with_place_for
+from surgery.merged_config import (
+    check_untied,
+    raw_config,
+    tied_groups,
+    untied_config,
+    wants_untying,
+    with_class,
+    with_labels,
+)
+from surgery.methods.contents import Contents, who
+from surgery.methods.lora import BIAS_NAME, scaling_of
+from surgery.methods.on_base import ChangesOnBase
+from surgery.reports.merge_report import MergedSite
+from surgery.sites import Site
+
+__all__ = ["MergePlan"]
+
+
+class MergePlan:
+    """An adapter fitted to its base model's files.
+
+    Attributes:
+        adapter: the adapter.
+        base: the base model as it is.
+        target: the base's files under the configuration of the result.
+        config: `config.json` of the result, or None where it stays as it is.
+        sites: the layers whose weights change, in the model's order -> the adapter's names for them.
+        replaced: parameters that the adapter brings whole.
+        added: parameters that get a tensor of their own in the files, which they have not in the base's.
+        notes: what the user should know.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: BaseModel,
+        target: BaseModel,
+        config: dict[str, Any] | None,
+        sites: Mapping[Site, str],
+        replaced: Mapping[str, torch.Tensor],
+        shifts: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.adapter, self.base, self.target, self.config = adapter, base, target, config
+        self.sites, self.replaced, self.device = dict(sites), dict(replaced), device
+        self.notes: list[str] = []
+        self._shifts = dict(shifts)
+        self._site_of = {site.parameter: site for site in sites}
+        self.added = _without_own_tensor(base, target, self._changed)
+        self._edited = self._edits()
+        self._changes = ChangesOnBase(adapter, base, sites, device)
+        self._groups: dict[int, dict[str, torch.Tensor]] = {}
+        self._figures: dict[Site, MergedSite] = {}
+        self._check_names()
+
+    @classmethod
+    def make(
+        cls,
+        adapter: Adapter,
+        contents: Contents,
+        base: BaseModel,
+        device: torch.device,
+        choose_class: bool,
+        trust_remote_code: bool,
+    ) -> MergePlan:
+        """Fit an adapter to a base model; no weight is changed, and none read but those that recognise the base.
+
+        Args:
+            adapter: the adapter.
+            contents: what is in it.
+            base: the base model, under its own class or the one that the user chose.
+            device: where to compute.
+            choose_class: take the class of the adapter's task where the base's own class has no place for a tensor.
+            trust_remote_code: run model code that comes with the base.
+
+        Raises:
+            AdapterError: the adapter does not fit the base.
+            CheckpointError: the base is quantised, or cannot hold the result exactly.
+            WrongBaseError: the adapter was made from other base weights.
+        """
+        base.refuse_quantized()
+        if choose_class:
+            base = with_place_for(base, adapter, contents, trust_remote_code)
+        sites = sites_on_base(adapter, base, contents.modules)
+        replaced = _replaced(adapter, base, contents.carried)
+        shifts = _shifts(adapter, base, sites)
+        config = with_class(base, with_labels(base, replaced))
+        adapted = {*shifts, *(site.parameter for site in sites)}
+        untied = wants_untying(base, replaced, adapted)
+        target = base
+        if untied:
+            config = untied_config(config or raw_config(base))
+        if config is not None:
+            target = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
+        if untied:
+            check_untied(base, target, {*replaced, *adapted})
+        _check_shapes(adapter, target, replaced)
+        plan = cls(adapter, base, target, config, sites, replaced, shifts, device)
+        if untied:
+            plan.notes.append(f"{listing(untied, 3)} were one tensor and are now apart (tie_word_embeddings is false)")
+        plan.notes += _base_note(adapter, base)
+        return plan
+
+    @property
+    def edited(self) -> Collection[str]:
+        """The tensors of the base's files that change."""
+        return self._edited.keys()
+
+    def shape_of(self, parameter: str) -> tuple[int, ...]:
+        """Shape of a parameter of the result."""
+        return self.target.shapes[parameter]
+
+    def value(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The new value of an edited tensor of the files or an added parameter, on the CPU.
+
+        Raises:
+            CheckpointError: it is not finite in `dtype`.
+        """
+        if name in self.added:
+            return self._parameter(name, dtype)
+        source = self._edited[name]
+        owners = [parameter for parameter in self._own_changes if self.base.sources[parameter] is source]
+        if source.converter is None:
+            return self._parameter(owners[0], dtype)
+        if id(source) not in self._groups:
+            values = {parameter: self._parameter(parameter, dtype) for parameter in owners}
+            read = self.base.files.read
+            self._groups[id(source)] = written_back(source, self.base.model, lambda key: read(key).to(dtype), values)
+        group = self._groups[id(source)]
+        value = group.pop(name)  # each is asked for once
+        if not group:
+            del self._groups[id(source)]
+        return value
+
+    def figures(self) -> list[MergedSite]:
+        """What was done to each layer, in the model's order."""
+        return [self._figures[site] for site in self.sites]
+
+    @property
+    def _changed(self) -> list[str]:
+        return list(dict.fromkeys([*self._site_of, *self.replaced, *self._shifts]))
+
+    @property
+    def _own_changes(self) -> list[str]:
+        return [parameter for parameter in self._changed if parameter not in self.added]
+
+    def _edits(self) -> dict[str, Source]:
+        edits: dict[str, Source] = {}
+        for parameter in self._own_changes:
+            source = self.base.sources[parameter]
+            edits.update(dict.fromkeys((key for key, _ in source.keys), source))
+        return edits
+
+    def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The new value of one parameter, in the model's orientation."""
+        old = self.replaced[name] if name in self.replaced else self.base.parameter(name, check=True)
+        value, site = old, self._site_of.get(name)
+        if site is not None:
+            value = self._merged(site, old.T if site.transposed else old, dtype)
+            value = value.T if site.transposed else value
+        elif name in self._shifts:
+            value = old.float() + self._shifts[name].float()
+        if not value.is_floating_point():
+            return value.cpu()
+        stored = value.to(dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise CheckpointError(
+                f"{name}: the merged values are not finite in {dtype}; use --dtype bfloat16 or float32"
+            )
+        return stored.cpu()
+
+    def _merged(self, site: Site, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`W + dW (out, in)`, float32."""
+        whole = weight.to(self.device, torch.float32)
+        with torch.no_grad():
+            change = self._changes.delta(site, whole).dense()
+        value = whole + change
+        size, moved = float(torch.linalg.vector_norm(whole)), float(torch.linalg.vector_norm(change))
+        lost = float(torch.linalg.vector_norm(value.to(dtype).float() - value))
+        shape = (site.out_features, site.in_features)
+        self._figures[site] = MergedSite(
+            site.module, shape, moved / size if size else None, lost / moved if moved else None
+        )
+        return value
+
+    def _check_names(self) -> None:
+        """Check that the result's files will be read as they are meant.
+
+        Raises:
+            CheckpointError: a parameter would come from elsewhere.
+        """
+        found = parameter_sources(self.target.model, [*self.base.files.files, *self.added])
+        for parameter, source in self.base.sources.items():
+            expected = [(parameter, parameter)] if parameter in self.added else source.keys
+            if parameter in self.target.shapes and found[parameter].keys != expected:
+                raise CheckpointError(
+                    f"{self.base.folder}: {parameter} would be read from {found[parameter].keys[0][0]}"
+                )
+        lost = [name for name in self.added if name not in found or found[name].keys != [(name, name)]]
+        if lost:
+            raise CheckpointError(
+                f"{self.base.folder}: its files have no place for {listing(lost, 3)} under the names of "
+                f"{type(self.target.model).__name__}"
+            )
+
+
+def _replaced(adapter: Adapter, base: BaseModel, carried: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """What the adapter brings whole, by parameter of the model.
+
+    Raises:
+        AdapterError: the model has no place for it, or the file lacks what its configuration says is saved with it.
+    """
+    places = {name: located(name, base.shapes, base) for name in carried}
+    lost = [name for name, place in places.items() if place is None]
+    if lost:
+        raise AdapterError(
+            f"{who(adapter)}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; choose "
+            "the class of model with --task"
+        )
+    if adapter.config.get("modules_to_save") and not carried:
+        wanted = listing(adapter.config["modules_to_save"], 3)
+        raise AdapterError(f"{who(adapter)}: the file lacks what it says was trained and saved with it: {wanted}")
+    return {str(place): adapter.tensors[carried[name]] for name, place in places.items()}
+
+
+def _shifts(adapter: Adapter, base: BaseModel, sites: Mapping[Site, str]) -> dict[str, torch.Tensor]:
+    """What the biases of LoRA's B (`lora_bias`) add to the biases of the layers."""
+    shifts = {}
+    modules = adapter.modules
+    for site, module in sites.items():
+        bias = modules[module].get(BIAS_NAME)
+        if bias is None:
+            continue
+        parameter = f"{site.module}.bias"
+        if parameter not in base.sources:
+            raise AdapterError(f"{who(adapter)}: has a bias for {module}, whose base layer has none to add it to")
+        rank = modules[module]["lora_A.weight"].shape[0]
+        shifts[parameter] = bias.float() * scaling_of(adapter.config, module, rank)
+    return shifts
+
+
+def _without_own_tensor(base: BaseModel, target: BaseModel, changed: Iterable[str]) -> list[str]:
+    """Parameters that need a tensor of their own and have none: fresh heads, and what is no longer tied."""
+    sources = base.sources
+    own = {name for name, source in sources.items() if source.converter is not None or source.first_target == name}
+    still_tied = {name for group in tied_groups(target.model) for name in group}
+    wanted = [name for name in changed if name not in sources or (name not in own and name not in still_tied)]
+    touched = set(changed)
+    for group in tied_groups(base.model):
+        if touched & set(group):
+            wanted += [name for name in group if name not in own and name not in still_tied]
+    return list(dict.fromkeys(wanted))
+
+
+def _check_shapes(adapter: Adapter, target: BaseModel, replaced: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in replaced.items():
+        found, expected = tuple(tensor.shape), target.shapes[name]
+        if found == expected:
+            continue
+        advice = "it is for another base model"
+        if len(found) == 2 and found[1:] == expected[1:]:
+            advice = (
+                f"where the vocabulary has grown, resize_token_embeddings({found[0]}) on the base and save it first"
+            )
+        raise AdapterError(f"{who(adapter)}: brings {name} {found}, the base has it {expected}; {advice}")
+
+
+def _base_note(adapter: Adapter, base: BaseModel) -> list[str]:
+    """A note where the adapter names another base model; many are moved, so it decides nothing."""
+    named = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    given = base.folder.resolve().name if base.folder.is_dir() and base.name == str(base.folder) else base.name
+    given = given.partition("@")[0].rstrip("/").rpartition("/")[2]
+    if not named or named == given:
+        return []
+    return [f"the adapter names its base {named!r}, and is merged into {given!r}"]

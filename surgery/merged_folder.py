@@ -1,0 +1,235 @@
+"""The folder of a merged model: its weight files, and the copies of all other files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.rewriting import (
+    DTYPES,
+    Header,
+    Tensor,
+    file_bytes,
+    read_digests,
+    read_header,
+    tensor_bytes,
+    write_file,
+)
+from surgery.checkpoints.tensor_files import read_json
+from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
+from surgery.memory import release_freed
+from surgery.merge_plan import MergePlan
+from surgery.reports.tables import human_bytes
+
+__all__ = ["MergedFolder"]
+
+INDEX_FILE = "model.safetensors.index.json"
+PROVENANCE_FILE = "surgery.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# Weights, in other formats than the one that is written: of the base, not of the result, or able to run code.
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".ggml",
+    ".tflite",
+    ".mlmodel",
+    ".index.json",
+)
+Progress = Callable[[int, int, str], None]
+
+
+class MergedFolder:
+    """What a merge writes.
+
+    Args:
+        plan: what changes.
+        dtype: of the floating-point tensors; None keeps each tensor's own.
+
+    Attributes:
+        weight_files: names of the safetensors files, those of the base.
+        bytes: of all tensors.
+        parameters: numbers in all tensors.
+        dtypes: bytes by dtype.
+        copied: other files, relative to the base's folder.
+        left_out: files that are not copied.
+        notes: what the user should know.
+    """
+
+    def __init__(self, plan: MergePlan, dtype: torch.dtype | None) -> None:
+        self.plan, self.dtype = plan, dtype
+        base = plan.base
+        self.weight_files = list(dict.fromkeys(path.name for path in base.files.files.values()))
+        self._sources = {name: read_header(base.folder / name) for name in self.weight_files}
+        self._tensors = {name: self._planned(header) for name, header in self._sources.items()}
+        self._tensors[self.weight_files[-1]].update(self._added())
+        every = [tensor for tensors in self._tensors.values() for tensor in tensors.values()]
+        self.bytes = sum(tensor.size for tensor in every)
+        self.parameters = sum(_count(tensor) for tensor in every)
+        self.dtypes: dict[str, int] = {}
+        for tensor in every:
+            name = str(DTYPES[tensor.dtype]).removeprefix("torch.") if tensor.dtype in DTYPES else tensor.dtype
+            self.dtypes[name] = self.dtypes.get(name, 0) + tensor.size
+        self.copied, self.left_out = _other_files(base.folder, set(self.weight_files))
+        self.notes = [f"not copied, weights in another form: {listing(self.left_out, 3)}"] if self.left_out else []
+        self._digests: dict[str, dict[str, str]] = {}
+
+    def check_space(self, out: Path) -> None:
+        """Check that the disk has room for the result.
+
+        Raises:
+            OutputError: it has not.
+        """
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        free = shutil.disk_usage(parent).free
+        if free < self.bytes:
+            raise OutputError(f"{out}: needs {human_bytes(self.bytes)}, the disk has {human_bytes(free)} left")
+
+    def write(self, folder: Path, provenance: dict[str, Any], progress: Progress | None) -> int:
+        """Write everything; returns the bytes of the safetensors files."""
+        for name in self.copied:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.plan.base.folder / name, folder / name)
+        config = self._config()
+        if config is not None:
+            _write_json(folder / "config.json", config)
+        index = self.plan.base.folder / INDEX_FILE
+        if index.is_file():
+            _write_json(folder / INDEX_FILE, self._index(read_json(index)))
+        _write_json(folder / PROVENANCE_FILE, provenance)
+        total, done = sum(len(tensors) for tensors in self._tensors.values()), 0
+        for name, tensors in self._tensors.items():
+
+            def told(tensor: str, file: str = name) -> Iterator[Any]:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(done, total, file)
+                return self._content(file, tensor)
+
+            metadata = {"format": "pt", **self._sources[name].metadata}
+            self._digests[name] = write_file(folder / name, tensors, metadata, told)
+        return sum((folder / name).stat().st_size for name in self.weight_files)
+
+    def verify(self, folder: Path, target: str, trust_remote_code: bool) -> None:
+        """Read back what was written, all of it, and open it as a model.
+
+        Raises:
+            OutputError: it is not what was meant.
+        """
+        try:
+            for name in self.weight_files:
+                found = read_digests(folder / name)
+                wrong = next((t for t, digest in self._digests[name].items() if found.get(t) != digest), None)
+                if wrong is not None or len(found) != len(self._digests[name]):
+                    raise OutputError(f"{target}: tensor {wrong or name} read back differs from what was written")
+            self._verify_names(BaseModel.open(folder, None, trust_remote_code))
+        except OutputError:
+            raise
+        except SurgeryError as error:
+            raise OutputError(f"{target}: what was written cannot be opened ({error})") from None
+
+    def _verify_names(self, written: BaseModel) -> None:
+        if type(written.model) is not type(self.plan.target.model) or written.shapes != self.plan.target.shapes:
+            raise CheckpointError("it opens as another model")
+        before = self.plan.base.sources
+        for parameter in written.shapes:
+            own = [(parameter, parameter)] if parameter in self.plan.added else None
+            expected = own or (before[parameter].keys if parameter in before else None)
+            found = written.sources[parameter].keys if parameter in written.sources else None
+            if found != expected:
+                raise CheckpointError(f"{parameter} is read from another tensor")
+
+    def _planned(self, header: Header) -> dict[str, Tensor]:
+        return {name: self._cast(tensor) for name, tensor in header.tensors.items()}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        cast = self.dtype is not None and tensor.dtype in FLOATS
+        return tensor.cast(self.dtype) if cast and self.dtype is not None else tensor
+
+    def _added(self) -> dict[str, Tensor]:
+        """Entries of the parameters that have no tensor in the base's files, in the dtype of most of it."""
+        sizes: dict[str, int] = {}
+        for tensor in (t for header in self._sources.values() for t in header.tensors.values() if t.dtype in FLOATS):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+        main = self.dtype or DTYPES[max(sizes, key=lambda name: sizes[name])]
+        return {name: Tensor("F32", self.plan.shape_of(name), 0).cast(main) for name in self.plan.added}
+
+    def _content(self, file: str, name: str) -> Iterator[Any]:
+        planned, source = self._tensors[file][name], self._sources[file].tensors.get(name)
+        path = self.plan.base.folder / file
+        if name in self.plan.edited or source is None:
+            release_freed()
+            return tensor_bytes(self.plan.value(name, DTYPES[planned.dtype]))
+        if planned.dtype == source.dtype:
+            return file_bytes(path, source)
+        return tensor_bytes(_finite(name, self.plan.base.files.read(name), DTYPES[planned.dtype]))
+
+    def _config(self) -> dict[str, Any] | None:
+        """`config.json`, where it changes."""
+        config = self.plan.config
+        if self.dtype is None:
+            return config
+        config = dict(config if config is not None else read_json(self.plan.base.folder / "config.json"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part is config or "dtype" in part or "torch_dtype" in part:
+                part.pop("torch_dtype", None)
+                part["dtype"] = str(self.dtype).removeprefix("torch.")
+        return config
+
+    def _index(self, index: dict[str, Any]) -> dict[str, Any]:
+        files = {name: file for file, tensors in self._tensors.items() for name in tensors}
+        metadata = {**(index.get("metadata") or {}), "total_size": self.bytes}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = self.parameters
+        return {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}
+
+
+def _finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name}: its values are not finite in {dtype}; use --dtype bfloat16 or float32")
+    return cast
+
+
+def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]:
+    """Files that are copied and files that are not, relative to the folder; hidden ones are passed over."""
+    copied: list[str] = []
+    left_out: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(parent).relative_to(folder)
+        for name in sorted(names):
+            path = inside / name
+            if name.startswith(".") or not (Path(parent) / name).is_file() or str(path) in {INDEX_FILE, *weights}:
+                continue
+            (left_out if name.lower().endswith(OTHER_WEIGHTS) else copied).append(str(path))
+    return copied, left_out
+
+
+def _count(tensor: Tensor) -> int:
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,159 @@
+"""`surgery.merge`: an adapter's weight changes added to its base model, file by file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.atomic import atomic_folder, check_output
+from surgery.checkpoints.base_model import BaseModel
+from surgery.devices import resolve_device
+from surgery.errors import MethodError, OutputError
+from surgery.merge_plan import MergePlan
+from surgery.merged_folder import MergedFolder
+from surgery.methods.contents import contents_of
+from surgery.reports.merge_report import MergeReport
+
+__all__ = ["merge"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Share of a layer's change that rounding may take before the user is told.
+MUCH_LOST = 0.05
+Progress = Callable[[int, int, str], None]
+
+
+def merge(
+    adapter: str | Path | Adapter,
+    base: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    task: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Add an adapter to its base model: a model folder that needs no adapter, and no PEFT.
+
+    The base's files are read and written one tensor at a time, under their own names; `W + dW` is computed in float32
+    and rounded once. What the adapter saves whole (heads, biases, embeddings) replaces the base's. All other files of
+    the base's folder are copied, but for weights in other formats. The result is read back before it takes its name.
+
+    Args:
+        adapter: a folder, a Hub id or an opened `Adapter`, of a type that `Adapter.delta` knows.
+        base: the base model: a folder or a Hub id.
+        out: the folder to write; it may be None for a dry run.
+        dtype: of the result's floating-point tensors: float32, bfloat16, float16; default each as in the base.
+        device: where to compute: auto, cpu, cuda.
+        task: what the model is for, which chooses its class; default the base's own class, or, for an adapter with
+            a head that this class does not have, the class of the adapter's task.
+        force: replace an output folder that exists.
+        dry_run: check everything and report the sizes, but compute and write nothing.
+        trust_remote_code: run model code that comes with the base.
+        progress: called before each tensor that is written.
+
+    Returns:
+        The report.
+
+    Raises:
+        AdapterError: the adapter cannot be read exactly, or does not fit the base.
+        CheckpointError: the base cannot be used: a file is broken, it is quantised, a changed weight cannot be written
+            back into it exactly.
+        WrongBaseError: the adapter was made from other base weights.
+        OutputError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    if dtype is not None and dtype not in DTYPES:
+        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if out is None and not dry_run:
+        raise OutputError("merge needs an output folder")
+    where = resolve_device(device)
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    contents = contents_of(opened)
+    model = BaseModel.open(base, task, trust_remote_code)
+    if out is not None:
+        _check_place(Path(out), model.folder, opened.folder, force)
+    plan = MergePlan.make(opened, contents, model, where, task is None, trust_remote_code)
+    folder = MergedFolder(plan, None if dtype is None else DTYPES[dtype])
+    report = _report(plan, folder, where)
+    if dry_run:
+        report.dry_run = True
+    else:
+        assert out is not None
+        folder.check_space(Path(out))
+        with atomic_folder(Path(out), force) as partial:
+            report.bytes = folder.write(partial, _provenance(report), progress)
+            folder.verify(partial, str(out), trust_remote_code)
+        report.out = str(out)
+        report.sites = plan.figures()
+        report.notes += _change_notes(report)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _check_place(out: Path, base: Path, adapter: Path | None, force: bool) -> None:
+    target = out.resolve()
+    for folder in (path.resolve() for path in (base, adapter) if path is not None):
+        if target == folder or target in folder.parents:
+            raise OutputError(f"{out}: holds the base model or the adapter; choose another output with -o")
+    if base.resolve() in target.parents:
+        raise OutputError(f"{out}: lies in the base model's folder, which is copied; choose another output with -o")
+    check_output(out, force)
+
+
+def _report(plan: MergePlan, folder: MergedFolder, device: torch.device) -> MergeReport:
+    return MergeReport(
+        out=None,
+        peft_type=plan.adapter.peft_type,
+        modules=len(plan.sites),
+        parameters=folder.parameters,
+        bytes=folder.bytes,
+        seconds=0.0,
+        base=plan.base.name,
+        model_class=type(plan.target.model).__name__,
+        device=str(device),
+        dtypes=folder.dtypes,
+        files=folder.weight_files,
+        replaced=sorted(plan.replaced),
+        added=sorted(plan.added),
+        left_out=folder.left_out,
+        notes=[*plan.notes, *folder.notes],
+    )
+
+
+def _change_notes(report: MergeReport) -> list[str]:
+    """What stands out in the figures of the layers."""
+    lost = max((site.rounding for site in report.sites if site.rounding is not None), default=None)
+    if lost is None:
+        return ["the adapter changes no weight: it is at its start, where dW = 0"]
+    if lost > MUCH_LOST:
+        return [
+            f"rounding W + dW to the file's dtype takes up to {lost:.0%} of dW in a layer; --dtype float32 keeps it"
+        ]
+    return []
+
+
+def _provenance(report: MergeReport) -> dict[str, Any]:
+    """`surgery.json`: how the model came about, without paths of the machine it was made on."""
+    from surgery import __version__
+
+    base = Path(report.base)
+    return {
+        "format_version": 1,
+        "tool": "surgery",
+        "version": __version__,
+        "command": "merge",
+        "peft_type": report.peft_type,
+        "base": base.resolve().name if base.is_dir() else report.base,
+        "modules": report.modules,
+        "replaced": report.replaced,
+        "added": report.added,
+        "notes": report.notes,
+    }

@@ -1,0 +1,176 @@
+"""Pictures: heat maps of layers by roles. matplotlib is imported where it is used; no global state of it is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import MethodError, OutputError
+
+if TYPE_CHECKING:
+    from surgery.inspection import InspectedSite, Inspection
+
+__all__ = ["Grid", "check_picture", "draw_grids", "draw_inspection", "short_roles"]
+
+ENDINGS = (".png", ".svg", ".pdf")
+# Readable with every kind of colour vision, and in grey.
+COLOURS = "cividis"
+OUTSIDE = "outside"
+MOST_NUMBERS = 400
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One heat map.
+
+    Attributes:
+        title: what the numbers are.
+        values: rows by columns; None where there is no layer.
+        text: how a number is written into its cell.
+        limits: the smallest and largest number of the colour scale; None takes them from the values.
+    """
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    text: Callable[[float], str]
+    limits: tuple[float, float] | None = None
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture may be written there.
+
+    Raises:
+        MethodError: its name has an ending that is not a picture's.
+        OutputError: there is a folder of that name, or none to hold it.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise MethodError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+
+
+def draw_inspection(inspection: Inspection, path: Path) -> None:
+    """Draw where a model's numbers, or an adapter's energy and ranks, are: layers by roles.
+
+    Raises:
+        MethodError: there is no layer to draw.
+        OutputError: the picture cannot be written.
+    """
+    sites = inspection.sites
+    if not sites:
+        raise MethodError(
+            f"{inspection.path}: has no layer to draw ({'; '.join(inspection.notes) or 'none is linear'})"
+        )
+    roles = list(dict.fromkeys(site.role for site in sites))
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    rows = [*map(str, layers), *([OUTSIDE] if any(site.layer is None for site in sites) else [])]
+    grids = []
+    if any(site.energy is not None for site in sites):
+        what = "change |dW|²" if inspection.kind == "adapter" else "weights |W|²"
+        grids.append(_grid(f"share of the squared norm of the {what} (%)", sites, rows, roles, _energy, "{:.2g}"))
+    if any(site.rank_95 is not None for site in sites):
+        grids.append(_grid("rank that holds 95 % of a layer's squared norm", sites, rows, roles, _rank, "{:.0f}"))
+    if not grids:
+        grids.append(_grid("parameters (millions)", sites, rows, roles, _millions, "{:.3g}"))
+    name = Path(inspection.path).resolve().name if os.path.isdir(inspection.path) else inspection.path
+    draw_grids(
+        grids, rows, short_roles(roles), f"{name}: {inspection.model_class or f'{inspection.peft_type} adapter'}", path
+    )
+
+
+def draw_grids(grids: Sequence[Grid], rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
+    """Draw heat maps side by side, with layers from top to bottom and roles from left to right.
+
+    Args:
+        grids: the maps, all of the same rows and columns.
+        rows: names of the layers.
+        columns: names of the roles.
+        title: of the picture.
+        path: the file; the picture appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    numbers = len(rows) * len(columns) <= MOST_NUMBERS
+    width = max(3.2, (0.62 if numbers else 0.3) * len(columns) + 2.2)
+    height = min(max(2.4, (0.27 if numbers else 0.1) * len(rows) + 1.0), 12.0)
+    figure = Figure(figsize=(width * len(grids), height + 1.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for axes, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
+        _draw(figure, axes, grid, rows, columns, numbers)
+    _save(figure, path)
+
+
+def short_roles(roles: Sequence[str]) -> list[str]:
+    """Names of roles as short as they stay distinct: without the path to the blocks, where all share it."""
+    inside = {role: role.partition(".*.")[2] or role for role in roles}
+    if len(set(inside.values())) == len(roles):
+        return [inside[role] for role in roles]
+    return [f"{role.partition('.')[0]}: {inside[role]}" if ".*." in role else role for role in roles]
+
+
+def _grid(
+    title: str,
+    sites: Sequence[InspectedSite],
+    rows: Sequence[str],
+    roles: Sequence[str],
+    value: Callable[[InspectedSite], float | None],
+    text: str,
+) -> Grid:
+    cells = {(OUTSIDE if site.layer is None else str(site.layer), site.role): value(site) for site in sites}
+    return Grid(title, [[cells.get((row, role)) for role in roles] for row in rows], text.format)
+
+
+def _energy(site: InspectedSite) -> float | None:
+    return None if site.energy is None else 100 * site.energy
+
+
+def _rank(site: InspectedSite) -> float | None:
+    return site.rank_95
+
+
+def _millions(site: InspectedSite) -> float:
+    return site.parameters / 1e6
+
+
+def _draw(figure: Any, axes: Any, grid: Grid, rows: Sequence[str], columns: Sequence[str], numbers: bool) -> None:
+    import matplotlib
+    import numpy as np
+
+    values = np.array([[np.nan if v is None else v for v in row] for row in grid.values], dtype=float)
+    colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.92")
+    low, high = grid.limits or (min(0.0, float(np.nanmin(values))), float(np.nanmax(values)))
+    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high if high > low else low + 1)
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+    axes.set_title(grid.title, fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    step = 1 if numbers else -(-len(rows) // 20)
+    # Every so many blocks, and what is outside of them, which comes last.
+    shown = [place for place in range(len(rows)) if place % step == 0 or rows[place] == OUTSIDE]
+    axes.set_yticks(shown, [rows[place] for place in shown], fontsize=8)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.tick_params(length=0)
+    if not numbers:
+        return
+    middle = (low + high) / 2
+    for row, column in zip(*np.nonzero(~np.isnan(values)), strict=True):
+        number = float(values[row, column])
+        colour = "black" if number > middle else "white"
+        axes.text(column, row, grid.text(number), ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _save(figure: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        figure.savefig(partial, format=path.suffix[1:].lower())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: the picture cannot be written ({error.strerror or error})") from None
