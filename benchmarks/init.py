@@ -1,109 +1,27 @@
 """The cost of `surgery init`: every claim against its reference, measured in the same run.
 
-Every measurement runs in a fresh process; ours and the reference take turns. Memory is the peak of resident memory
-above what is resident once the imports are done, on both sides alike. A ratio is the reference's figure over ours.
-
-    python benchmarks/init.py                      # everything, on the CPU
-    python benchmarks/init.py --quick              # small shapes: only checks that the script works
-    python benchmarks/init.py --case frod-12 --json rows.json
+python benchmarks/init.py                      # everything, on the CPU
+python benchmarks/init.py --quick              # small shapes: only checks that the script works
+python benchmarks/init.py --case frod-12 --json rows.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.bench import Bench, Case, at_least, below, main
 from benchmarks.models import LLAMA_2_7B, Llama, minilm_folder, write_llama
-from benchmarks.process import Measured, alternating, command_seconds, in_process
-from benchmarks.rows import Row, show
+from benchmarks.process import Measured, command_seconds
+from benchmarks.rows import Row
 
-# The `surgery` command sets this itself, before torch starts its threads (surgery/cli/main.py); a call of
-# surgery.init from Python has to be given it. The references run as they would for anybody.
-OURS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 QV = ["query", "value"]
 # Every linear of MiniLM's blocks, which is what surgery adapts by default; PEFT's own would add the pooler.
 BLOCK_LINEARS = r"encoder\.layer\..*\.(query|key|value|dense)"
 RANK = 8
-
-
-class Bench:
-    """One case's surroundings: settings, a folder for models and adapters, and what has been measured."""
-
-    def __init__(self, folder: Path, device: str, runs: int, quick: bool, threads: int | None) -> None:
-        self.device = device
-        self.threads = 1 if quick else threads
-        self.runs = runs
-        self.quick = quick
-        self.folder = folder
-        folder.mkdir()
-        self.rows: list[Row] = []
-        self.notes: list[str] = []
-        self._made = 0
-
-    def work(self, worker: str, threads: int | None = None, **options: Any) -> Measured:
-        """Do one piece of work in a fresh process; see workers.py."""
-        ours = not worker.startswith(("peft", "adam"))
-        environment = OURS_ENVIRONMENT if ours else {}
-        arguments = ["--worker", worker, json.dumps({"device": self.device, **options})]
-        script, threads = Path(__file__).resolve(), threads or self.threads
-        result = in_process(script, *arguments, threads=threads, environment=environment)
-        what = f"{worker} {options['method']}" if "method" in options else worker
-        took = f"{result['seconds']:.3g} s" if "seconds" in result else "done"
-        print(f"{self.folder.name}: {what}: {took}", file=sys.stderr, flush=True)
-        return result
-
-    def init(self, model: Path, method: str, keep: bool = False, **options: Any) -> Measured:
-        """`surgery.init` in a fresh process. The adapter goes again unless it is kept: its folder is in `out`."""
-        self._made += 1
-        out = self.folder / f"adapter-{self._made}"
-        result = self.work("init", model=str(model), method=method, out=str(out), **options)
-        if keep:
-            return {**result, "out": str(out)}
-        shutil.rmtree(out)
-        return result
-
-    def alternating(self, *sides: Callable[[], Measured]) -> list[Measured]:
-        """The medians of all runs, the sides taking turns."""
-        return alternating(self.runs, *sides)
-
-    def row(
-        self,
-        case: str,
-        ours: Measured,
-        reference: Measured | None = None,
-        target: str = "",
-        holds: Callable[[Row], bool] | None = None,
-    ) -> None:
-        """Add a row; a target is not judged on the small shapes of a quick run."""
-        row = Row(case, ours, reference, target)
-        met = holds(row) if holds and not self.quick else None
-        self.rows.append(Row(case, ours, reference, target, met))
-
-    def note(self, text: str) -> None:
-        """Add a line to what is printed below the table."""
-        self.notes.append(text)
-
-
-def at_least(figure: str, factor: float) -> Callable[[Row], bool]:
-    """Whether the reference's figure is so many times ours."""
-    return lambda row: (row.ratio(figure) or 0.0) >= factor
-
-
-def below(figure: str, limit: float) -> Callable[[Row], bool]:
-    """Whether our figure is below a limit."""
-    return lambda row: row.ours[figure] < limit
 
 
 def frod_12(bench: Bench) -> None:
@@ -232,7 +150,8 @@ def minilm(bench: Bench) -> None:
     from surgery.catalogue import METHODS
 
     model = minilm_folder()
-    methods = list(METHODS)[:1] if bench.quick else list(METHODS)
+    names = [name for name, info in METHODS.items() if not info.reads_gradients]  # those have a benchmark of their own
+    methods = names[:1] if bench.quick else names
     results = bench.alternating(*(lambda method=method: bench.init(model, method) for method in methods))
     for method, result in zip(methods, results, strict=True):
         bench.row(f"init {method}, all linears of MiniLM", result)
@@ -252,7 +171,7 @@ def frod_7b(bench: Bench) -> None:
     bench.note(f"frod-7b: one run on {result['device_name']}, reading and writing left out: {seconds}")
 
 
-CASES: dict[str, Callable[[Bench], None]] = {
+CASES: dict[str, Case] = {
     "frod-12": frod_12,
     "frod-24": frod_24,
     "inilora": inilora,
@@ -263,80 +182,10 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "frod-7b": frod_7b,
 }
 
-
-def surroundings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the figures depend on, besides the code."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "scipy", "numpy")}
-    return {
-        **settings,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        **packages,
-    }
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the cost of `surgery init` against its references.")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--runs", type=int, help="measurements of each side, of which the median counts (default: 3)")
-    parser.add_argument("--threads", type=int, help="of torch, BLAS and LAPACK, on both sides (default: every core)")
-    parser.add_argument("--case", action="append", choices=list(CASES), help="only this case; repeatable")
-    parser.add_argument("--quick", action="store_true", help="small shapes and one run: checks that the script works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the rows")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def measure(cases: list[str], settings: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """Measure these cases, with settings as in `Bench`.
-
-    Returns:
-        The rows and the notes.
-    """
-    quick = settings["quick"]
-    with tempfile.TemporaryDirectory(prefix="surgery-bench-") as folder:
-
-        def one(case: str) -> Bench:
-            bench = Bench(Path(folder) / case, **settings)
-            CASES[case](bench)
-            return bench
-
-        # One at a time: only where no figure counts may two of them share the machine.
-        with ThreadPoolExecutor(max_workers=2 if quick else 1) as pool:
-            benches = list(pool.map(one, cases))
-    rows = [row for bench in benches for row in bench.rows]
-    return rows + frod_growth(rows, quick), [note for bench in benches for note in bench.notes]
-
-
-def main() -> None:
-    """Measure, print, save."""
-    options = arguments()
-    if options.worker:
-        from benchmarks.workers import run
-
-        run(*options.worker)
-        return
-    on_gpu = options.device.startswith("cuda")
-    cases = [
-        case for case in CASES if case in (options.case or CASES) and (options.case or on_gpu or case != "frod-7b")
-    ]
-    runs = options.runs or (1 if options.quick else 3)
-    settings = {"device": options.device, "runs": runs, "quick": options.quick, "threads": options.threads}
-    rows, notes = measure(cases, settings)
-    if rows:
-        print(show(rows))
-        print("\nratio: the reference's figure over ours; memory is above what the imports take")
-    if notes:
-        print("\n".join(notes))
-    judged = [row for row in rows if row.met is not None]
-    if judged:
-        print(f"{sum(bool(row.met) for row in judged)} of {len(judged)} targets met")
-    if options.json:
-        saved = {**surroundings(settings), "rows": [row.to_dict() for row in rows], "notes": notes}
-        options.json.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        CASES,
+        "Measure the cost of `surgery init` against its references.",
+        gpu_only=frozenset({"frod-7b"}),
+        more_rows=frod_growth,
+    )

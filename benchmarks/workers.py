@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.process import Measured, measured
 
@@ -28,7 +31,8 @@ def run(name: str, options: str) -> None:
     for module in ("bert", "llama"):
         importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     importlib.import_module("surgery.initialization")
-    for method in ("frod", "inilora", "smoa", "vera"):
+    importlib.import_module("surgery.training.gradients")
+    for method in ("frod", "giva", "inilora", "smoa", "vera"):
         importlib.import_module(f"surgery.methods.{method}")
     # transformers finds its classes when they are first asked for.
     assert transformers.LlamaForCausalLM and transformers.BertModel and transformers.AutoModel and peft.PeftModel
@@ -232,3 +236,6 @@ WORKERS: dict[str, Callable[..., Measured]] = {
     worker.__name__: worker
     for worker in (init, peft_frod, peft_pissa, frod_errors, inilora_factors, adam_factors, load, joint)
 }
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
