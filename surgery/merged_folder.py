@@ -76,7 +76,7 @@ class MergedFolder:
     def __init__(self, plan: MergePlan, dtype: torch.dtype | None) -> None:
         self.plan, self.dtype = plan, dtype
         base = plan.base
-        self.weight_files = list(dict.fromkeys(path.name for path in base.files.files.values()))
+        self.weight_files = sorted({path.name for path in base.files.files.values()})
         self._sources = {name: read_header(base.folder / name) for name in self.weight_files}
         self._tensors = {name: self._planned(header) for name, header in self._sources.items()}
         self._tensors[self.weight_files[-1]].update(self._added())

@@ -45,7 +45,8 @@ def written_back(source: Source, model: Any, read: Read, values: Mapping[str, to
             origins = source.read(parameter, model, lambda key: places[key])
         except Exception as error:  # a rule of transformers that takes floating-point numbers only, say
             raise CheckpointError(_irreversible(source, parameter, type(error).__name__)) from None
-        if origins.shape != value.shape or origins.dtype != torch.int64:
+        moved = origins.shape == value.shape and origins.dtype == torch.int64
+        if not moved or int(origins.min()) < 0 or int(origins.max()) >= start:
             raise CheckpointError(_irreversible(source, parameter, "its rule changes shapes or numbers"))
         flat[origins.reshape(-1)] = value.reshape(-1).to(flat.dtype)
     parts = flat.split([tensor.numel() for tensor in old.values()])

@@ -5,7 +5,7 @@ The reading is strict: what cannot be read exactly is refused by name, here and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,11 +39,14 @@ class Contents:
         carried: what is saved whole and replaces the base's (heads of `modules_to_save`, biases, embeddings): name of
             the parameter in the model -> name of the tensor in the file. It is carried from form to form bit for bit.
         shared: tensors above the model, for all layers (VeRA's projections).
+        spare: tensors that nobody reads: PEFT stores a module that it saves whole, whose vocabulary has grown, a second
+            time under the name of its wrapper, and its frozen original with it.
     """
 
     modules: list[str]
     carried: dict[str, str]
     shared: list[str]
+    spare: list[str]
 
 
 def readable_types() -> list[str]:
@@ -64,9 +67,13 @@ def contents_of(adapter: Adapter) -> Contents:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     carried: dict[str, str] = {}
     shared: list[str] = []
+    spare: list[str] = []
     for name, tensor in adapter.tensors.items():
         if not name.startswith(MODEL_PREFIX):
             shared.append(name)
+            continue
+        if _is_spare(name, adapter.tensors):
+            spare.append(name)
             continue
         module, short = _split(name.removeprefix(MODEL_PREFIX), names)
         if short is None:
@@ -82,7 +89,7 @@ def contents_of(adapter: Adapter) -> Contents:
     if not modules:
         raise AdapterError(f"{who(adapter)}: changes no layer: it has {listing(adapter.tensors, 3) or 'no tensors'}")
     _check_shared(adapter, shared)
-    return Contents(list(modules), carried, shared)
+    return Contents(list(modules), carried, shared, spare)
 
 
 def who(adapter: Adapter) -> str:
@@ -200,6 +207,11 @@ def _split(stem: str, names: frozenset[str] | str) -> tuple[str, str | None]:
     if f"{inner}.{last}" in names:
         return outer, f"{inner}.{last}"
     return stem, None
+
+
+def _is_spare(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is a wrapper's copy, or the frozen original, of one that is saved whole under its plain name."""
+    return any(part in name and name.replace(part, ".") in names for part in (".modules_to_save.", ".original_module."))
 
 
 def _carried_parameter(adapter: Adapter, stem: str, tensor: torch.Tensor) -> str:

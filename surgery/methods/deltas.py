@@ -77,7 +77,7 @@ def own_config(adapter: Adapter, method: OwnMethod) -> Any:
     return method.config_class(**{key: value for key, value in adapter.config.items() if key in known})
 
 
-def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Tensor | None, module: str) -> Delta:
     """The weight change of one layer of ours, from all its stored tensors, shared and regenerated ones included.
 
     Args:
@@ -85,13 +85,14 @@ def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Te
         config: its configuration.
         tensors: by short name.
         weight: the base weight `(out, in)`, float32, where the method needs it.
+        module: the layer's name.
     """
     if not set(method.names(Role.DERIVED, shared=True)) <= set(tensors):
         tensors = {**tensors, **method.shared_derived(config, tensors)}
     if weight is not None:
         whole = weight
         tensors = {**tensors, **method.derived(config, tensors, lambda: whole)}
-    return method.delta(config, tensors, weight)
+    return method.delta(config, tensors, weight, module)
 
 
 def short_names(method: OwnMethod, parts: Tensors, device: torch.device | str = "cpu") -> Tensors:
@@ -117,7 +118,7 @@ def _own_delta(adapter: Adapter, method: OwnMethod, module: str, weight: torch.T
     for name in method.names(Role.BASE, shared=True):
         if name not in tensors:
             tensors[name] = short_names(method, modules[_owner(method, modules, module)], device)[name]
-    return own_delta(method, config, tensors, whole)
+    return own_delta(method, config, tensors, whole, module)
 
 
 def _owner(method: OwnMethod, modules: dict[str, Tensors], module: str) -> str:

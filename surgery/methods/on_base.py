@@ -87,7 +87,8 @@ class ChangesOnBase:
             tensors.update(self._regenerated(method, site, group))
         elif method.names(Role.BASE, shared=True):
             tensors.update(self._stored_by_group(method, group))
-        return own_delta(method, self._config, tensors, weight if method.needs_base(self._config) else None)
+        needed = weight if method.needs_base(self._config) else None
+        return own_delta(method, self._config, tensors, needed, site.module)
 
     def _regenerated(self, method: OwnMethod, site: Site, group: Sequence[Site]) -> Tensors:
         if site in self._kept:
