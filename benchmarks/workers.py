@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gradient_work import frozen_step, giva_bases, giva_energy, plain_recipe
 from benchmarks.process import Measured, measured
 
 __all__ = ["WORKERS", "run"]
@@ -234,7 +235,20 @@ def _weights(model: str, targets: list[str], device: str) -> dict[str, Any]:
 
 WORKERS: dict[str, Callable[..., Measured]] = {
     worker.__name__: worker
-    for worker in (init, peft_frod, peft_pissa, frod_errors, inilora_factors, adam_factors, load, joint)
+    for worker in (
+        init,
+        peft_frod,
+        peft_pissa,
+        frod_errors,
+        inilora_factors,
+        adam_factors,
+        load,
+        joint,
+        giva_bases,
+        frozen_step,
+        plain_recipe,
+        giva_energy,
+    )
 }
 
 if __name__ == "__main__":
