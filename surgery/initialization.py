@@ -22,7 +22,7 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.checkpoints.live_model import LiveModel
 from surgery.devices import resolve_device
-from surgery.errors import MethodError, OutputError, TargetError, listing
+from surgery.errors import DataError, MethodError, OutputError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.memory import release_freed
 from surgery.methods.base import Method, OwnMethod, Start
@@ -81,7 +81,7 @@ def init(
     zero, and opens with `PeftModel.from_pretrained` (after `import surgery` for our own types).
 
     Args:
-        model: a folder with `config.json` and safetensors, or a Hub id; for GiVA also a loaded model.
+        model: a folder with `config.json` and safetensors, or a Hub id; for GiVA also a loaded model of any kind.
         method: a name from `surgery methods`.
         out: the adapter folder to write; None writes nothing.
         rank: for the methods that have one; see the method table for the defaults.
@@ -133,7 +133,9 @@ def init(
         _check_place(Path(out), base, force)
     if info.reads_weights:
         base.refuse_quantized()
-    sites = base.select([target] if isinstance(target, str) else target, present=info.reads_weights)
+    # A quantised checkpoint may hold its weights under other names.
+    present = info.reads_weights or (info.reads_gradients and not base.is_quantized)
+    sites = base.select([target] if isinstance(target, str) else target, present=present)
     formulas = info.load()
     options = formulas.complete(options, sites, base.config)
     config = formulas.make_config(options, _common_config(base, sites, seed))
@@ -183,14 +185,23 @@ def _opened(
             raise MethodError(
                 f"{info.name} reads a model's files: give its folder, or call peft.get_peft_model(model, config)"
             )
-        return LiveModel(model)
+        return LiveModel(model, task)
     base = BaseModel.open(model, task, trust_remote_code)
     if info.reads_gradients and data is None:
         raise MethodError(f"{info.name} starts from the gradient of a loss: give the data for it with --data FILE")
     if is_file(data) and base.task is not None and base.task.name in CLASS_TASKS and base.head_is_free:
         labels = labels_in(data, base)
-        if len(labels) < FEW_LABELS and not any(isinstance(label, float) for label in labels):
-            return BaseModel.open(model, task, trust_remote_code, labels=labels)
+        if any(isinstance(label, float) for label in labels):
+            raise DataError(
+                f"{data}: its labels are floating-point numbers, not classes; for a regression give a model whose "
+                "config.json has one label in id2label"
+            )
+        highest = max((label for label in labels if isinstance(label, int)), default=0)
+        if max(len(labels), highest) >= FEW_LABELS:
+            raise DataError(f"{data}: has {len(labels)} labels up to {highest}, more than a classifier has classes")
+        if len(labels) < 2:
+            raise DataError(f"{data}: has the label {listing(map(str, labels))} alone, nothing to tell apart")
+        return BaseModel.open(model, task, trust_remote_code, labels=labels)
     return base
 
 

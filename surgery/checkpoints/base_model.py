@@ -19,7 +19,7 @@ from surgery.errors import CheckpointError, listing
 from surgery.hub.resolve import local_folder
 from surgery.sites import Site, select_sites
 
-__all__ = ["TASKS", "BaseModel", "Task"]
+__all__ = ["TASKS", "BaseModel", "Task", "task_of"]
 
 
 class Task:
@@ -154,14 +154,19 @@ class BaseModel:
             self._sources = parameter_sources(self.model, self.files.files)
         return self._sources
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the linear weights are stored in a quantised form."""
+        return bool(getattr(self.config, "quantization_config", None))
+
     def refuse_quantized(self) -> None:
         """Refuse a checkpoint whose linear weights are stored in a quantised form.
 
         Raises:
             CheckpointError: the configuration has a `quantization_config`.
         """
-        quantization = getattr(self.config, "quantization_config", None)
-        if quantization:
+        if self.is_quantized:
+            quantization: Any = self.config.quantization_config
             as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
             kind = as_dict.get("quant_method", "unknown")
             raise CheckpointError(
@@ -241,10 +246,11 @@ def _model_class(
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         version = transformers.__version__
         raise CheckpointError(f"{folder / 'config.json'}: transformers {version} has no model class {name}")
-    return model_class, _task_of(model_class, config)
+    return model_class, task_of(model_class, config)
 
 
-def _task_of(model_class: type[Any], config: PretrainedConfig) -> Task | None:
+def task_of(model_class: type[Any], config: PretrainedConfig) -> Task | None:
+    """The task that a class of transformers serves; None for one that serves none of the known tasks."""
     for task in TASKS.values():
         with contextlib.suppress(CheckpointError):
             if task.model_class(config) is model_class:

@@ -26,13 +26,17 @@ from surgery.methods.base import (
     Spec,
     Tensors,
     WeightReader,
-    capped_rank_note,
     positive_rank,
 )
 from surgery.sites import Site
 
 # What B is: variant -> whether a seed gives it.
 VARIANTS = {"vr": True, "vrurand": True, "vru2r": False, "vrur": False}
+
+NO_GRADIENT = (
+    "the start of GiVA needs the gradient of a loss: make it with surgery init --method giva --data FILE, or "
+    "surgery.init(model, 'giva', out, data=batches), and load that"
+)
 
 __all__ = ["VARIANTS", "GiVA", "GivaConfig", "GradientSource", "heights_of", "parts_of"]
 
@@ -124,7 +128,13 @@ class GiVA(OwnMethod):
         )
 
     def notes(self, config: GivaConfig, sites: Sequence[Site]) -> list[str]:
-        return super().notes(config, sites) + capped_rank_note(config.r, sites)
+        least = [min(rank for _, rank in parts_of(config, site)) for site in sites]
+        capped = [rank for rank in least if rank < config.r]
+        if not capped:
+            return super().notes(config, sites)
+        limit = "min(in, out) / 2" if config.variant == "vru2r" else "min(in, out)"
+        note = f"rank {config.r} is capped at {limit} in {len(capped)} of {len(sites)} layers (down to {min(capped)})"
+        return [*super().notes(config, sites), note]
 
     def rank_at(self, config: GivaConfig, site: Site) -> int:
         return max(rank for _, rank in parts_of(config, site))
@@ -144,10 +154,7 @@ class GiVA(OwnMethod):
         """A and B at the start. An adapter that is loaded without its B has no gradient: B comes from its seed."""
         if not isinstance(weight, GradientSource):
             if config.store_bases:
-                raise AdapterError(
-                    "the start of GiVA needs the gradient of a loss: make it with surgery init --method giva --data "
-                    "FILE, or surgery.init(model, 'giva', data=batches), and load that"
-                )
+                raise AdapterError(NO_GRADIENT)
             return Bases(own=[{"B": _random_B(config, site)} for site in sites])
         own = []
         for site in sites:
@@ -159,6 +166,8 @@ class GiVA(OwnMethod):
         return Bases(own=own)
 
     def trainables(self, config: GivaConfig, site: Site, frozen: Tensors) -> Tensors:
+        if "A" not in frozen:
+            raise AdapterError(NO_GRADIENT)
         return {"o": torch.zeros(site.out_features), "s": torch.ones(frozen["A"].shape[0])}
 
     def delta(self, config: GivaConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
@@ -187,15 +196,17 @@ def default_split(model_config: Any) -> dict[str, int | list[int]]:
 
 
 def _heights(wanted: dict[str, int | list[int]], sites: Sequence[Site], asked: set[str]) -> dict[str, list[int]]:
-    """Heights of the parts for each entry that matches a layer and does not leave it whole.
+    """Heights of the parts for each entry that matches a layer; what was asked for goes before what is known.
 
     Raises:
         MethodError: an entry that was asked for matches nothing or does not divide what it matches.
     """
     found: dict[str, list[int]] = {}
     for name, parts in wanted.items():
-        matched = [site for site in sites if site.module == name or site.module.endswith(f".{name}")]
-        if not matched and name in asked:
+        matched = [site for site in sites if _is_called(site.module, name)]
+        if name not in asked:
+            matched = [site for site in matched if not any(_is_called(site.module, other) for other in asked)]
+        elif not matched:
             raise MethodError(f"split {name}: no adapted layer is called so")
         for site in matched:
             heights = _divided(site, parts)
@@ -203,6 +214,10 @@ def _heights(wanted: dict[str, int | list[int]], sites: Sequence[Site], asked: s
                 raise MethodError(f"split {name}: {site.module} has another height than the first such layer; name one")
     # Longer names are more special, and the first that fits is taken.
     return {name: found[name] for name in sorted(found, key=len, reverse=True)}
+
+
+def _is_called(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
 
 
 def _divided(site: Site, parts: int | list[int]) -> list[int]:
@@ -222,7 +237,7 @@ def heights_of(config: GivaConfig, module: str, out_features: int) -> list[int]:
         AdapterError: they do not add up to the layer's height.
     """
     for name, heights in (config.split or {}).items():
-        if module == name or module.endswith(f".{name}"):
+        if _is_called(module, name):
             if sum(heights) != out_features:
                 raise AdapterError(f"{module}: split into {heights}, but has {out_features} outputs")
             return list(heights)

@@ -16,6 +16,7 @@ from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.merged_config import with_labels
 from surgery.sites import Site, linear_sites, target_modules
 
 __all__ = ["load", "own_task"]
@@ -34,8 +35,9 @@ def load(
     """Open an adapter on its base model.
 
     Unlike `PeftModel.from_pretrained`, which ignores tensors that find no place, an adapter made for another class
-    of the same model (bare, or with a head) is fitted, and one that does not fit is refused. Stock FROD adapters are
-    opened as our portable type, with U belonging to the stored V.
+    of the same model (bare, or with a head) is fitted, and one that does not fit is refused. A base that is loaded here
+    gets as many labels as the adapter's own head has. Stock FROD adapters are opened as our portable type, with U
+    belonging to the stored V.
 
     Args:
         adapter: a folder, a Hub id, or an opened `Adapter`.
@@ -59,7 +61,7 @@ def load(
     if model is None:
         name = str(base) if base is not None else _named_base(opened)
         try:
-            model = _load_base(name, task or own_task(opened), device_map, dtype, trust_remote_code)
+            model = _load_base(name, opened, task or own_task(opened), device_map, dtype, trust_remote_code)
         except CheckpointError as error:
             if base is not None:
                 raise
@@ -148,12 +150,25 @@ def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
     return Adapter(config, tensors, adapter.provenance, adapter.card)
 
 
-def _load_base(name: str, task: str | None, device_map: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def _load_base(
+    name: str, adapter: Adapter, task: str | None, device_map: Any, dtype: Any, trust_remote_code: bool
+) -> Any:
+    """The base model; its head has as many labels as the one that the adapter brings."""
     opened = BaseModel.open(name, task, trust_remote_code)
+    brought = {tensor.removeprefix(MODEL_PREFIX): value for tensor, value in adapter.tensors.items()}
+    labelled = with_labels(opened, {name: value for name, value in brought.items() if name in opened.shapes})
+    if labelled is not None:
+        opened = opened.with_config(type(opened.config).from_dict(labelled))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model = type(opened.model).from_pretrained(opened.folder, dtype=dtype, device_map=device_map)
+        model = type(opened.model).from_pretrained(
+            opened.folder,
+            config=opened.config,
+            dtype=dtype,
+            device_map=device_map,
+            ignore_mismatched_sizes=labelled is not None,  # of the base's own head, which the adapter replaces
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
     finally:

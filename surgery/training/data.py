@@ -111,7 +111,26 @@ def labels_in(path: str | Path, base: BaseModel) -> list[int | str]:
     images = base.task is not None and base.task.name == "image-cls"
     rows = _read(Path(path), wants_images=images)
     _Classes.check_label(rows.column_names, str(path))
+    names = _class_names(rows)
+    if names is not None:
+        return [int(name) for name in names] if all(map(_is_number, names)) else list(names)
     return sorted({value for value in rows.unique("label") if value is not None}, key=lambda v: (isinstance(v, str), v))
+
+
+def _class_names(rows: Any) -> list[str] | None:
+    """The names of the classes that the numbers in the column `label` stand for, where the data says."""
+    names = getattr(rows.features["label"], "names", None)
+    return list(names) if names else None
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _check_texts(values: Sequence[Any], path: str) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise DataError(f"{path}: expected text, found {type(value).__name__} ({str(value)[:40]!r})")
 
 
 def _read(path: Path, wants_images: bool) -> Any:
@@ -187,19 +206,22 @@ class _Texts(_Encoder):
         self.length = _length(base, self.tokenizer, max_length)
         self.chosen = max_length is not None
         self.cut = 0
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        self.padding = {"input_ids": pad or 0, "attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
+        # The model's own first: some find a text's end, or count positions, by it.
+        known = (
+            getattr(base.config.get_text_config(), "pad_token_id", None),
+            self.tokenizer.pad_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        pad = next((number for number in known if isinstance(number, int) and number >= 0), 0)
+        self.padding = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
 
-    def tokens(self, *texts: Any, path: str, **options: Any) -> dict[str, list[int]]:
+    def tokens(self, *texts: Any, path: str) -> dict[str, list[int]]:
         """The tokenizer's output for one text or pair of texts, cut to length."""
-        if not all(isinstance(text, str) for text in texts):
-            wrong = next(text for text in texts if not isinstance(text, str))
-            raise DataError(f"{path}: expected text, found {type(wrong).__name__} ({str(wrong)[:40]!r})")
-        found = dict(self.tokenizer(*texts, truncation=False, **options))
+        _check_texts(texts, path)
+        found = dict(self.tokenizer(*texts, truncation=False))
         if len(found["input_ids"]) > self.length:
             self.cut += 1
-            found = dict(self.tokenizer(*texts, truncation=True, max_length=self.length, **options))
+            found = dict(self.tokenizer(*texts, truncation=True, max_length=self.length))
         return found
 
     def notes(self, samples: int) -> list[str]:
@@ -212,10 +234,11 @@ class _CausalLM(_Texts):
     columns = (("text",), ("prompt", "completion"))
 
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
-        if row.get("completion") is None:
+        if row.get("completion") is None and "text" in row:
             ids = self.tokens(row["text"], path=path)["input_ids"]
             labels = list(ids)
         else:
+            _check_texts((row["prompt"], row["completion"]), path)
             prompt = self.tokenizer(row["prompt"])["input_ids"]
             end = self.tokenizer.eos_token_id
             if prompt and prompt[-1] == end and len(prompt) > 1:
@@ -262,6 +285,7 @@ class _Seq2SeqLM(_Texts):
 
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
         given = self.tokens(row["prompt"], path=path)
+        _check_texts((row["completion"],), path)
         target = self.tokenizer(text_target=row["completion"], truncation=True, max_length=self.length)
         names = ("input_ids", "attention_mask")
         return {name: torch.tensor(given[name]) for name in names} | {"labels": torch.tensor(target["input_ids"])}
@@ -277,6 +301,8 @@ class _Classes(_Encoder):
         self.base = base
         self.number = int(base.config.num_labels)
         self.ids: Mapping[str, int] = {str(k): int(v) for k, v in (base.config.label2id or {}).items()}
+        # What the numbers in a file stand for, where it says: the names of image folders, for one.
+        self.names: list[str] | None = None
 
     @staticmethod
     def check_label(found: Sequence[str], path: str) -> None:
@@ -284,11 +310,13 @@ class _Classes(_Encoder):
             raise DataError(f"{path}: has the columns {listing(found)}; classification needs label")
 
     def see_all(self, rows: Any, path: str) -> None:
+        self.names = _class_names(rows)
         if self.number > 1:
             for label in rows.unique("label"):
                 self.label(label, path)
 
     def label(self, value: Any, path: str) -> torch.Tensor:
+        value = self._meant(value)
         if self.number == 1 and isinstance(value, (int, float)):
             return torch.tensor(float(value))
         if isinstance(value, str) and value in self.ids:
@@ -299,6 +327,18 @@ class _Classes(_Encoder):
             f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(self.ids, 4)}), which "
             f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name"
         )
+
+    def _meant(self, value: Any) -> Any:
+        """What a number of the file stands for: a name that the model knows, or a number in its own count."""
+        if self.names is None or not isinstance(value, int) or not 0 <= value < len(self.names):
+            return value
+        name = self.names[value]
+        if name in self.ids:
+            return name
+        if _is_number(name):
+            return int(name)
+        unnamed = all(known == f"LABEL_{number}" for known, number in self.ids.items())
+        return value if unnamed else name
 
 
 class _TextClasses(_Classes, _Texts):
@@ -360,7 +400,7 @@ def _processor(base: BaseModel, kind: str) -> Any:
 
     loader = AutoTokenizer if kind == "tokenizer" else AutoImageProcessor
     try:
-        return loader.from_pretrained(base.folder)
+        return loader.from_pretrained(base.folder, local_files_only=True)
     except Exception as error:  # what is missing shows as errors of many kinds
         reason = str(error).strip().split("\n")[0][:160]
         raise DataError(f"{base.folder}: has no usable {kind}, which the data needs ({reason})") from None
@@ -374,6 +414,10 @@ def _length(base: BaseModel, tokenizer: Any, wanted: int | None) -> int:
     """
     text = base.config.get_text_config()
     positions = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in base.model.named_modules():
+        # RoBERTa and its kin begin to count after the number that stands for padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions.append(module.num_embeddings - module.padding_idx - 1)
     limit = min((each for each in positions if isinstance(each, int) and 0 < each < 1 << 24), default=1 << 24)
     if wanted is not None and wanted > limit:
         raise DataError(f"--max-length {wanted}: {base.folder} takes at most {limit} tokens")

@@ -82,7 +82,7 @@ def gradients(
         progress: called after each layer that is reduced.
 
     Raises:
-        MethodError: there is no batch, or a loss is not finite.
+        MethodError: there is no batch, a loss or a gradient is not finite, or the loss does not depend on the layers.
     """
     work = GradientPass(model, sites, rank, parts or {}, seed, reduce, progress)
     found = Gradients()
@@ -122,6 +122,7 @@ class GradientPass:
         self.reduce, self.progress = reduce, progress
         self.kept: dict[str, list[TruncatedSVD]] = {}
         self.last = True
+        self.number = 0
         self.copies = False
         self._in_forward = False
         self._calls: dict[str, int] = {}
@@ -134,7 +135,7 @@ class GradientPass:
     def attached(self) -> Iterator[None]:
         """Hooks on the layers, for as long as it lasts."""
         handles = [
-            self.model.get_submodule(name).register_forward_hook(self._hook(name), always_call=False)
+            self.model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True)
             for name in self.sites
         ]
         try:
@@ -145,7 +146,7 @@ class GradientPass:
 
     def run(self, loss: Loss, batch: Batch, number: int, last: bool) -> float:
         """One forward and backward pass; returns the loss."""
-        self.last = last
+        self.last, self.number = last, number
         self._calls, self._pairs = {}, {}
         try:
             value = self._forward(loss, batch)
@@ -188,12 +189,12 @@ class GradientPass:
             raise MethodError(f"{name} does not run in every process: leave it out with --target, or use one process")
 
     def _hook(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
             if self._in_forward:
                 self._calls[name] = self._calls.get(name, 0) + 1
             if not torch.is_grad_enabled():  # the first pass of a reentrant checkpoint: what counts is the second
                 return output
-            x: torch.Tensor = args[0]
+            x: torch.Tensor = args[0] if args else next(iter(named.values()))
             producer = x.grad_fn if is_rebuildable(x) else None
             tapped: torch.Tensor = _Tap.apply(output, x, self._anchor, producer, self, name)
             return tapped
@@ -203,7 +204,9 @@ class GradientPass:
     def receive(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None:
         """Take one call's output gradient and input; reduce them when they are the layer's last."""
         pairs = self._pairs.setdefault(name, [])
-        pairs.append((D.detach().reshape(-1, D.shape[-1]), X.detach().reshape(-1, X.shape[-1])))
+        # A model that is spread over devices may bring a layer's input from another one.
+        X = X.detach().to(D.device)
+        pairs.append((D.detach().reshape(-1, D.shape[-1]), X.reshape(-1, X.shape[-1])))
         if len(pairs) >= self._calls.get(name, 1):
             self._reduce(name)
 
@@ -219,7 +222,14 @@ class GradientPass:
             if before is not None and self._first_process():
                 part.append(_as_tokens(before[index]))
             rank = self.rank if self.last else _kept_rank(self.rank, rows, width)
-            svds.append(leading_svd(TokenProduct(part, self.reduce), rank, self.seed))
+            try:
+                svds.append(leading_svd(TokenProduct(part, self.reduce), rank, self.seed))
+            except RuntimeError as error:  # what LAPACK says of numbers that are not finite
+                if all(bool(torch.isfinite(D).all() and torch.isfinite(X).all()) for D, X in part):
+                    raise
+                raise MethodError(
+                    f"the gradient at {name} is not finite on batch {self.number}: check the data, or try float32"
+                ) from error
             start += rows
         self.kept[name] = svds
         self._done += 1
@@ -282,11 +292,11 @@ def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter needs a gradient, for as long as it lasts."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    # By name: a model whose weights are fetched when they are used has other parameters afterwards.
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import CheckpointError, DataError, MethodError
@@ -117,25 +120,26 @@ def gradient_run(
     examples = (
         read_examples(data, base, settings.samples, settings.max_length, settings.seed) if is_file(data) else None
     )
-    model = base.live or _loaded(base, settings, carried or {})
-    if settings.gradient_checkpointing:
-        _checkpoint(model)
-    where = next(model.parameters()).device
-    found = gradients(
-        model,
-        _on(where, _feed(data, examples, settings.batch_size, group)),
-        _weighted if examples is not None else (loss or _own_loss),
-        sites,
-        rank,
-        parts=parts,
-        seed=settings.seed,
-        reduce=group.reduce,
-        progress=progress if group.first else None,
-    )
+    model = base.live if base.live is not None else _loaded(base, settings, carried or {})
+    where = _device_of(model)
+    # The dtype that files are read into; the caller's own batches are as they should be.
+    dtype = next(model.parameters()).dtype if examples is not None else None
+    with _prepared(model, settings.gradient_checkpointing, examples):
+        found = gradients(
+            model,
+            _on(where, dtype, _feed(data, examples, settings.batch_size, group)),
+            _weighted if examples is not None else (loss or _own_loss),
+            sites,
+            rank,
+            parts=parts,
+            seed=settings.seed,
+            reduce=group.reduce,
+            progress=progress if group.first else None,
+        )
     total = torch.tensor(found.loss, device=where)
     if group.reduce is not None:
         group.reduce(total)
-    found.loss = float(total) if examples is not None else found.loss / max(found.batches, 1)
+    found.loss = float(total) if examples is not None else float(total) / (found.batches * group.count)
     return GradientRun(found, len(examples.features) if examples else None, group, examples.notes if examples else [])
 
 
@@ -152,19 +156,29 @@ def _feed(data: Any, examples: Examples | None, size: int, group: Processes) -> 
     return iter(data)
 
 
-def _on(device: torch.device, feed: Iterator[Any]) -> Iterator[Any]:
+def _on(device: torch.device, dtype: torch.dtype | None, feed: Iterator[Any]) -> Iterator[Any]:
     for batch in feed:
-        yield _moved(batch, device)
+        yield _moved(batch, device, dtype)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """A batch on a device, and its floating-point tensors in a dtype where one is given."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(each, device) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(each, device) for each in value)
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {name: _moved(each, device, dtype) for name, each in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_moved(each, device, dtype) for each in value)
     return value
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its inputs. Weights that accelerate keeps elsewhere until they are used are on `meta`."""
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _weighted(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -191,14 +205,12 @@ def _loaded(base: BaseModel, settings: GradientSettings, carried: dict[str, torc
             model = type(base.model).from_pretrained(
                 base.folder, config=base.config, dtype=settings.dtype, device_map=device_map
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{base.folder}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.load_state_dict(carried, strict=False)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return (model if device_map else model.to(settings.device)).eval()
+    return model if device_map else model.to(settings.device)
 
 
 def _fits(base: BaseModel, settings: GradientSettings) -> bool:
@@ -208,11 +220,62 @@ def _fits(base: BaseModel, settings: GradientSettings) -> bool:
     return size <= WEIGHT_SHARE * torch.cuda.mem_get_info(settings.device)[0]
 
 
-def _checkpoint(model: Any) -> None:
-    """Turn checkpointing on in evaluation mode: transformers asks for training mode, which would bring dropout."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
+@contextlib.contextmanager
+def _prepared(model: Any, checkpointing: bool, examples: Examples | None) -> Iterator[None]:
+    """A model without dropout and without a cache, checkpointing if wanted; afterwards it is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    config: Any = getattr(model, "config", None)
+    changes: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    if examples is not None and "input_ids" in examples.padding:
+        # Models that look for the last token, or count positions, do so by this number.
+        changes["pad_token_id"] = examples.padding["input_ids"]
+    before = {name: getattr(config, name, None) for name in changes}
+    model.eval()
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        with _checkpointing(model) if checkpointing else contextlib.nullcontext():
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    """Checkpointing in evaluation mode, for as long as it lasts.
+
+    transformers' blocks ask for training mode, which would bring dropout: they see it until their work begins.
+
+    Raises:
+        MethodError: the model has no such blocks.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         raise MethodError(f"{type(model).__name__} does not support gradient checkpointing")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    before = [(layer.gradient_checkpointing, getattr(layer, "_gradient_checkpointing_func", None)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = _checkpointed(layer)
+        yield
+    finally:
+        for layer, (wanted, function) in zip(layers, before, strict=True):
+            layer.training, layer.gradient_checkpointing = False, wanted
+            layer._gradient_checkpointing_func = function
+
+
+def _checkpointed(layer: Any) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def without_dropout(*args: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*args)
+            finally:
+                layer.training = True
+
+        return checkpoint(without_dropout, *args, use_reentrant=False)
+
+    return run
