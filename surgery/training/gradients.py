@@ -21,7 +21,7 @@ from surgery.linalg.token_products import Reduce, TokenProduct, leading_svd
 from surgery.sites import Site
 from surgery.training.rebuilding import is_rebuildable, rebuild
 
-__all__ = ["GradientPass", "Gradients", "gradients"]
+__all__ = ["GradientPass", "Gradients", "frozen", "gradients"]
 
 # A weight as several matrices, one above the other: their heights.
 Parts = Mapping[str, Sequence[int]]
@@ -87,7 +87,7 @@ def gradients(
     work = GradientPass(model, sites, rank, parts or {}, seed, reduce, progress)
     found = Gradients()
     total = 0.0
-    with work.attached(), _frozen(model):
+    with work.attached(), frozen(model):
         for batch, last in _with_last(batches):
             found.batches += 1
             total += work.run(loss, batch, found.batches, last)
@@ -290,7 +290,7 @@ def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter needs a gradient, for as long as it lasts."""
     # By name: a model whose weights are fetched when they are used has other parameters afterwards.
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

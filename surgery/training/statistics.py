@@ -92,9 +92,7 @@ def gather_moments(
     return {name: _mean(moments, items) for name, moments in work.sums.items()}
 
 
-def sampled_loss(
-    model: Any, batch: Mapping[str, Any], generator: torch.Generator
-) -> tuple[torch.Tensor, int]:
+def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, int]:
     """The negative log-likelihood of answers drawn from the model's predictions, summed, and how many there are.
 
     A model without predictions (bare, or of one number) is taken to answer with unit Gaussian noise about its output.
@@ -115,10 +113,8 @@ def sampled_loss(
 
 def is_causal(model: Any) -> bool:
     """Whether a model's prediction at a position is of the token after it."""
-    name = type(getattr(model, "base_model", model)).__name__
-    inner = getattr(model, "get_base_model", None)
-    name = type(inner()).__name__ if inner is not None else type(model).__name__ or name
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def predictions(logits: torch.Tensor, features: Mapping[str, Any], causal: bool) -> torch.Tensor:
@@ -139,9 +135,7 @@ def predictions(logits: torch.Tensor, features: Mapping[str, Any], causal: bool)
     return logits[kept.to(logits.device)]
 
 
-def _gaussian(
-    output: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator
-) -> tuple[torch.Tensor, int]:
+def _gaussian(output: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator) -> tuple[torch.Tensor, int]:
     noise = torch.randn(output.shape, generator=generator).to(output)
     if mask is not None:
         noise = noise * mask[..., None].to(noise)
