@@ -73,23 +73,21 @@ def gather_moments(
     """
     work = _MomentPass(model, sites, projections, progress)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    items = 0
+    counts: list[int] = []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        value, count = sampled_loss(model, batch, generator)
+        counts.append(count)
+        return value
+
     with work.attached(), frozen(model):
         for number, batch in enumerate(batches, 1):
             for _ in range(draws):
-                loss, count = None, 0
-
-                def drawn(model: Any, batch: Any) -> torch.Tensor:
-                    nonlocal count
-                    loss, count = sampled_loss(model, batch, generator)
-                    return loss
-
-                work.run(drawn, batch, number, last=True)
-                items += count
+                work.run(loss, batch, number, last=True)
     unreached = [site.module for site in sites if site.module not in work.sums]
     if unreached:
         raise MethodError(f"{unreached[0]}: no gradient reaches it on this data")
-    return {name: _mean(moments, items) for name, moments in work.sums.items()}
+    return {name: _mean(moments, sum(counts)) for name, moments in work.sums.items()}
 
 
 def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, int]:
@@ -167,8 +165,8 @@ class _MomentPass(GradientPass):
             B, A = self.projections[name]
             D, X = D @ B.to(D), X @ A.T.to(X)
         if name not in self.sums:
-            zeros = [torch.zeros(each.shape[1], each.shape[1], device=each.device) for each in (X, D)]
-            self.sums[name] = Moments(*zeros)
+            C, F = (torch.zeros(each.shape[1], each.shape[1], device=each.device) for each in (X, D))
+            self.sums[name] = Moments(C, F)
         sums = self.sums[name]
         sums.C.addmm_(X.T, X)
         sums.F.addmm_(D.T, D)
