@@ -148,6 +148,34 @@ def model_inputs(kind: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def labelled_inputs(kind: str, samples: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A batch with labels, for which the model's forward returns a loss; samples of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        pixels = torch.randn(samples, 3, 8, 8, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.randint(0, 5, (samples,), generator=generator)}
+    ids = torch.randint(3, VOCAB, (samples, 12), generator=generator)
+    lengths = torch.randint(4, 13, (samples, 1), generator=generator)
+    mask = (torch.arange(12) < lengths).long()
+    labels = torch.where(mask == 1, ids, -100)
+    if kind == "t5":
+        labels = torch.randint(3, VOCAB, (samples, 5), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def start_options(method: str, kind: str) -> dict[str, Any]:
+    """What `surgery.init` needs besides the model: for a method that reads gradients, a batch and a loss for it."""
+    if method != "giva":
+        return {}
+    return {"data": [model_inputs(kind.removesuffix("-bf16-sharded"))], "loss": distance}
+
+
+def distance(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss for every model, with or without a head: squared distance of its output from a ramp."""
+    value = output(model, batch)
+    return (value - torch.linspace(-1, 1, value.numel()).reshape(value.shape)).square().mean()
+
+
 def output(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The model's logits, or its hidden states where it has no head."""
     result = model(**inputs)

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 import surgery
 from surgery.catalogue import METHODS
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.models import distance, load_base, model_inputs, output, relative_difference, start_options
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
 # Exact zero by construction, except where the frozen bases are regenerated (tested further down).
@@ -38,7 +38,7 @@ def perturb(model: torch.nn.Module) -> None:
 def test_start_trains_and_survives(method: str, kind: str, model_folder, tmp_path: Path) -> None:
     folder = model_folder(kind)
     rank = {} if method == "frod" else {"rank": 6}
-    _, report = surgery.init(folder, method=method, out=tmp_path / "start", **rank)
+    _, report = surgery.init(folder, method=method, out=tmp_path / "start", **rank, **start_options(method, kind))
     assert report.modules == ADAPTED[kind]
     inputs = model_inputs(kind.removesuffix("-bf16-sharded"))
     base = load_base(folder)
@@ -57,8 +57,7 @@ def test_start_trains_and_survives(method: str, kind: str, model_folder, tmp_pat
     touched: set[str] = set()
     for _ in range(2):
         optimizer.zero_grad()
-        target = torch.linspace(-1, 1, expected.numel()).reshape(expected.shape)
-        (output(model, inputs) - target).square().mean().backward()
+        distance(model, inputs).backward()
         assert all(p.grad is not None for _, p in trained)
         touched |= {name for name, p in trained if p.grad.abs().max() > 0}
         optimizer.step()
@@ -103,6 +102,7 @@ def in_fresh_process(folder: Path, adapter: Path, threads: int, kind: str, tmp_p
     ("method", "options"),
     [
         ("vera", {}),
+        ("giva", {"store_bases": False}),
         ("inilora", {}),
         ("inilora", {"store_bases": False}),
         ("inilora-beta", {"store_bases": False}),
@@ -113,7 +113,7 @@ def in_fresh_process(folder: Path, adapter: Path, threads: int, kind: str, tmp_p
 )
 def test_fresh_process_with_other_thread_count(method, options, model_folder, tmp_path: Path) -> None:
     folder = model_folder("minilm")
-    surgery.init(folder, method=method, out=tmp_path / "start", **options)
+    surgery.init(folder, method=method, out=tmp_path / "start", **options, **start_options(method, "minilm"))
     model = PeftModel.from_pretrained(load_base(folder), tmp_path / "start", is_trainable=True).eval()
     perturb(model)
     model.save_pretrained(tmp_path / "trained")
