@@ -16,11 +16,45 @@ from safetensors import SafetensorError, safe_open
 
 from surgery.errors import CheckpointError, listing
 
-__all__ = ["SINGLE_FILE", "TensorFiles", "read_json", "read_tensor", "tensor_names"]
+__all__ = ["SINGLE_FILE", "TensorFiles", "file_bytes", "read_json", "read_tensor", "tensor_names"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+# How the format calls the dtypes.
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """The size of a safetensors file with these tensors, without writing it; they may be on the meta device.
+
+    Eight bytes say how long the header is; the header is JSON, padded with spaces to eight bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # The widest dtypes first, then by name: the order of the offsets.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in order:
+        end = offset + tensors[name].nbytes
+        code = DTYPE_CODES[tensors[name].dtype]
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + -length % 8 + offset
 
 
 def read_json(path: Path) -> dict[str, Any]:

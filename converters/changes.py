@@ -1,0 +1,156 @@
+"""What every conversion starts from: an adapter as one pair of factors for each layer, and what it carries along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.errors import AdapterError
+from surgery.fitting import sites_on_base
+from surgery.linalg.delta import Delta
+from surgery.linalg.low_rank import truncated_svd
+from surgery.methods.contents import Contents, contents_of, who
+from surgery.methods.on_base import ChangesOnBase
+from surgery.sites import Site
+
+__all__ = ["Change", "Source", "needs_base"]
+
+# Types whose files alone do not say the weight change.
+ON_BASE = {"FROD", "FROD_PORTABLE", "SMOA", "HIRA", "VERA", "RANDLORA"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """The weight change of one layer, `dW = B A`.
+
+    Attributes:
+        module: the layer's name in the adapter.
+        B: `(out, k)`, float32, with any scale in it.
+        A: `(k, in)`, float32.
+        site: the layer in the base, where there is one.
+        lost: Frobenius norm of what these factors lack of the change, over the change's; 0 where they are exact.
+    """
+
+    module: str
+    B: torch.Tensor
+    A: torch.Tensor
+    site: Site | None = None
+    lost: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return int(self.B.shape[0]), int(self.A.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """`k`."""
+        return int(self.A.shape[0])
+
+
+@dataclass
+class Source:
+    """A trained adapter that is to be converted.
+
+    Attributes:
+        adapter: it.
+        contents: what is in its file.
+        base: its base model, where one was given.
+        device: where to compute.
+        sites: with a base, its layers -> the adapter's names for them.
+    """
+
+    adapter: Adapter
+    contents: Contents
+    base: BaseModel | None
+    device: torch.device
+    sites: dict[Site, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, adapter: Adapter, base: BaseModel | None, device: torch.device) -> Source:
+        """Check that an adapter can be read exactly and, where there is a base, that it fits.
+
+        Raises:
+            AdapterError: it cannot, or its type needs a base.
+            WrongBaseError: it was made from other base weights.
+        """
+        contents = contents_of(adapter)
+        if base is None and needs_base(adapter):
+            raise AdapterError(
+                f"{who(adapter)}: the weight change of a {adapter.peft_type} adapter depends on its base model: "
+                "give it with --base"
+            )
+        sites = sites_on_base(adapter, base, contents.modules) if base is not None else {}
+        return cls(adapter, contents, base, device, sites)
+
+    @property
+    def carried(self) -> dict[str, torch.Tensor]:
+        """What the adapter saves whole, by its name in the file."""
+        return {name: self.adapter.tensors[name] for name in self.contents.carried.values()}
+
+    def deltas(self) -> Iterator[tuple[str, Site | None, Delta]]:
+        """The weight changes one after the other, in the file's order, or the model's where there is a base."""
+        if self.base is None:
+            for module in self.contents.modules:
+                yield module, None, self.adapter.delta(module)
+            return
+        on_base = ChangesOnBase(self.adapter, self.base, self.sites, self.device)
+        for site, module in self.sites.items():
+            yield module, site, on_base.delta(site, self.base.weight(site, self.device))
+
+    def changes(self, rank: int | None = None, energy: float | None = None, seed: int = 0) -> Iterator[Change]:
+        """The weight changes as factors.
+
+        Exact where the type has thin factors; otherwise the truncated singular value decomposition at this rank, or
+        at the lowest rank that keeps this share of the energy.
+
+        Raises:
+            AdapterError: a layer has no thin factors, and neither rank nor energy says where to cut.
+        """
+        for module, site, delta in self.deltas():
+            factors = delta.factors()
+            if factors is not None:
+                B, A = (factor.detach().float().cpu() for factor in factors)
+                yield Change(module, B, A, site)
+                continue
+            if rank is None and energy is None:
+                raise AdapterError(
+                    f"{module}: the change of a {self.adapter.peft_type} adapter has full rank; say with --rank or "
+                    "--energy how much of it to keep"
+                )
+            yield _truncated(module, site, delta.dense().float(), rank, energy, seed)
+
+
+def needs_base(adapter: Adapter) -> bool:
+    """Whether an adapter's weight changes can only be told beside its base model."""
+    return adapter.peft_type in ON_BASE or adapter.config.get("store_bases") is False
+
+
+def _truncated(
+    module: str, site: Site | None, dense: torch.Tensor, rank: int | None, energy: float | None, seed: int
+) -> Change:
+    svd = truncated_svd(dense, rank if rank is not None else _first_guess(dense), seed)
+    while energy is not None and rank is None:
+        kept = svd.S.double().square().cumsum(0)
+        enough = (kept >= energy * svd.energy * (1 - 1e-7)).nonzero()
+        if len(enough) or svd.S.shape[0] == min(dense.shape):
+            cut = int(enough[0]) + 1 if len(enough) else svd.S.shape[0]
+            svd = type(svd)(svd.U[:, :cut], svd.S[:cut], svd.Vh[:cut], svd.energy)
+            break
+        svd = truncated_svd(dense, min(2 * svd.S.shape[0], *dense.shape), seed)
+    B, A = svd.balanced()
+    return Change(module, B.cpu(), A.cpu(), site, svd.relative_error)
+
+
+def _first_guess(dense: torch.Tensor) -> int:
+    return max(1, min(dense.shape) // 8)
+
+
+def total_norm(norms: Mapping[str, float]) -> float:
+    """Root of the sum of squares."""
+    return math.sqrt(sum(value**2 for value in norms.values()))
