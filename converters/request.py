@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from surgery.errors import MethodError
 from surgery.training.statistics import Moments
+
+if TYPE_CHECKING:
+    from surgery.converters.changes import Change
 
 __all__ = ["Budget", "Metric", "Request", "Result"]
 
@@ -23,7 +26,7 @@ class Budget:
 
     Attributes:
         rank: per layer; shared for VeRA.
-        energy: share of the squared norm, in the metric where there is one, over all layers together.
+        energy: share of each layer's squared norm, in the metric where there is one.
         max_error: the largest relative error, in the metric where there is one, over all layers together.
         size: bytes of the whole file.
         ratio: the source's file over the new one, at least.
@@ -65,11 +68,11 @@ class Budget:
 class Metric(Protocol):
     """Second moments by layer, where there is calibration data."""
 
-    def projected(self, module: str) -> Moments | None:
-        """Moments `(r, r)` of `A x` and `B^T g` for a layer's factors; None without data."""
+    def projected(self, change: Change) -> Moments:
+        """Moments `(r, r)` of `A x` and `B^T g` for a layer's factors."""
 
-    def full(self, module: str) -> Moments | None:
-        """Moments of x and g, `(in, in)` and `(out, out)`; None without data."""
+    def full(self, change: Change) -> Moments:
+        """Moments of x and g, `(in, in)` and `(out, out)`."""
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Any adapter to a stock LoRA: exact where thin factors exist, and of ranks as low, layer by layer, as is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.adapter import MODEL_PREFIX
+from surgery.checkpoints.tensor_files import file_bytes
+from surgery.converters.changes import Change, Source
+from surgery.converters.ranks import Spectra, changes_of, decomposed, entry_bytes
+from surgery.converters.request import Request, Result
+
+__all__ = ["to_lora"]
+
+FP8 = torch.float8_e4m3fn
+# The largest entry that is left in float8: 448 is the largest number, and rounding up must not pass it.
+FP8_LARGEST = 416.0
+
+
+def to_lora(source: Source, request: Request) -> Result:
+    """A stock LoRA: `dW = s B A` with `s` 1 in every layer (in float8 a power of two that all layers share).
+
+    Without a budget nothing is cut: of a type with thin factors the result is exact but for rounding to the dtype.
+    With one, ranks are chosen for the whole model at once. Layers that keep nothing leave the target list.
+
+    Raises:
+        MethodError: the budget is below what must be carried along, or keeps no layer.
+    """
+    dtype = request.dtype or torch.float32
+    changes = changes_of(source, request)
+    svds = {change.module: decomposed(change, request) for change in changes}
+    spectra = Spectra(
+        {module: svd.S for module, svd in svds.items()},
+        {change.module: sum(change.shape) * dtype.itemsize for change in changes},
+        {change.module: entry_bytes(*_names(change.module)) for change in changes},
+    )
+    ranks = spectra.ranks(request, lambda ranks: file_bytes({**source.carried, **_planned(changes, ranks, dtype)}))
+    factors = {}
+    for change in changes:
+        rank = ranks[change.module]
+        if rank:
+            # What is not cut stays as it was.
+            whole = rank == len(svds[change.module].S) and rank == change.rank
+            B, A = (change.B, change.A) if whole else svds[change.module].cut(change.B, change.A, rank)
+            factors[change.module] = balanced(B, A) if dtype != torch.float32 else (B, A)
+    scale = _fp8_scale(factors) if dtype == FP8 else 1.0
+    tensors = {}
+    for module, (B, A) in factors.items():
+        B_name, A_name = _names(module)
+        tensors[B_name], tensors[A_name] = (B / scale).to(dtype), (A / scale).to(dtype)
+    kept = {module: ranks[module] for module in factors}
+    return Result(_config(kept, scale**2), tensors, kept, notes=_notes(dtype, kept))
+
+
+def balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with the largest entries of each rank equal in both factors, so that narrow dtypes fit both."""
+    in_B, in_A = B.abs().amax(0), A.abs().amax(1)
+    ratio = torch.where((in_B > 0) & (in_A > 0), (in_A / in_B.clamp_min(1e-30)).sqrt(), torch.ones_like(in_B))
+    return B * ratio, A / ratio[:, None]
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{MODEL_PREFIX}{module}.lora_B.weight", f"{MODEL_PREFIX}{module}.lora_A.weight"
+
+
+def _planned(changes: list[Change], ranks: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    planned = {}
+    for change in changes:
+        rank = ranks[change.module]
+        if rank:
+            out_features, in_features = change.shape
+            B_name, A_name = _names(change.module)
+            planned[B_name] = torch.empty(out_features, rank, dtype=dtype, device="meta")
+            planned[A_name] = torch.empty(rank, in_features, dtype=dtype, device="meta")
+    return planned
+
+
+def _fp8_scale(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The power of two that brings the largest entry just below float8's largest number."""
+    largest = max(float(factor.abs().max()) for pair in factors.values() for factor in pair)
+    return 2.0 ** math.ceil(math.log2(largest / FP8_LARGEST)) if largest > 0 else 1.0
+
+
+def _config(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+    """The keys of a LoRA's configuration.
+
+    Where ranks differ, `alpha_pattern` follows `rank_pattern`, so that PEFT's scale is the same in every layer; it
+    also is `lora_alpha / r`, which is all that servers like vLLM look at.
+    """
+    r = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != r}
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _number(r * scale),
+        "rank_pattern": others,
+        "alpha_pattern": {module: _number(rank * scale) for module, rank in others.items()},
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _notes(dtype: torch.dtype, ranks: Mapping[str, int]) -> list[str]:
+    notes = []
+    if dtype == FP8:
+        notes.append(
+            "float8 factors load in PEFT, which widens them to float32; servers that do not know float8_e4m3fn want "
+            "--dtype bfloat16"
+        )
+    if len(set(ranks.values())) > 1:
+        notes.append(f"ranks differ by layer: servers need a max rank of at least {max(ranks.values())}")
+    return notes
