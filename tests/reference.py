@@ -29,7 +29,7 @@ class Spectrum:
         return float((self.G @ A.T).square().sum() / self.S[: A.shape[0]].square().sum())
 
     def has_gap(self, rank: int, ratio: float) -> bool:
-        """Whether the singular value after the first `rank` is smaller by this factor, so that they are well defined."""
+        """Whether the singular value after the first `rank` is smaller by this factor: then these are well defined."""
         return rank < len(self.S) and float(self.S[rank]) * ratio < float(self.S[rank - 1])
 
 

@@ -59,7 +59,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def text_rows(count: int, labels: int = 0, seed: int = 0, shortest: int = 3, longest: int = 12) -> list[dict[str, Any]]:
     """Rows of texts of unequal length, with labels if wanted; every label occurs."""
     generator = random.Random(seed)
-    rows: list[dict[str, Any]] = [{"text": words(generator.randint(shortest, longest), generator)} for _ in range(count)]
+    rows: list[dict[str, Any]] = [
+        {"text": words(generator.randint(shortest, longest), generator)} for _ in range(count)
+    ]
     for index, row in enumerate(rows):
         if labels:
             row["label"] = index % labels
