@@ -20,7 +20,7 @@ from surgery.training.data import Examples, batches, read_examples
 from surgery.training.gradients import Gradients, Loss, Parts, Progress, gradients
 from surgery.training.processes import Processes, processes
 
-__all__ = ["GradientRun", "GradientSettings", "gradient_run", "is_file"]
+__all__ = ["GradientRun", "GradientSettings", "gradient_run", "is_file", "load_model", "on_device", "prepared"]
 
 # Share of a GPU's free memory that weights may take: activations need the rest.
 WEIGHT_SHARE = 0.7
@@ -120,14 +120,14 @@ def gradient_run(
     examples = (
         read_examples(data, base, settings.samples, settings.max_length, settings.seed) if is_file(data) else None
     )
-    model = base.live if base.live is not None else _loaded(base, settings, carried or {})
+    model = base.live if base.live is not None else load_model(base, settings, carried or {})
     where = _device_of(model)
     # The dtype that files are read into; the caller's own batches are as they should be.
     dtype = next(model.parameters()).dtype if examples is not None else None
-    with _prepared(model, settings.gradient_checkpointing, examples):
+    with prepared(model, settings.gradient_checkpointing, examples):
         found = gradients(
             model,
-            _on(where, dtype, _feed(data, examples, settings.batch_size, group)),
+            on_device(where, dtype, _feed(data, examples, settings.batch_size, group)),
             _weighted if examples is not None else (loss or _own_loss),
             sites,
             rank,
@@ -156,7 +156,8 @@ def _feed(data: Any, examples: Examples | None, size: int, group: Processes) -> 
     return iter(data)
 
 
-def _on(device: torch.device, dtype: torch.dtype | None, feed: Iterator[Any]) -> Iterator[Any]:
+def on_device(device: torch.device, dtype: torch.dtype | None, feed: Iterator[Any]) -> Iterator[Any]:
+    """Batches moved to a device, their floating-point tensors cast where a dtype is given."""
     for batch in feed:
         yield _moved(batch, device, dtype)
 
@@ -194,7 +195,12 @@ def _own_loss(model: Any, batch: Any) -> torch.Tensor:
     return output.loss
 
 
-def _loaded(base: BaseModel, settings: GradientSettings, carried: dict[str, torch.Tensor]) -> Any:
+def load_model(base: BaseModel, settings: GradientSettings, carried: dict[str, torch.Tensor]) -> Any:
+    """A base model in the asked dtype on the asked device, with these parameters in place of its own.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     device_map = "auto" if settings.spread and not _fits(base, settings) else None
@@ -203,7 +209,11 @@ def _loaded(base: BaseModel, settings: GradientSettings, carried: dict[str, torc
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = type(base.model).from_pretrained(
-                base.folder, config=base.config, dtype=settings.dtype, device_map=device_map
+                base.folder,
+                config=base.config,
+                dtype=settings.dtype,
+                device_map=device_map,
+                ignore_mismatched_sizes=bool(carried),  # of a head of other labels, which `carried` replaces
             )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{base.folder}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
@@ -221,7 +231,7 @@ def _fits(base: BaseModel, settings: GradientSettings) -> bool:
 
 
 @contextlib.contextmanager
-def _prepared(model: Any, checkpointing: bool, examples: Examples | None) -> Iterator[None]:
+def prepared(model: Any, checkpointing: bool, examples: Examples | None) -> Iterator[None]:
     """A model without dropout and without a cache, checkpointing if wanted; afterwards it is as it was."""
     modes = {module: module.training for module in model.modules()}
     config: Any = getattr(model, "config", None)
