@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from surgery.reports.merge_report import MergedSite
 from surgery.sites import Site
 
 __all__ = ["MergePlan"]
+
+ROWS = 1024
 
 
 class MergePlan:
@@ -168,36 +171,39 @@ class MergePlan:
         return edits
 
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The new value of one parameter, in the model's orientation."""
-        old = self.replaced[name] if name in self.replaced else self.base.parameter(name, check=True)
-        value, site = old, self._site_of.get(name)
+        """The new value of one parameter on the CPU, in the model's orientation."""
+        old = self.replaced[name] if name in self.replaced else self.base.parameter(name)
+        if not old.is_floating_point():
+            return old
+        site = self._site_of.get(name)
         if site is not None:
-            value = self._merged(site, old.T if site.transposed else old, dtype)
+            value, finite = self._merged(site, old.T if site.transposed else old, dtype)
             value = value.T if site.transposed else value
-        elif name in self._shifts:
-            value = old.float() + self._shifts[name].float()
-        if not value.is_floating_point():
-            return value.cpu()
-        stored = value.to(dtype)
-        if not bool(torch.isfinite(stored).all()):
+        else:
+            shift = self._shifts.get(name)
+            value = (old if shift is None else old.float() + shift).to(dtype)
+            finite = bool(torch.isfinite(value).all())
+        if not finite and not bool(torch.isfinite(value).all()):
+            if name not in self.replaced:
+                self.base.parameter(name, check=True)  # names a base that is not finite itself
             raise CheckpointError(
                 f"{name}: the merged values are not finite in {dtype}; use --dtype bfloat16 or float32"
             )
-        return stored.cpu()
+        return value.cpu()
 
-    def _merged(self, site: Site, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`W + dW (out, in)`, float32."""
+    def _merged(self, site: Site, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+        """`W + dW (out, in)`, summed in float32 and rounded once, and whether the norms say that it is finite."""
         whole = weight.to(self.device, torch.float32)
         with torch.no_grad():
-            change = self._changes.delta(site, whole).dense()
-        value = whole + change
-        size, moved = float(torch.linalg.vector_norm(whole)), float(torch.linalg.vector_norm(change))
-        lost = float(torch.linalg.vector_norm(value.to(dtype).float() - value))
+            value = self._changes.delta(site, whole).dense()
+        size, moved = float(torch.linalg.vector_norm(whole)), float(torch.linalg.vector_norm(value))
+        stored = value.add_(whole).to(dtype)
+        lost = 0.0 if stored is value else _distance(value, stored)
         shape = (site.out_features, site.in_features)
         self._figures[site] = MergedSite(
             site.module, shape, moved / size if size else None, lost / moved if moved else None
         )
-        return value
+        return stored, math.isfinite(size + moved + lost)
 
     def _check_names(self) -> None:
         """Check that the result's files will be read as they are meant.
@@ -218,6 +224,15 @@ class MergePlan:
                 f"{self.base.folder}: its files have no place for {listing(lost, 3)} under the names of "
                 f"{type(self.target.model).__name__}"
             )
+
+
+def _distance(value: torch.Tensor, stored: torch.Tensor) -> float:
+    """Norm of the difference to a rounded copy, some rows at a time: neither is to be widened whole."""
+    parts = [
+        torch.linalg.vector_norm(rows - rounded.float()).double()
+        for rows, rounded in zip(value.split(ROWS), stored.split(ROWS), strict=True)
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
 
 
 def _replaced(adapter: Adapter, base: BaseModel, carried: Mapping[str, str]) -> dict[str, torch.Tensor]:
