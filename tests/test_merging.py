@@ -236,6 +236,17 @@ class TestWholeTensors:
         report = check_merged(adapter, model_folder("bert"), "bert", tmp_path / "merged")
         assert "encoder.layer.0.attention.self.query.bias" in report.replaced
 
+    def test_trained_biases_are_no_hindrance_to_load(self, model_folder, tmp_path: Path) -> None:
+        """Their names lie one level below the layer's; on a class with a head they find their places, too."""
+        base = model_folder("bert")
+        config = peft.LoraConfig(r=4, target_modules=["query"], bias="lora_only")
+        adapter = trained(load_base(base), config, tmp_path / "lora")
+        expected = outputs(PeftModel.from_pretrained(load_base(base), adapter), "bert")
+        assert relative_difference(outputs(surgery.load(adapter, load_base(base)), "bert"), expected) < 1e-6
+        masked = surgery.load(adapter, tf.BertForMaskedLM.from_pretrained(base)).eval()
+        inner = masked.base_model.model.bert(**model_inputs("bert")).last_hidden_state
+        assert relative_difference(inner.detach(), expected) < 1e-6
+
     def test_the_bias_of_lora_b(self, model_folder, tmp_path: Path) -> None:
         config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["query"], lora_bias=True)
         adapter = trained(load_base(model_folder("bert")), config, tmp_path / "lora")

@@ -120,16 +120,16 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
         AdapterError: some of its modules are not in the model, with or without the model's own prefix.
     """
     names = {name for name, _ in model.named_modules()}
-    wanted = [module for module in adapter.modules if module]
-    if all(module in names for module in wanted):
+    wanted = {module: _unwrapped(module) for module in adapter.modules if module}
+    if all(plain in names for plain in wanted.values()):
         return adapter
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renamed = {}
-    for module in wanted:
-        candidates = (module, f"{prefix}{module}", module.removeprefix(prefix))
+    for module, plain in wanted.items():
+        candidates = (plain, f"{prefix}{plain}", plain.removeprefix(prefix))
         found = next((name for name in candidates if name in names), None)
         if found is not None:
-            renamed[module] = found
+            renamed[module] = found + module.removeprefix(plain)
     lost = [module for module in wanted if module not in renamed]
     if lost:
         raise AdapterError(
@@ -137,6 +137,12 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
             f"not have (base: {adapter.config.get('base_model_name_or_path')})"
         )
     return _renamed(adapter, model, renamed)
+
+
+def _unwrapped(module: str) -> str:
+    """A module's name without the level that PEFT's layers and wrappers put below it (trained biases, grown heads)."""
+    plain, _, last = module.rpartition(".")
+    return plain if last in {"base_layer", "modules_to_save", "original_module"} else module
 
 
 def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
