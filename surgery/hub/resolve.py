@@ -11,7 +11,7 @@ __all__ = ["local_folder"]
 
 # A Hub id is `org/name`, optionally with `@revision`. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
+WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
 
 def local_folder(name: str) -> Path:
