@@ -18,7 +18,7 @@ from surgery.runtime.applied import applied
 from surgery.sites import Site
 from surgery.training.data import Examples, batches
 from surgery.training.gradients import Progress
-from surgery.training.start import on_device, prepared
+from surgery.training.start import on_device
 from surgery.training.statistics import Moments, gather_moments, moment_bytes
 
 __all__ = ["Calibration", "StoredMoments"]

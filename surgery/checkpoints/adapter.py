@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
+from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.tensor_files import read_json, read_tensor, tensor_names
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -37,7 +38,8 @@ class Adapter:
     Attributes:
         config: `adapter_config.json`, every key of it.
         tensors: every tensor of `adapter_model.safetensors` by its name there, what surgery interprets and what it
-            only carries (heads, biases, embeddings) alike.
+            only carries (heads, biases, embeddings) alike. Codes of a packed GiVA file are unpacked here, and packed
+            again when it is saved.
         provenance: `surgery.json`, or an empty dictionary.
         card: `README.md`, or None.
         folder: where it was read from, or None.
@@ -90,7 +92,10 @@ class Adapter:
         provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
         card = folder / CARD_FILE
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-        return cls(config, load_file(weights), provenance, text, folder)
+        tensors = load_file(weights)
+        if is_packed(config):
+            tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
+        return cls(config, tensors, provenance, text, folder)
 
     def __repr__(self) -> str:
         modules = sum(1 for module in self.modules if module)
@@ -128,6 +133,12 @@ class Adapter:
 
         return delta_of(self, module, weight)
 
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors as the file holds them."""
+        if not is_packed(self.config):
+            return dict(self.tensors)
+        return packed(self.config, self.tensors, TUNER_PREFIX, MODEL_PREFIX)
+
     def save(self, folder: str | Path, force: bool = False) -> int:
         """Write the adapter and read it back.
 
@@ -145,7 +156,7 @@ class Adapter:
         """
         with atomic_folder(Path(folder), force) as partial:
             _write_json(partial / CONFIG_FILE, self.config)
-            weights = _separate(self.tensors)
+            weights = _separate(self.file_tensors())
             try:
                 save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             except SafetensorError as error:

@@ -49,12 +49,17 @@ class GivaConfig(OwnConfig):
         r: rank, capped at min(in, out) of each layer (each part of a fused one), for `vru2r` at half of that.
         variant: what B is: `vr` random orthonormal columns, `vrurand` Gaussian, `vrur` the left singular vectors
             that belong to A, `vru2r` the r after these.
+        packed: of an adapter that was compressed from another, by module: `[out, in, rank]`. A and B are integers,
+            which the file holds as codes of few bits; s is their scale, and o is 1 until it is trained.
         split: fused weights that hold several matrices one above the other: the end of the module's name -> their
             heights.
     """
 
     r: int = field(default=8, metadata={"help": "Rank."})
     variant: str = field(default="vr", metadata={"help": f"What B is: {', '.join(VARIANTS)}."})
+    packed: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "[out, in, rank] of layers whose factors are integers, stored as codes."}
+    )
     split: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Heights of the parts of fused weights, by the end of the module's name."}
     )
@@ -246,6 +251,10 @@ def heights_of(config: GivaConfig, module: str, out_features: int) -> list[int]:
 
 def parts_of(config: GivaConfig, site: Site) -> list[tuple[int, int]]:
     """Height and rank of every part of a layer."""
+    if config.packed:
+        if site.module not in config.packed:
+            raise AdapterError(f"{site.module}: is adapted, but the configuration has no packed factors for it")
+        return [(site.out_features, config.packed[site.module][2])]
     heights = heights_of(config, site.module, site.out_features)
     return [(height, config.rank_of(height, site.in_features)) for height in heights]
 

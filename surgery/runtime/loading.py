@@ -90,7 +90,7 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(f"{folder}: {lines[0] if lines else str(error).splitlines()[0]}") from None
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    missing = sorted(set(wanted) - set(adapter.tensors))
+    missing = sorted(set(wanted) - set(adapter.file_tensors()))
     if missing:
         raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
     return loaded
@@ -153,6 +153,8 @@ def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
     linears: dict[str, Site] = {site.module: site for site in linear_sites(model)}
     sites = [linears[name] for name in dict.fromkeys(renamed.values()) if name in linears]
     config = {**adapter.config, "target_modules": target_modules(model, sites)}
+    if config.get("packed"):
+        config["packed"] = {renamed.get(module, module): shape for module, shape in config["packed"].items()}
     return Adapter(config, tensors, adapter.provenance, adapter.card)
 
 

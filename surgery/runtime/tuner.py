@@ -12,6 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from surgery.catalogue import OWN_TYPES, method_for_type
+from surgery.checkpoints.packing import CODES, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.runtime.attachment import Attachment
@@ -90,11 +91,33 @@ class AdapterModel(BaseTuner):
             attachment.prepare()
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """Called by PEFT to select what is saved: integers are saved as codes."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not is_packed(config.to_dict()):
+            return selected
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in selected.items()}
+        wrapped = any(name.startswith("base_model.model.") for name in named)
+        above, inside = ("base_model.", "base_model.model.") if wrapped else ("", "")
+        return packed(config.to_dict(), named, above, inside)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Refuse a file that does not hold this adapter's tensors: PEFT alone would ignore that."""
         attachment = attachment_of(model, adapter_name)
+        codes = next((key for key in state_dict if key == CODES or key.endswith(f".{CODES}")), None)
+        if codes is not None:
+            above = codes.removesuffix(CODES)
+            state_dict = unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else "")
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

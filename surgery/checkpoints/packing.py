@@ -1,0 +1,130 @@
+"""GiVA adapters in few bits: all layers' integer factors in one coded tensor, and back.
+
+A packed file holds `base_model.giva_codes` (uint8: one class byte for each column of B and row of A, then the entropy
+coder's bytes) and `base_model.giva_s` (all layers' s), in the order of the configuration's `packed`, which names the
+layers and says `[out, in, rank]` of each. `o` is in the file where it is not all ones. In memory every layer has its
+`giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.errors import AdapterError
+
+__all__ = ["CODES", "SCALES", "is_packed", "packed", "unpacked"]
+
+CODES, SCALES = "giva_codes", "giva_s"
+PARTS = ("giva_A", "giva_B", "giva_s", "giva_o")
+# More numbers than any adapter has: a configuration that asks for them is damaged.
+MOST_NUMBERS = 1 << 36
+
+Tensors = dict[str, torch.Tensor]
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's factors are integers that the file holds as codes."""
+    return config.get("peft_type") == "GIVA" and bool(config.get("packed"))
+
+
+def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
+    """The tensors of the file for the tensors in memory.
+
+    Args:
+        config: `adapter_config.json`.
+        tensors: by name in the file.
+        above: what the names of tensors above the model start with, `base_model.` or nothing.
+        inside: what the names of the model's modules start with, `base_model.model.`.
+
+    Raises:
+        AdapterError: a factor is not of whole numbers, or not of the shape that the configuration says.
+    """
+    from surgery.linalg.entropy import best_classes, encode
+
+    rest = dict(tensors)
+    segments: list[np.ndarray[Any, Any]] = []
+    scales = []
+    for module, shape in _layers(config):
+        out_features, in_features, rank = shape
+        A, B, s = (rest.pop(f"{inside}{module}.{name}") for name in PARTS[:3])
+        if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
+            raise AdapterError(
+                f"{module}: factors {tuple(B.shape)} and {tuple(A.shape)}, the configuration says {shape}"
+            )
+        segments += [_whole(module, column) for column in B.T] + [_whole(module, row) for row in A]
+        scales.append(s.detach().to("cpu", torch.float32).reshape(-1))
+        o = rest.get(f"{inside}{module}.{PARTS[3]}")
+        if o is not None and bool((o == 1).all()):
+            del rest[f"{inside}{module}.{PARTS[3]}"]
+    classes = best_classes(segments)
+    numbers = np.concatenate(segments) if segments else np.zeros(0, np.int16)
+    data = encode(numbers, [len(segment) for segment in segments], classes)
+    codes = np.concatenate([np.asarray(classes, dtype=np.uint8), data])
+    rest[f"{above}{CODES}"] = torch.from_numpy(codes.copy())
+    rest[f"{above}{SCALES}"] = _narrowest(torch.cat(scales))
+    return rest
+
+
+def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
+    """The tensors in memory, float32, for those of the file; arguments as for `packed`.
+
+    Raises:
+        AdapterError: the codes are damaged, or do not fit the configuration.
+    """
+    from surgery.linalg.entropy import decode
+
+    rest = dict(tensors)
+    try:
+        codes, scales = rest.pop(f"{above}{CODES}"), rest.pop(f"{above}{SCALES}").float()
+    except KeyError as error:
+        raise AdapterError(f"the file lacks {error.args[0]}, which its configuration says it has") from None
+    layers = _layers(config)
+    lengths = [n for _, (height, width, rank) in layers for n in [height] * rank + [width] * rank]
+    if sum(lengths) > MOST_NUMBERS or codes.dtype != torch.uint8 or codes.numel() < len(lengths):
+        raise AdapterError(f"{above}{CODES}: does not hold the layers that the configuration names")
+    if scales.numel() != sum(rank for _, (_, _, rank) in layers):
+        raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the ranks of the configuration")
+    data = codes.contiguous().cpu().numpy()
+    try:
+        numbers = torch.from_numpy(decode(data[len(lengths) :], lengths, data[: len(lengths)]).astype(np.float32))
+    except ValueError as error:
+        raise AdapterError(f"{above}{CODES}: {error}") from None
+    start = first = 0
+    for module, (height, width, rank) in layers:
+        middle, end = start + height * rank, start + (height + width) * rank
+        name = f"{inside}{module}."
+        rest[f"{name}{PARTS[1]}"] = numbers[start:middle].reshape(rank, height).T.contiguous()
+        rest[f"{name}{PARTS[0]}"] = numbers[middle:end].reshape(rank, width).clone()
+        rest[f"{name}{PARTS[2]}"] = scales[first : first + rank].clone()
+        rest.setdefault(f"{name}{PARTS[3]}", torch.ones(height))
+        start, first = end, first + rank
+    return rest
+
+
+def _layers(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+    found = []
+    entries = config.get("packed")
+    for module, shape in entries.items() if isinstance(entries, Mapping) else ():
+        sizes = tuple(shape) if isinstance(shape, (list, tuple)) else ()
+        if len(sizes) != 3 or not all(isinstance(n, int) and 0 < n < 1 << 24 for n in sizes):
+            raise AdapterError(f"packed: {module} has {shape!r}, expected [out, in, rank]")
+        found.append((module, (sizes[0], sizes[1], sizes[2])))
+    return sorted(found)
+
+
+def _whole(module: str, numbers: torch.Tensor) -> np.ndarray[Any, Any]:
+    values = numbers.detach().to("cpu", torch.float32)
+    rounded = values.round()
+    if not torch.equal(values, rounded):
+        raise AdapterError(f"{module}: its factors are not whole numbers any more, and cannot be packed")
+    return rounded.to(torch.int16).numpy()
+
+
+def _narrowest(scales: torch.Tensor) -> torch.Tensor:
+    """In half precision where that is exact, as it is until they are trained."""
+    half = scales.to(torch.float16)
+    return half if torch.equal(half.float(), scales) else scales
