@@ -20,6 +20,8 @@ OVERSAMPLING = 8
 # then missing is about a tenth of it.
 CONVERGED = 1e-4
 EVERY = 2  # blocks from one look to the next: a look takes an eigendecomposition
+# What is left of a column after subtracting its projection is rounding below this many units of its last place.
+ROUNDING = 100
 # Below this many entries one thread is faster than several.
 SMALL = 1 << 20
 
@@ -107,7 +109,8 @@ def svd_of_map(matrix: LinearMap, rank: int, seed: int = 0, missing: float = 5e-
     """The leading `rank` singular triplets of a matrix that is given by its products with others.
 
     The iteration of `truncated_svd`; every block of it takes one product with the matrix and one with its transpose,
-    so after each it is asked whether that was enough.
+    so after each it is asked whether that was enough. Where the Krylov space would fill the smaller side, the matrix is
+    formed.
 
     Args:
         matrix: `(m, n)`.
@@ -119,8 +122,12 @@ def svd_of_map(matrix: LinearMap, rank: int, seed: int = 0, missing: float = 5e-
         The decomposition, its `energy` NaN: products do not tell it.
     """
     rank = min(rank, *matrix.shape)
-    block = min(rank + OVERSAMPLING, *matrix.shape)
-    U, S, Vh = _block_krylov(matrix, rank, block, seed, lambda captured: _missing(captured) <= missing)
+    block = rank + OVERSAMPLING
+    if 3 * block >= min(matrix.shape):
+        dense = matrix @ torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    else:
+        U, S, Vh = _block_krylov(matrix, rank, block, seed, lambda captured: _missing(captured) <= missing)
     return _canonical(TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], math.nan))
 
 
@@ -189,13 +196,22 @@ def _block_krylov(
 def orthonormal_to(Q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of `block` without its part in the span of `Q`.
 
-    Twice is usually enough. Where nothing of the block is left but rounding, because Q already spans an invariant
-    space, the rounding must be made orthogonal too.
+    Where nothing of a column is left but rounding, because Q already spans an invariant space, a random direction takes
+    its place: what a QR decomposition puts there may lie in the span of Q.
     """
-    for attempt in range(4):
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    precision = torch.finfo(block.dtype)
+    block = block / block.abs().amax(0).clamp_min(precision.tiny)  # a norm of large entries would overflow
+    for attempt in range(6):
+        noise = ROUNDING * precision.eps * block.norm(dim=0)
         block, R = torch.linalg.qr(block - Q @ (Q.T @ block))
-        if attempt and float(R.diagonal().abs().min()) > 0.9:
+        left = R.diagonal().abs()
+        if attempt and float(left.min()) > 0.9:
             break
+        lost = left <= noise
+        if lost.any():
+            drawn = torch.randn(block.shape[0], int(lost.sum()), generator=generator).to(block)
+            block[:, lost] = drawn / drawn.norm(dim=0)
     return block
 
 

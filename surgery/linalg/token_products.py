@@ -21,6 +21,9 @@ CHUNK = 4096
 # in a product with a few columns than in one of two large matrices.
 BLOCKS = 2.5
 SKINNY = 1.6
+# About what share of the energy that the exact vectors hold may be missed. On noise, the flattest spectrum there is, it
+# is up to 0.5 %, on real gradients a tenth of that.
+MISSING = 2e-3
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # Sums a tensor over all processes, in place.
@@ -123,7 +126,7 @@ def leading_svd(product: TokenProduct, rank: int, seed: int = 0) -> TruncatedSVD
     by_forming = tokens * rows * columns + 4 * BLOCKS * SKINNY * block * rows * columns
     if by_forming <= by_products or 3 * block >= min(rows, columns):
         return truncated_svd(product.dense(), rank, seed)
-    return svd_of_map(product, rank, seed)
+    return svd_of_map(product, rank, seed, MISSING)
 
 
 def _completed(svd: TruncatedSVD, rank: int, seed: int) -> TruncatedSVD:

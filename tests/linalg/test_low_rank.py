@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from surgery.linalg.low_rank import svd_of_product, truncated_svd
+from surgery.linalg.low_rank import svd_of_map, svd_of_product, truncated_svd
 
 
 def decaying(rows: int, columns: int, power: float, seed: int = 0) -> torch.Tensor:
@@ -60,13 +62,36 @@ def test_control_one_pass_without_iteration_misses_it() -> None:
     assert float((Q.T @ matrix).square().sum()) < 0.9 * exact
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(60, 40), torch.ones(60, 40), gaussian(90, 2) @ gaussian(2, 80)])
+def one_entry(rows: int, columns: int) -> torch.Tensor:
+    matrix = torch.zeros(rows, columns)
+    matrix[3, 5] = 2.0
+    return matrix
+
+
+# The last ones are large enough for the iteration, whose basis soon spans all that there is.
+DEFICIENT = [
+    torch.zeros(60, 40),
+    torch.ones(60, 40),
+    gaussian(90, 2) @ gaussian(2, 80),
+    torch.zeros(400, 300),
+    torch.ones(400, 300),
+    one_entry(400, 300),
+    gaussian(400, 1).expand(400, 300),
+    gaussian(400, 2) @ gaussian(2, 300),
+    gaussian(400, 9) @ gaussian(9, 300),
+]
+
+
+@pytest.mark.parametrize("matrix", DEFICIENT)
 def test_zero_and_rank_deficient(matrix: torch.Tensor) -> None:
     svd = truncated_svd(matrix, 8)
     B, A = svd.balanced()
     assert torch.isfinite(B).all() and torch.isfinite(A).all()
-    assert float((matrix - B @ A).norm()) <= 1e-4 * max(float(matrix.norm()), 1.0)
-    assert svd.relative_error < 2e-3
+    assert torch.allclose(svd.U.T @ svd.U, torch.eye(8), atol=1e-4)
+    if int(torch.linalg.matrix_rank(matrix.double())) <= 8:
+        assert float((matrix - B @ A).norm()) <= 1e-4 * max(float(matrix.norm()), 1.0)
+        assert svd.relative_error < 2e-3
+    assert torch.allclose(svd.S.double(), torch.linalg.svdvals(matrix.double())[:8], atol=1e-4 * float(matrix.norm()))
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
@@ -98,3 +123,67 @@ def test_product_wider_than_the_matrix() -> None:
     """More ranks than rows: the core is as small as the matrix."""
     B, A = gaussian(5, 9), gaussian(9, 40)
     assert svd_of_product(B, A).S.shape == (5,)
+
+
+class Counted:
+    """A matrix that is known by its products, which are counted."""
+
+    def __init__(self, matrix: torch.Tensor, counter: list[int]) -> None:
+        self.matrix, self.counter = matrix, counter
+        self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
+
+    @property
+    def T(self) -> Counted:
+        return Counted(self.matrix.T, self.counter)
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        self.counter.append(other.shape[1])
+        return self.matrix @ other
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_map_captures_what_the_exact_decomposition_does(name: str, rank: int) -> None:
+    matrix = MATRICES[name]
+    counter: list[int] = []
+    svd = svd_of_map(Counted(matrix, counter), rank)
+    kept = min(rank, *matrix.shape)
+    exact = torch.linalg.svdvals(matrix.double())[:kept]
+    assert svd.S.shape == (kept,) and math.isnan(svd.energy)
+    # What is asked for is half a per cent, of an estimate.
+    for found in (svd.Vh.double() @ matrix.double().T, svd.U.double().T @ matrix.double()):
+        assert float(found.square().sum()) >= 0.99 * float(exact.square().sum())
+    assert torch.allclose(svd.U.T @ svd.U, torch.eye(kept), atol=1e-4)
+    assert torch.allclose(svd.Vh @ svd.Vh.T, torch.eye(kept), atol=1e-4)
+    assert torch.allclose((svd.U.T @ matrix @ svd.Vh.T).double(), torch.diag(svd.S.double()), atol=1e-3 * exact[0])
+    # Block by block, or the whole at once where that is no more.
+    assert set(counter) == {rank + 8 if 3 * (rank + 8) < min(matrix.shape) else matrix.shape[1]}
+
+
+def test_map_takes_more_products_where_more_is_asked_for() -> None:
+    counts, missed = [], []
+    matrix = MATRICES["gaussian"]
+    exact = float(torch.linalg.svdvals(matrix)[:8].square().sum())
+    for missing in (0.5, 5e-3, 1e-6):
+        counter: list[int] = []
+        svd = svd_of_map(Counted(matrix, counter), 8, missing=missing)
+        counts.append(len(counter))
+        missed.append(1 - float((matrix @ svd.Vh.T).square().sum()) / exact)
+    assert counts == sorted(counts) and counts[0] < counts[2]
+    assert missed[0] > 0.01 > missed[1] >= missed[2] and missed[2] < 1e-4
+
+
+def test_map_stops_soon_where_the_spectrum_falls() -> None:
+    """Real gradients take two or three blocks; each is a product with the matrix and one with its transpose."""
+    counter: list[int] = []
+    svd_of_map(Counted(MATRICES["fast decay"], counter), 8)
+    assert len(counter) <= 6
+
+
+@pytest.mark.parametrize("matrix", DEFICIENT)
+def test_map_of_zero_and_rank_deficient(matrix: torch.Tensor) -> None:
+    svd = svd_of_map(Counted(matrix, []), 8)
+    assert torch.allclose(svd.U.T @ svd.U, torch.eye(8), atol=1e-4)
+    assert torch.allclose(svd.Vh @ svd.Vh.T, torch.eye(8), atol=1e-4)
+    exact = torch.linalg.svdvals(matrix.double())[:8]
+    assert torch.allclose(svd.S.double(), exact, atol=1e-4 * float(matrix.norm()))
