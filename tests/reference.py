@@ -51,8 +51,10 @@ def spectrum(G: torch.Tensor) -> Spectrum:
     return Spectrum(G, *torch.linalg.svd(G, full_matrices=False))
 
 
-def in_double(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its floating-point tensors in float64."""
+def in_double(batch: Any) -> Any:
+    """A batch, a dictionary or one tensor, with its floating-point tensors in float64."""
+    if isinstance(batch, torch.Tensor):
+        return batch.double()
     return {
         name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in batch.items()

@@ -253,7 +253,7 @@ class _Tap(torch.autograd.Function):
         work: GradientPass,
         name: str,
     ) -> torch.Tensor:
-        ctx.work, ctx.name, ctx.producer = work, name, producer
+        ctx.work, ctx.module, ctx.producer = work, name, producer
         if producer is None:
             # Through autograd, not by hand: so checkpointing drops it, and gives it back when it computes it again.
             ctx.save_for_backward(x)
@@ -263,8 +263,8 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, D: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         X = ctx.saved_tensors[0] if ctx.producer is None else rebuild(ctx.producer)
         if X is None:
-            raise RuntimeError(f"{ctx.name}: the layer's input was freed before its gradient arrived")
-        ctx.work.receive(ctx.name, D, X)
+            raise RuntimeError(f"{ctx.module}: the layer's input was freed before its gradient arrived")
+        ctx.work.receive(ctx.module, D, X)
         return D if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 

@@ -54,12 +54,13 @@ def rebuild(node: Any, depth: int = DEPTH) -> torch.Tensor | None:
     """
     if node is None or depth == 0:
         return None
-    known = _KNOWN.get(node.name())
+    name = type(node).__name__  # a node that was written in Python may have anything as its `name`
+    known = _KNOWN.get(name)
     try:
         if known is not None:
             return known(node, depth)
         # Attention kernels and some activations keep their result.
-        kept = getattr(node, "_saved_output", None) if "Attention" in node.name() else None
+        kept = getattr(node, "_saved_output", None) if "Attention" in name else None
         return kept if kept is not None else getattr(node, "_saved_result", None)
     except (AttributeError, RuntimeError, TypeError):  # saved otherwise than known here, changed in place, or freed
         return None
