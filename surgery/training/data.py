@@ -323,8 +323,9 @@ class _Classes(_Encoder):
             return torch.tensor(self.ids[value])
         if isinstance(value, int) and 0 <= value < self.number:
             return torch.tensor(int(value))
+        names = sorted(self.ids, key=lambda name: self.ids[name])
         raise DataError(
-            f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(self.ids, 4)}), which "
+            f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(names, 4)}), which "
             f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name"
         )
 

@@ -17,8 +17,8 @@ from surgery.training.rebuilding import is_rebuildable, rebuild
 from tests.models import build, labelled_inputs
 from tests.reference import own_loss
 
-# Inputs of adapted layers, and how many of them a pass has to hold: those that no gradient reaches, of the first blocks'
-# queries, keys and values.
+# Inputs of adapted layers, and how many of them a pass has to hold: those that no gradient reaches, of the first
+# block's queries, keys and values.
 HELD = {"llama": (21, 3), "gpt2": (8, 1), "vit": (12, 3), "t5": (36, 6)}
 
 
