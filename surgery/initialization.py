@@ -180,6 +180,8 @@ def _opened(
     model: str | Path | nn.Module, info: MethodInfo, task: str | None, data: Any, trust_remote_code: bool
 ) -> BaseModel:
     """The base model; a classifier that the checkpoint lacks gets as many outputs as the data has labels."""
+    if info.reads_gradients and data is None:
+        raise MethodError(f"{info.name} starts from the gradient of a loss: give the data for it with --data FILE")
     if isinstance(model, nn.Module):
         if not info.reads_gradients:
             raise MethodError(
@@ -187,8 +189,6 @@ def _opened(
             )
         return LiveModel(model, task)
     base = BaseModel.open(model, task, trust_remote_code)
-    if info.reads_gradients and data is None:
-        raise MethodError(f"{info.name} starts from the gradient of a loss: give the data for it with --data FILE")
     if is_file(data) and base.task is not None and base.task.name in CLASS_TASKS and base.head_is_free:
         labels = labels_in(data, base)
         if any(isinstance(label, float) for label in labels):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before any Hugging Face library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Copies of the tests' data files do not stay.
+DATASETS = tempfile.TemporaryDirectory(prefix="surgery-tests-")
+os.environ["HF_DATASETS_CACHE"] = DATASETS.name
 
 import pytest
 import torch

@@ -322,7 +322,7 @@ def test_image_folder_by_the_models_names(vit: Path, tmp_path: Path) -> None:
 
 def test_image_folder_with_another_name(vit: Path, tmp_path: Path) -> None:
     path = image_folder(tmp_path / "images", {"zebra": 1, "unicorn": 2})
-    with pytest.raises(DataError, match="label 1 is none|label 'unicorn' is none"):
+    with pytest.raises(DataError, match="label 'unicorn' is none"):
         read_examples(path, BaseModel.open(vit), 9)
 
 
