@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,8 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Copies of the tests' data files do not stay.
-DATASETS = tempfile.TemporaryDirectory(prefix="surgery-tests-")
-os.environ["HF_DATASETS_CACHE"] = DATASETS.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="surgery-tests-")
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.models import minilm_folder, save_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 # Two workers share the machine; one thread each is faster than two that contend.
 torch.set_num_threads(1)
 
