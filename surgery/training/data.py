@@ -64,7 +64,12 @@ def batches(examples: Examples, size: int, rank: int = 0, processes: int = 1) ->
 
 
 def read_examples(
-    path: str | Path, base: BaseModel, samples: int, max_length: int | None = None, seed: int = 0
+    path: str | Path,
+    base: BaseModel,
+    samples: int,
+    max_length: int | None = None,
+    seed: int = 0,
+    labelled: bool = True,
 ) -> Examples:
     """Draw samples from a file and make them ready for a model.
 
@@ -75,11 +80,13 @@ def read_examples(
         samples: how many, drawn at random; all where the file has fewer.
         max_length: tokens of the longest sample, which is cut there.
         seed: of the drawing, and of the masks of masked language modelling.
+        labelled: whether a loss is wanted. If not, classes need no labels (those that are there are kept), and a bare
+            model takes texts.
 
     Raises:
         DataError: the file cannot be used for this task.
     """
-    encoder = _encoder(base, max_length, seed)
+    encoder = _encoder(base, max_length, seed, labelled)
     rows = _read(Path(path), wants_images=isinstance(encoder, _Images))
     encoder.check(rows.column_names, str(path))
     chosen = rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
@@ -175,6 +182,9 @@ class _Encoder(ABC):
     task: str
     columns: tuple[tuple[str, ...], ...]  # the sets of columns that will do
     padding: Mapping[str, int] = {}
+
+    def unlabelled(self) -> None:  # noqa: B027 - most tasks have no labels but the texts themselves
+        """Do without labels where the file has none."""
 
     def check(self, found: Sequence[str], path: str) -> None:
         """Check that a file has the columns."""
@@ -304,12 +314,17 @@ class _Classes(_Encoder):
         # What the numbers in a file stand for, where it says: the names of image folders, for one.
         self.names: list[str] | None = None
 
+    def unlabelled(self) -> None:
+        self.columns = tuple(tuple(name for name in names if name != "label") for names in self.columns)
+
     @staticmethod
     def check_label(found: Sequence[str], path: str) -> None:
         if "label" not in found:
             raise DataError(f"{path}: has the columns {listing(found)}; classification needs label")
 
     def see_all(self, rows: Any, path: str) -> None:
+        if "label" not in rows.column_names:
+            return
         self.names = _class_names(rows)
         if self.number > 1:
             for label in rows.unique("label"):
@@ -328,6 +343,10 @@ class _Classes(_Encoder):
             f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(names, 4)}), which "
             f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name"
         )
+
+    def labels(self, row: dict[str, Any], path: str) -> Features:
+        """The label of a row, where the file has any."""
+        return {"labels": self.label(row["label"], path)} if "label" in row else {}
 
     def _meant(self, value: Any) -> Any:
         """What a number of the file stands for: a name that the model knows, or a number in its own count."""
@@ -356,7 +375,18 @@ class _TextClasses(_Classes, _Texts):
         texts = [row["text"], *([row["text_pair"]] if row.get("text_pair") is not None else [])]
         found = self.tokens(*texts, path=path)
         names = [name for name in self.tokenizer.model_input_names if name in found]
-        return {name: torch.tensor(found[name]) for name in names} | {"labels": self.label(row["label"], path)}
+        return {name: torch.tensor(found[name]) for name in names} | self.labels(row, path)
+
+
+class _PlainTexts(_Texts):
+    """For a model without a head: what it makes of a text is its output itself."""
+
+    task = "a model without a head"
+    columns = (("text",),)
+
+    def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
+        found = self.tokens(row["text"], path=path)
+        return {name: torch.tensor(found[name]) for name in self.tokenizer.model_input_names if name in found}
 
 
 class _Images(_Classes):
@@ -372,13 +402,20 @@ class _Images(_Classes):
         if not hasattr(image, "convert"):
             raise DataError(f"{path}: the column image holds {type(image).__name__}, not images")
         pixels = self.processor([image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": self.label(row["label"], path)}
+        return {"pixel_values": pixels} | self.labels(row, path)
 
 
 DATA_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "seq-cls", "image-cls")
 
 
-def _encoder(base: BaseModel, max_length: int | None, seed: int) -> _Encoder:
+def _encoder(base: BaseModel, max_length: int | None, seed: int, labelled: bool) -> _Encoder:
+    found = _task_encoder(base, max_length, seed, labelled)
+    if not labelled:
+        found.unlabelled()
+    return found
+
+
+def _task_encoder(base: BaseModel, max_length: int | None, seed: int, labelled: bool) -> _Encoder:
     task = base.task.name if base.task is not None else None
     if task == "causal-lm":
         return _CausalLM(base, max_length)
@@ -392,6 +429,8 @@ def _encoder(base: BaseModel, max_length: int | None, seed: int) -> _Encoder:
         if max_length is not None:
             raise DataError("images have no length: leave out --max-length")
         return _Images(base)
+    if not labelled:
+        return _PlainTexts(base, max_length)
     named = f"{type(base.model).__name__} ({task or 'no task known here'})"
     raise DataError(f"{named} has no loss for a data file: say with --task which of {', '.join(DATA_TASKS)} it is for")
 
