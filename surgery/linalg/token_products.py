@@ -100,7 +100,7 @@ class _Casts:
 def leading_svd(product: TokenProduct, rank: int, seed: int = 0) -> TruncatedSVD:
     """The leading singular triplets of `G = D^T X`, by the cheapest of three roads.
 
-    With few tokens, the decomposition of the product by its factors, which is exact; else block Krylov iteration, on
+    With few tokens, the decomposition of the whole product, which is exact; else block Krylov iteration, on
     G's products or on G formed for the time of the call, whichever takes fewer operations.
 
     Args:
@@ -119,8 +119,11 @@ def leading_svd(product: TokenProduct, rank: int, seed: int = 0) -> TruncatedSVD
         count = torch.tensor(float(tokens), device=product.device)
         product.reduce(count)
         tokens = int(count)
-    elif tokens <= 2 * block:
-        return _completed(svd_of_product(*product.factors()), rank, seed)
+    if tokens <= 2 * block:
+        # No process has all the factors where there are several, but a block of so many columns spans all of G.
+        whole = min(tokens, *product.shape)
+        few = svd_of_product(*product.factors()) if product.reduce is None else svd_of_map(product, whole, seed)
+        return _completed(few, rank, seed)
     rows, columns = product.shape
     by_products = 2 * BLOCKS * SKINNY * block * tokens * (rows + columns)
     by_forming = tokens * rows * columns + 4 * BLOCKS * SKINNY * block * rows * columns

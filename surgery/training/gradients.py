@@ -181,7 +181,8 @@ class GradientPass:
         if self.reduce is None:
             return
         calls = torch.tensor([float(self._calls.get(name, 0)) for name in self.sites])
-        total = calls.to(next(self.model.parameters()).device)
+        device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), calls.device)
+        total = calls.to(device, copy=True)
         self.reduce(total)
         uneven = total.cpu() != calls * torch.distributed.get_world_size()
         if uneven.any():

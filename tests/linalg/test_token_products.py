@@ -11,6 +11,7 @@ import torch
 
 from surgery.linalg import token_products
 from surgery.linalg.token_products import TokenProduct, leading_svd
+from tests.reference import angle
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -184,5 +185,8 @@ def test_sums_over_processes(counts: tuple[int, int], rows: int, columns: int, r
     G = exact(shares[0] + shares[1])
     assert torch.equal(found[0].Vh, found[1].Vh)
     assert captured(G, found[0].Vh, rank) >= 0.995
+    alone = leading_svd(TokenProduct(shares[0] + shares[1]), rank)
+    assert angle(found[0].Vh, alone.Vh) < 1e-3
+    assert torch.allclose(found[0].S, alone.S, rtol=1e-3)
     # The control: one process's tokens alone are not enough.
     assert captured(G, leading_svd(TokenProduct(shares[0]), rank).Vh, rank) < 0.99

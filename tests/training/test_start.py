@@ -217,7 +217,7 @@ def test_bfloat16_from_the_command_lines_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "fp16"])
 def test_float16_underflows(dtype: str) -> None:
-    with pytest.raises(MethodError, match="float32 or bfloat16, not in torch.float16: they would underflow"):
+    with pytest.raises(MethodError, match=r"float32 or bfloat16, not in torch\.float16: they would underflow"):
         bases(build("llama"), dtype=dtype)
 
 
