@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError, listing
@@ -42,6 +42,11 @@ class Examples:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def padded(self) -> list[str]:
+        """Names of what is filled up."""
+        return [name for name in self.features[0] if name in self.padding]
+
+    @property
     def total(self) -> int:
         """Items of all samples."""
         return sum(self.counts)
@@ -59,8 +64,10 @@ def batches(examples: Examples, size: int, rank: int = 0, processes: int = 1) ->
         whole = order[start : start + size]
         mine = whole[rank::processes]
         count = sum(examples.counts[index] for index in mine)
-        chosen = mine or whole[:1]
-        yield {**_collated([examples.features[i] for i in chosen], examples.padding), "share": count / examples.total}
+        # As long as the whole batch in every process: what is computed, and how, depends on the number of tokens.
+        longest = {name: max(len(examples.features[i][name]) for i in whole) for name in examples.padded}
+        chosen = [examples.features[index] for index in mine or whole[:1]]
+        yield {**_collated(chosen, examples.padding, longest), "share": count / examples.total}
 
 
 def read_examples(
@@ -167,13 +174,11 @@ def _read(path: Path, wants_images: bool) -> Any:
     return rows
 
 
-def _collated(features: Sequence[Features], padding: Mapping[str, int]) -> Features:
-    return {
-        name: pad_sequence([each[name] for each in features], batch_first=True, padding_value=padding[name])
-        if name in padding
-        else torch.stack([each[name] for each in features])
-        for name in features[0]
-    }
+def _collated(features: Sequence[Features], padding: Mapping[str, int], longest: Mapping[str, int]) -> Features:
+    def filled(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return F.pad(tensor, (0, longest[name] - len(tensor)), value=padding[name]) if name in longest else tensor
+
+    return {name: torch.stack([filled(name, each[name]) for each in features]) for name in features[0]}
 
 
 class _Encoder(ABC):
