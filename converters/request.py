@@ -112,12 +112,16 @@ class Result:
         config: the keys of `adapter_config.json` that its type has; what all types have is added.
         tensors: by name in the file.
         ranks: rank by module; a module that is not here has no change left.
+        trainable: numbers that a trainer would train, what is carried left out.
         bits: mean bits of a stored number by module, where they are codes.
+        sizes: bytes of the file by module, where a layer's tensors do not say.
         notes: what the user should know.
     """
 
     config: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
     ranks: dict[str, int]
+    trainable: int = 0
     bits: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -53,7 +53,8 @@ def to_lora(source: Source, request: Request) -> Result:
         B_name, A_name = _names(module)
         tensors[B_name], tensors[A_name] = (B / scale).to(dtype), (A / scale).to(dtype)
     kept = {module: ranks[module] for module in factors}
-    return Result(_config(kept, scale**2), tensors, kept, notes=_notes(dtype, kept))
+    trainable = sum(tensor.numel() for tensor in tensors.values())
+    return Result(_config(kept, scale**2), tensors, kept, trainable, notes=_notes(dtype, kept))
 
 
 def balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surgery import errors
     from surgery.checkpoints.adapter import Adapter
     from surgery.checkpoints.base_model import BaseModel
+    from surgery.conversion import convert
     from surgery.initialization import init
     from surgery.inspection import Inspection, inspect
     from surgery.merging import merge
@@ -30,6 +31,7 @@ __all__ = [
     "MergeReport",
     "Report",
     "__version__",
+    "convert",
     "errors",
     "init",
     "inspect",
@@ -45,6 +47,7 @@ _HOMES = {
     "Inspection": "surgery.inspection",
     "MergeReport": "surgery.reports.merge_report",
     "Report": "surgery.reports.report",
+    "convert": "surgery.conversion",
     "errors": "surgery.errors",
     "init": "surgery.initialization",
     "inspect": "surgery.inspection",

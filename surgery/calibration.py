@@ -78,6 +78,14 @@ class Calibration:
             self._full = self._gathered(self._group(change.site))
         return self._full[change.module]
 
+    def all_moments(self) -> dict[Site, Moments]:
+        """The full moments of every layer, to be stored."""
+        moments = {}
+        for site, module in self.source.sites.items():
+            stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
+            moments[site] = self.full(stub)
+        return moments
+
     def _group(self, site: Site) -> list[Site]:
         """The layers that are measured with one: all of them, or as many from it on as fit."""
         if self.all_fit:

@@ -3,7 +3,8 @@
 A packed file holds `base_model.giva_codes` (uint8: one class byte for each column of B and row of A, then the entropy
 coder's bytes) and `base_model.giva_s` (all layers' s), in the order of the configuration's `packed`, which names the
 layers and says `[out, in, rank]` of each. `o` is in the file where it is not all ones. In memory every layer has its
-`giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter.
+`giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter. With 16 or 32 bits the factors are plain floats,
+all in one `base_model.giva_factors`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 
 from surgery.errors import AdapterError
 
-__all__ = ["CODES", "SCALES", "is_packed", "packed", "unpacked"]
+__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "is_packed", "packed", "unpacked"]
 
-CODES, SCALES = "giva_codes", "giva_s"
+CODES, FACTORS, SCALES = "giva_codes", "giva_factors", "giva_s"
+PLAIN = {16: torch.float16, 32: torch.float32}
 PARTS = ("giva_A", "giva_B", "giva_s", "giva_o")
 # More numbers than any adapter has: a configuration that asks for them is damaged.
 MOST_NUMBERS = 1 << 36
@@ -43,30 +45,36 @@ def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above
     Raises:
         AdapterError: a factor is not of whole numbers, or not of the shape that the configuration says.
     """
-    from surgery.linalg.entropy import best_classes, encode
-
     rest = dict(tensors)
-    segments: list[np.ndarray[Any, Any]] = []
+    segments: list[torch.Tensor] = []
     scales = []
     for module, shape in _layers(config):
         out_features, in_features, rank = shape
         A, B, s = (rest.pop(f"{inside}{module}.{name}") for name in PARTS[:3])
         if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
-            raise AdapterError(
-                f"{module}: factors {tuple(B.shape)} and {tuple(A.shape)}, the configuration says {shape}"
-            )
-        segments += [_whole(module, column) for column in B.T] + [_whole(module, row) for row in A]
+            found = f"{tuple(B.shape)} and {tuple(A.shape)}"
+            raise AdapterError(f"{module}: has factors {found}, the configuration says {shape}")
+        plain = config.get("bits") in PLAIN
+        columns = [*B.detach().cpu().float().T, *A.detach().cpu().float()]
+        segments += columns if plain else [_whole(module, each) for each in columns]
         scales.append(s.detach().to("cpu", torch.float32).reshape(-1))
         o = rest.get(f"{inside}{module}.{PARTS[3]}")
         if o is not None and bool((o == 1).all()):
             del rest[f"{inside}{module}.{PARTS[3]}"]
-    classes = best_classes(segments)
-    numbers = np.concatenate(segments) if segments else np.zeros(0, np.int16)
-    data = encode(numbers, [len(segment) for segment in segments], classes)
-    codes = np.concatenate([np.asarray(classes, dtype=np.uint8), data])
-    rest[f"{above}{CODES}"] = torch.from_numpy(codes.copy())
+    if config.get("bits") in PLAIN:
+        rest[f"{above}{FACTORS}"] = torch.cat(segments).to(PLAIN[config["bits"]])
+    else:
+        rest[f"{above}{CODES}"] = _coded([segment.numpy() for segment in segments])
     rest[f"{above}{SCALES}"] = _narrowest(torch.cat(scales))
     return rest
+
+
+def _coded(segments: list[np.ndarray[Any, Any]]) -> torch.Tensor:
+    from surgery.linalg.entropy import best_classes, encode
+
+    classes = best_classes(segments)
+    data = encode(np.concatenate(segments), [len(segment) for segment in segments], classes)
+    return torch.from_numpy(np.concatenate([np.asarray(classes, dtype=np.uint8), data]))
 
 
 def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
@@ -75,24 +83,18 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], abo
     Raises:
         AdapterError: the codes are damaged, or do not fit the configuration.
     """
-    from surgery.linalg.entropy import decode
-
     rest = dict(tensors)
+    plain = config.get("bits") in PLAIN
     try:
-        codes, scales = rest.pop(f"{above}{CODES}"), rest.pop(f"{above}{SCALES}").float()
+        stored = rest.pop(f"{above}{FACTORS if plain else CODES}")
+        scales = rest.pop(f"{above}{SCALES}").float()
     except KeyError as error:
         raise AdapterError(f"the file lacks {error.args[0]}, which its configuration says it has") from None
     layers = _layers(config)
     lengths = [n for _, (height, width, rank) in layers for n in [height] * rank + [width] * rank]
-    if sum(lengths) > MOST_NUMBERS or codes.dtype != torch.uint8 or codes.numel() < len(lengths):
-        raise AdapterError(f"{above}{CODES}: does not hold the layers that the configuration names")
-    if scales.numel() != sum(rank for _, (_, _, rank) in layers):
-        raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the ranks of the configuration")
-    data = codes.contiguous().cpu().numpy()
-    try:
-        numbers = torch.from_numpy(decode(data[len(lengths) :], lengths, data[: len(lengths)]).astype(np.float32))
-    except ValueError as error:
-        raise AdapterError(f"{above}{CODES}: {error}") from None
+    if sum(lengths) > MOST_NUMBERS or scales.numel() != sum(rank for _, (_, _, rank) in layers):
+        raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the layers of the configuration")
+    numbers = _plain(stored, sum(lengths), above) if plain else _decoded(stored, lengths, above)
     start = first = 0
     for module, (height, width, rank) in layers:
         middle, end = start + height * rank, start + (height + width) * rank
@@ -103,6 +105,25 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], abo
         rest.setdefault(f"{name}{PARTS[3]}", torch.ones(height))
         start, first = end, first + rank
     return rest
+
+
+def _plain(stored: torch.Tensor, count: int, above: str) -> torch.Tensor:
+    if not stored.is_floating_point() or stored.numel() != count or not bool(torch.isfinite(stored).all()):
+        raise AdapterError(f"{above}{FACTORS}: does not hold the numbers of the layers that the configuration names")
+    return stored.float().reshape(-1)
+
+
+def _decoded(stored: torch.Tensor, lengths: list[int], above: str) -> torch.Tensor:
+    from surgery.linalg.entropy import decode
+
+    if stored.dtype != torch.uint8 or stored.numel() < len(lengths):
+        raise AdapterError(f"{above}{CODES}: does not hold the layers that the configuration names")
+    data = stored.contiguous().cpu().numpy().reshape(-1)
+    try:
+        found = decode(data[len(lengths) :], lengths, data[: len(lengths)].tolist())
+    except ValueError as error:
+        raise AdapterError(f"{above}{CODES}: {error}") from None
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def _layers(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
@@ -116,12 +137,11 @@ def _layers(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]
     return sorted(found)
 
 
-def _whole(module: str, numbers: torch.Tensor) -> np.ndarray[Any, Any]:
-    values = numbers.detach().to("cpu", torch.float32)
+def _whole(module: str, values: torch.Tensor) -> torch.Tensor:
     rounded = values.round()
     if not torch.equal(values, rounded):
         raise AdapterError(f"{module}: its factors are not whole numbers any more, and cannot be packed")
-    return rounded.to(torch.int16).numpy()
+    return rounded.to(torch.int16)
 
 
 def _narrowest(scales: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from surgery.errors import SurgeryError
 __all__ = ["cli", "main"]
 
 COMMANDS = {
+    "convert": "surgery.cli.convert",
     "init": "surgery.cli.init",
     "inspect": "surgery.cli.inspect",
     "merge": "surgery.cli.merge",

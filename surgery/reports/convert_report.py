@@ -22,6 +22,7 @@ class ConvertedSite:
         weight_error: Frobenius norm of the difference over that of the source's change; 0 for a change of zero.
         output_error: the same for the layer's output on the calibration data, or None without data.
         bytes: of the layer's tensors in the new file; its share of the codes where these are in one piece.
+        output_energy: mean squared norm of what the source adds to the layer's output on the data; 0 without data.
     """
 
     module: str
@@ -33,6 +34,7 @@ class ConvertedSite:
     weight_error: float
     output_error: float | None
     bytes: int
+    output_energy: float = 0.0
 
 
 @dataclass

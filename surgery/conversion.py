@@ -1,0 +1,341 @@
+"""`surgery.convert`: a trained adapter in another form, smaller or loadable elsewhere, with the loss known."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter
+from surgery.checkpoints.atomic import check_output
+from surgery.checkpoints.tensor_files import file_bytes
+from surgery.conversion_base import Base, DataSettings, Measured
+from surgery.conversion_figures import converted_sites, largest_difference, overall
+from surgery.converters.changes import Source
+from surgery.converters.request import Budget, Metric, Progress, Request, Result
+from surgery.devices import resolve_device
+from surgery.errors import MethodError, OutputError
+from surgery.reports.convert_report import ConvertReport
+
+__all__ = ["FORMS", "convert"]
+
+# Form -> its converter, a module and function of this name below surgery.converters.
+FORMS = {"giva": "to_giva", "vera": "to_vera", "lora": "to_lora", "frod": "to_frod", "smoa": "to_smoa"}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+BITS = ("auto", "32", "16", "8", "4", "3", "2")
+# LoRA -> giva without a budget.
+DEFAULT_RATIO = 20.0
+# Forms that cannot hold every change; what keeps less than half of its energy is of no use.
+LOSSY_FORMS = {"vera", "frod", "smoa"}
+LEAST_ENERGY = 0.5
+# What every PEFT configuration has, and a conversion leaves as it is.
+COMMON_KEYS = ("auto_mapping", "base_model_name_or_path", "bias", "modules_to_save", "revision", "task_type")
+TARGET_KEYS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def convert(
+    adapter: str | Path | Adapter | Sequence[str | Path | Adapter],
+    to: str,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int = 512,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    size: int | None = None,
+    ratio: float | None = None,
+    bits: int | str | None = None,
+    basis: str | None = None,
+    recover: int | None = None,
+    accept_loss: bool = False,
+    stats: str | Path | None = None,
+    task: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Bring a trained adapter into another form, and measure what that loses.
+
+    Heads, biases and whatever else the adapter saves whole are carried along bit for bit. The result is reopened and
+    compared with what was meant before it takes its name.
+
+    Args:
+        adapter: a folder, a Hub id or an opened `Adapter`, of a type that `Adapter.delta` knows; or several of one
+            base, which then share its calibration.
+        to: `giva` (integer factors of few bits with scales), `lora`, `vera`, `frod` or `smoa`.
+        out: the folder to write; for several adapters, the folder that gets one for each. None writes nothing.
+        base: their base model, a folder or a Hub id; needed with data, and for types whose change depends on it.
+        data: a data file, labels not needed: errors are then measured in what they do to the model's predictions.
+        samples: how many samples are drawn from it.
+        batch_size: samples run at a time.
+        max_length: tokens of the longest sample.
+        rank: per layer; shared for VeRA. At most one of this and the next four.
+        energy: share of each layer's squared norm to keep.
+        max_error: largest relative error over all layers together.
+        size: bytes of the whole `adapter_model.safetensors`.
+        ratio: the source's file over the new one; for giva 20 where nothing else is given.
+        bits: giva: `auto`, 32, 16, 8, 4, 3 or 2 for each number.
+        basis: vera: `fitted` (stored, made from the adapter) or `random` (seeded: vectors only; needs base and data).
+        recover: not available yet.
+        accept_loss: write even what keeps less than half of the adapter's energy.
+        stats: calibration statistics: read where the file exists, written where it does not.
+        task: what the model is for, which chooses its class.
+        device: where to compute: auto, cpu, cuda.
+        dtype: of the stored factors: float32, bfloat16, float16, and for lora float8_e4m3fn; default the source's.
+        seed: of everything drawn at random.
+        dry_run: do all but write.
+        force: replace an output folder that exists.
+        trust_remote_code: run model code that comes with the base.
+        progress: called after each layer.
+
+    Returns:
+        The new adapter and the report; for several adapters a list of such pairs.
+
+    Raises:
+        AdapterError: an adapter cannot be read exactly, or does not fit the base.
+        MethodError: options do not go together, or the budget is too small.
+        DataError: the data cannot be used.
+        OutputError: the output cannot be written.
+    """
+    several = not isinstance(adapter, (str, Path, Adapter))
+    adapters: list[Any] = list(adapter) if several else [adapter]  # type: ignore[arg-type]
+    budget = Budget(rank, energy, max_error, size, ratio)
+    options = _Options(to, budget, bits, basis, dtype, accept_loss, seed, dry_run, force)
+    options.check(recover, several, data, stats, base)
+    opened = [each if isinstance(each, Adapter) else Adapter.open(each) for each in adapters]
+    outs = _outputs(opened, out, several)
+    for each, folder in zip(opened, outs, strict=True):
+        _check_place(folder, each, base, force)
+    where = resolve_device(device)
+    settings = DataSettings(data, samples, batch_size, max_length, seed, stats)
+    with Base.open(base, settings, task, where, trust_remote_code, progress) as shared:
+        pairs = [
+            _convert(each, folder, shared, options, where, progress) for each, folder in zip(opened, outs, strict=True)
+        ]
+    return pairs if several else pairs[0]
+
+
+@dataclass(frozen=True)
+class _Options:
+    to: str
+    budget: Budget
+    bits: int | str | None
+    basis: str | None
+    dtype: str | None
+    accept_loss: bool
+    seed: int
+    dry_run: bool
+    force: bool
+
+    def check(self, recover: Any, several: bool, data: Any, stats: Any, base: Any) -> None:
+        """Refuse what does not go together, before any work."""
+        if self.to not in FORMS:
+            raise MethodError(f"unknown form {self.to!r}: use {', '.join(FORMS)}")
+        if recover is not None:
+            raise MethodError("recovery by distillation (recover, --recover) is not available yet: train the result")
+        if self.bits is not None and self.to != "giva":
+            raise MethodError(f"bits belongs to giva; {self.to} takes dtype")
+        if self.bits is not None and str(self.bits) not in BITS:
+            raise MethodError(f"bits must be {', '.join(BITS)}, got {self.bits!r}")
+        if self.basis is not None and (self.to != "vera" or self.basis not in {"fitted", "random"}):
+            raise MethodError("basis belongs to vera, and is fitted or random")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise MethodError(f"unknown dtype {self.dtype!r}: use {', '.join(DTYPES)}")
+        if self.dtype == "float8_e4m3fn" and self.to != "lora":
+            raise MethodError("float8_e4m3fn belongs to lora")
+        if self.dtype is not None and self.to == "giva" and str(self.bits or "auto") not in {"32", "16"}:
+            raise MethodError("giva stores codes, not numbers of a dtype: leave out dtype, or give bits 16 or 32")
+        if (data is not None or stats is not None) and base is None:
+            raise MethodError("data and stats say something about a model: give it with base")
+
+    def request(self, source_bytes: int, source_dtype: torch.dtype, metric: Metric | None, device: torch.device,
+                progress: Progress | None) -> Request:  # fmt: skip
+        """What a converter is asked for."""
+        budget = self.budget
+        if self.to == "giva" and not budget.given:
+            budget = Budget(ratio=DEFAULT_RATIO)
+        return Request(
+            budget=budget,
+            source_bytes=source_bytes,
+            dtype=DTYPES[self.dtype] if self.dtype is not None else source_dtype,
+            metric=metric,
+            bits="auto" if self.bits in {None, "auto"} else int(str(self.bits)),
+            basis=self.basis or "fitted",
+            seed=self.seed,
+            device=device,
+            accept_loss=self.accept_loss,
+            progress=progress,
+        )
+
+
+def _convert(
+    adapter: Adapter,
+    out: Path | None,
+    shared: Base,
+    options: _Options,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Adapter, ConvertReport]:
+    started = time.perf_counter()
+    source = Source.open(adapter, shared.model_for(adapter), device)
+    measured = shared.measured(source)
+    source_bytes = _file_size(adapter)
+    request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress)
+    module = importlib.import_module(f"surgery.converters.{FORMS[options.to]}")
+    converter: Callable[[Source, Request], Result] = getattr(module, FORMS[options.to])
+    result = converter(source, request)
+    made = _adapter(source, result, options, shared)
+    report = _report(source, made, result, measured, options, source_bytes)
+    _refuse_useless(report, options)
+    _check_budget(report, request)
+    report.agreement, report.kl = measured.fidelity(made)
+    if out is not None and not options.dry_run:
+        report.bytes = made.save(out, options.force)
+        report.reload_difference = largest_difference(Adapter.open(out), made, source)
+        report.out = str(out)
+    report.dry_run = options.dry_run
+    report.device, report.base = str(device), shared.name
+    report.seconds = time.perf_counter() - started
+    return made, report
+
+
+def _adapter(source: Source, result: Result, options: _Options, shared: Base) -> Adapter:
+    """The result with what every configuration has, what the source carries, and how it came about."""
+    old = source.adapter.config
+    config = {key: old.get(key) for key in COMMON_KEYS}
+    if set(result.ranks) == set(source.contents.modules) and old.get("target_modules"):
+        config.update({key: old[key] for key in TARGET_KEYS if key in old})
+    else:
+        config["target_modules"] = sorted(result.ranks)
+    config.update(result.config)
+    config["inference_mode"] = True
+    from surgery import __version__
+
+    given = {name: value for name, value in vars(options.budget).items() if value is not None}
+    provenance = {
+        "format_version": 1,
+        "tool": "surgery",
+        "version": __version__,
+        "command": "convert",
+        "to": options.to,
+        "options": {
+            **given,
+            "bits": options.bits,
+            "basis": options.basis,
+            "dtype": options.dtype,
+            "seed": options.seed,
+        },
+        "source": {"peft_type": source.adapter.peft_type, "bytes": _file_size(source.adapter)},
+        "base": shared.label,
+        "data": shared.data_name,
+        "task": source.adapter.provenance.get("task"),
+    }
+    return Adapter(config, {**source.carried, **result.tensors}, provenance)
+
+
+def _report(
+    source: Source, made: Adapter, result: Result, measured: Measured, options: _Options, source_bytes: int
+) -> ConvertReport:
+    sites = converted_sites(source, made, result, measured.input_moments)
+    weight_error, output_error = overall(sites)
+    size = file_bytes(made.file_tensors())
+    report = ConvertReport(
+        out=None,
+        to=options.to,
+        peft_type=made.peft_type,
+        source=source.adapter.folder.name if source.adapter.folder is not None else "the adapter",
+        source_type=source.adapter.peft_type,
+        modules=len(result.ranks),
+        trainable_parameters=result.trainable + sum(tensor.numel() for tensor in source.carried.values()),
+        bytes=size,
+        source_bytes=source_bytes,
+        ratio=source_bytes / size,
+        weight_error=weight_error,
+        output_error=output_error,
+        notes=result.notes + measured.notes,
+        sites=sites,
+    )
+    made.provenance["report"] = {
+        "bytes": size, "weight_error": weight_error, "output_error": output_error, "modules": report.modules
+    }  # fmt: skip
+    return report
+
+
+def _refuse_useless(report: ConvertReport, options: _Options) -> None:
+    error = report.output_error if report.output_error is not None else report.weight_error
+    kept = 1 - error**2
+    if options.to not in LOSSY_FORMS or kept >= LEAST_ENERGY or options.accept_loss:
+        return
+    what = "of what the adapter does to the layers' outputs" if report.output_error is not None else "of its energy"
+    raise MethodError(
+        f"as {options.to} of {report.bytes} bytes the adapter keeps {max(kept, 0.0):.1%} {what}: use --to giva, which "
+        "holds it in few bits, a larger budget, or --basis random with --recover and training; --accept-loss writes "
+        "it all the same"
+    )
+
+
+def _check_budget(report: ConvertReport, request: Request) -> None:
+    limit = request.budget.bytes(request.source_bytes)
+    if limit is not None and report.bytes > limit:
+        raise MethodError(f"the result has {report.bytes} bytes, more than the {limit} allowed: a fault of surgery")
+
+
+def _outputs(adapters: Sequence[Adapter], out: str | Path | None, several: bool) -> list[Path | None]:
+    if out is None:
+        return [None] * len(adapters)
+    if not several:
+        return [Path(out)]
+    names = [
+        adapter.folder.name if adapter.folder is not None else f"adapter-{i}" for i, adapter in enumerate(adapters)
+    ]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise OutputError(f"several adapters are called {sorted(twice)[0]}: convert them one at a time")
+    return [Path(out) / name for name in names]
+
+
+def _check_place(out: Path | None, adapter: Adapter, base: str | Path | None, force: bool) -> None:
+    if out is None:
+        return
+    target = out.resolve()
+    taken = [adapter.folder] if adapter.folder is not None else []
+    if base is not None and Path(base).is_dir():
+        taken.append(Path(base))
+    for folder in (path.resolve() for path in taken):
+        if target == folder or target in folder.parents:
+            raise OutputError(f"{out}: holds the adapter or its base model; choose another output with -o")
+    check_output(out, force)
+
+
+def _file_size(adapter: Adapter) -> int:
+    if adapter.folder is not None and (adapter.folder / WEIGHTS_FILE).is_file():
+        return (adapter.folder / WEIGHTS_FILE).stat().st_size
+    return file_bytes(adapter.file_tensors())
+
+
+def _dtype_of(source: Source) -> torch.dtype:
+    """The floating dtype that most of the source's factors have; float32 for one that is narrower than 16 bits."""
+    counts: dict[torch.dtype, int] = {}
+    for name, tensor in source.adapter.tensors.items():
+        if tensor.is_floating_point() and name not in source.contents.carried.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    most = max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+    return most if most in {torch.float32, torch.bfloat16, torch.float16} else torch.float32

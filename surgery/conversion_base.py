@@ -1,0 +1,225 @@
+"""The base model of the adapters that are converted: opened once, loaded once, its data read once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.calibration import Calibration, StoredMoments, carried_in
+from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.converters.changes import Change, Source
+from surgery.converters.request import Metric, Progress
+from surgery.errors import MethodError
+from surgery.fitting import with_place_for
+from surgery.merged_config import with_labels
+from surgery.methods.contents import contents_of
+from surgery.training.data import Examples, read_examples
+from surgery.training.fidelity import Applied, fidelity
+from surgery.training.start import GradientSettings, load_model, prepared
+
+__all__ = ["Base", "DataSettings", "Measured"]
+
+# Of data that is too short for samples of both kinds, this share is held out for measuring the result.
+HELD_OUT = 0.25
+FEW = 8
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where calibration data comes from.
+
+    Attributes:
+        data: the file, or None.
+        samples: drawn for calibration, and as many more for measuring the result.
+        batch_size: samples run at a time.
+        max_length: tokens of the longest sample.
+        seed: of the drawing and of the answers drawn.
+        stats: a file of statistics: read where it exists, written where it does not.
+    """
+
+    data: str | Path | None
+    samples: int = 512
+    batch_size: int = 32
+    max_length: int | None = None
+    seed: int = 0
+    stats: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise MethodError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Measured:
+    """What data says about one adapter.
+
+    Attributes:
+        metric: second moments, or None without data.
+        notes: what the user should know.
+    """
+
+    metric: Metric | None = None
+    notes: list[str] = field(default_factory=list)
+    source: Source | None = None
+    model: Any = None
+    held_out: Examples | None = None
+    batch_size: int = 32
+
+    def input_moments(self, module: str) -> torch.Tensor | None:
+        """`C (in, in)` of a layer's inputs, or None without data."""
+        if self.metric is None or self.source is None:
+            return None
+        site = next(site for site, name in self.source.sites.items() if name == module)
+        stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
+        return self.metric.full(stub).C
+
+    def fidelity(self, made: Adapter) -> tuple[float | None, float | None]:
+        """Top-1 agreement and KL divergence of the converted adapter against the source, on held-out samples."""
+        if self.model is None or self.held_out is None or self.source is None:
+            return None, None
+        result = fidelity(
+            self.model,
+            self.held_out,
+            _applied(self.model, self.source),
+            _applied(self.model, Source.open(made, self.source.base, self.source.device)),
+            self.batch_size,
+        )
+        return result.agreement, result.kl
+
+
+def _applied(model: Any, source: Source) -> Applied:
+    deltas = {site.module: delta for _, site, delta in source.deltas() if site is not None}
+    return Applied(deltas, carried_in(model, source))
+
+
+class Base:
+    """A base model, if there is one.
+
+    Attributes:
+        name: what the user called it, or None.
+    """
+
+    def __init__(
+        self,
+        opened: BaseModel | None,
+        settings: DataSettings,
+        device: torch.device,
+        trust_remote_code: bool,
+        fixed_class: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.opened, self.settings, self.device = opened, settings, device
+        self.trust_remote_code, self.fixed_class, self.progress = trust_remote_code, fixed_class, progress
+        self.name = opened.name if opened is not None else None
+        self._stack = contextlib.ExitStack()
+        self._loaded: tuple[BaseModel, Any, Examples, Examples, list[str]] | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls,
+        base: str | Path | None,
+        settings: DataSettings,
+        task: str | None,
+        device: torch.device,
+        trust_remote_code: bool,
+        progress: Progress | None,
+    ) -> Iterator[Base]:
+        """Open the base model; weights are loaded only where data asks for them.
+
+        Raises:
+            CheckpointError: it cannot be used.
+        """
+        opened = BaseModel.open(base, task, trust_remote_code) if base is not None else None
+        shared = cls(opened, settings, device, trust_remote_code, task is not None, progress)
+        with shared._stack:
+            yield shared
+
+    @property
+    def label(self) -> str | None:
+        """The base's name without a path of this machine."""
+        if self.opened is None:
+            return None
+        return self.opened.folder.resolve().name if Path(self.opened.name).is_dir() else self.opened.name
+
+    @property
+    def data_name(self) -> str | None:
+        """The data file's own name."""
+        return Path(self.settings.data).name if self.settings.data is not None else None
+
+    def model_for(self, adapter: Adapter) -> BaseModel | None:
+        """The base under the class, and with the number of labels, that an adapter is for."""
+        if self.opened is None:
+            return None
+        contents = contents_of(adapter)
+        base = self.opened
+        if not self.fixed_class:
+            base = with_place_for(base, adapter, contents, self.trust_remote_code)
+        replaced = {name: adapter.tensors[key] for name, key in contents.carried.items() if name in base.shapes}
+        config = with_labels(base, replaced)
+        if config is not None:
+            base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
+        return base
+
+    def measured(self, source: Source) -> Measured:
+        """The metric for one adapter, and what measures its conversion."""
+        settings = self.settings
+        stored = Path(settings.stats) if settings.stats is not None else None
+        if source.base is None or (settings.data is None and stored is None):
+            return Measured()
+        metric: Metric | None = None
+        if stored is not None and stored.exists():
+            metric = StoredMoments(stored, source.base)
+        if settings.data is None:
+            if metric is None:
+                raise MethodError(f"{stored}: no such statistics; give data, and they are gathered and written there")
+            return Measured(metric, source=source)
+        model, calibration, held_out, notes = self._data_for(source.base)
+        if metric is None:
+            metric = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
+            if stored is not None:
+                StoredMoments.save(stored, metric.all_moments())
+                metric = StoredMoments(stored, source.base)
+        return Measured(metric, list(notes), source, model, held_out, settings.batch_size)
+
+    def _data_for(self, base: BaseModel) -> tuple[Any, Examples, Examples, list[str]]:
+        """The loaded model and its samples; kept for the next adapter of the same class and labels."""
+        if self._loaded is None or not _same_model(self._loaded[0], base):
+            settings = self.settings
+            assert settings.data is not None
+            examples = read_examples(
+                settings.data, base, 2 * settings.samples, settings.max_length, settings.seed, labelled=False
+            )
+            calibration, held_out, notes = _divided(examples, settings.samples)
+            model = load_model(base, GradientSettings(seed=settings.seed, device=self.device), {})
+            self._stack.enter_context(prepared(model, False, examples))
+            self._loaded = (base, model, calibration, held_out, notes)
+        return self._loaded[1:]
+
+
+def _same_model(one: BaseModel, other: BaseModel) -> bool:
+    return type(one.model) is type(other.model) and one.shapes == other.shapes
+
+
+def _divided(examples: Examples, samples: int) -> tuple[Examples, Examples, list[str]]:
+    """Samples for calibration and for measuring the result, none in both unless there are too few."""
+    count = len(examples.features)
+    notes = [note for note in examples.notes if "were asked for" not in note]
+    held = count - samples if count >= (1 + HELD_OUT) * samples else int(count * HELD_OUT)
+    if count < FEW:
+        notes.append(f"the data has {count} samples only: the result is measured on the ones it was calibrated with")
+        return examples, examples, notes
+    notes.append(f"{count - held} samples calibrate, {held} others measure the result")
+    return _part(examples, 0, count - held), _part(examples, count - held, count), notes
+
+
+def _part(examples: Examples, start: int, end: int) -> Examples:
+    return Examples(examples.features[start:end], examples.counts[start:end], examples.padding)
