@@ -24,6 +24,9 @@ def flags(**options: Any) -> list[str]:
             words += [] if value else ["--no-store-bases"]
         elif isinstance(value, bool):
             words += [flag] if value else []
+        elif isinstance(value, dict):
+            parts = {key: ",".join(map(str, each if isinstance(each, list) else [each])) for key, each in value.items()}
+            words += [f"{flag}={key}={each}" for key, each in parts.items()]
         elif isinstance(value, (list, tuple)):
             words += [f"{flag}={item}" for item in value]
         else:

@@ -503,7 +503,7 @@ def check_usage_error(place: Path, word: str, *args: Any) -> None:
 @pytest.mark.parametrize(
     ("word", "args"),
     [
-        case("unknown-method", "'nope' is not one of 'vera', 'inilora'", ["init", "model", "--method", "nope"]),
+        case("unknown-method", "'nope' is not one of 'vera', 'giva', 'inilora'", ["init", "model", "--method", "nope"]),
         case("no-model", "'MODEL'", ["init", "--method", "vera"]),
         case("no-method", "'--method'", ["init", "model"]),
         case("two-models", "(other)", ["init", "--method", "vera", "model", "other"]),
@@ -522,7 +522,7 @@ def test_usage_error(word: str, args: list[str], model: Path, tmp_path: Path) ->
 
 
 def test_library_names_unknown_method_and_dtype(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="unknown method 'nope'; the methods are vera, inilora"):
+    with pytest.raises(MethodError, match="unknown method 'nope'; the methods are vera, giva, inilora"):
         surgery.init(llama, "nope", tmp_path / "out")
     with pytest.raises(MethodError, match="unknown dtype 'int8': use float32, bfloat16, float16"):
         surgery.init(llama, "vera", tmp_path / "out", dtype="int8")

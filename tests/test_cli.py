@@ -24,6 +24,8 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.cli.main import COMMANDS, cli
 from surgery.cli.output import progress_bar
 from tests.command_line import contents, flags, invoke
+from tests.models import save_model
+from tests.texts import save_tokenizer, text_rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT_KEYS = {
@@ -33,9 +35,24 @@ SITE_KEYS = {"module", "rank", "bytes"}
 HEAVY = ("torch", "transformers", "peft", "safetensors", "scipy")
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny Llama with a tokenizer; beside it are texts and sentences of three classes."""
+    place = tmp_path_factory.mktemp("llama")
+    write_rows(place / "texts.jsonl", text_rows(9))
+    write_rows(place / "classes.jsonl", text_rows(9, labels=3))
+    return save_tokenizer(save_model("llama", place / "model"))
+
+
+def data_for(method: str, model: Path) -> dict[str, Path]:
+    """What a method needs besides the model."""
+    return {"data": model.parent / "texts.jsonl"} if METHODS[method].reads_gradients else {}
+
+
 def init(model: Path, method: str, out: Path, *args: Any) -> click.testing.Result:
     """Run `surgery init`, which must succeed."""
-    result = invoke("init", model, "--method", method, "-o", out, *args)
+    needed = [] if "--data" in str(args) else flags(**data_for(method, model))
+    result = invoke("init", model, "--method", method, "-o", out, *needed, *args)
     assert result.exit_code == 0, result.stderr
     return result
 
@@ -356,7 +373,7 @@ def test_options_are_the_words_of_the_library_call() -> None:
     options = {parameter.name: parameter for parameter in command_named("init").params}
     for name in ("as_json", "quiet", "verbose"):
         del options[name]
-    assert set(options) == set(parameters) - {"progress"}
+    assert set(options) == set(parameters) - {"progress", "loss"}
     defaults = {name: getattr(option, "default", None) for name, option in options.items()}
     for name in ("device", "dtype", "seed"):
         assert defaults[name] == parameters[name].default
@@ -370,6 +387,9 @@ LIBRARY_CALLS = [
     ("frod", {"sparse_rate": 0.05, "seed": 1}),
     ("frod", {"store_bases": False}),
     ("smoa", {"rank": 9, "groups": 3, "task": "seq-cls"}),
+    ("giva", {"rank": 4, "variant": "vru2r", "samples": 5, "batch_size": 2, "max_length": 8, "seed": 2}),
+    ("giva", {"store_bases": False, "gradient_checkpointing": True, "dtype": "bf16"}),
+    ("giva", {"variant": "vrurand", "split": {"gate_proj": 2, "down_proj": [20, 12]}, "target": [".*mlp.*"]}),
 ]
 
 
@@ -377,7 +397,7 @@ LIBRARY_CALLS = [
 def test_command_equals_library_call_and_itself(method: str, options, llama: Path, tmp_path: Path) -> None:
     for name in ("once", "twice"):
         init(llama, method, tmp_path / name, *flags(**options))
-    surgery.init(llama, method, tmp_path / "library", **options)
+    surgery.init(llama, method, tmp_path / "library", **options, **data_for(method, llama))
     files = contents(tmp_path / "library")
     assert set(files) == {"adapter_config.json", WEIGHTS, "surgery.json"}
     for name in ("once", "twice"):
@@ -392,6 +412,22 @@ def test_seed_matters_where_something_is_drawn(method: str, llama: Path, tmp_pat
         init(llama, method, tmp_path / str(seed), "--seed", seed)
     same = contents(tmp_path / "0")[WEIGHTS] == contents(tmp_path / "1")[WEIGHTS]
     assert same == (method == "inilora")
+
+
+def test_summary_of_giva(llama: Path, tmp_path: Path) -> None:
+    """What it learnt from, and how many labels a new head has."""
+    data = ["--data", llama.parent / "classes.jsonl", "--task", "seq-cls", "--samples", "4"]
+    result = init(llama, "giva", tmp_path / "out", *data)
+    assert re.search(r"^loss +\d\.\d{4} on 4 samples, whose gradient chose A$", result.stdout, re.MULTILINE)
+    assert "Its head has 3 outputs: load the base with num_labels=3" in result.stdout
+    assert 'import surgery; PeftModel.from_pretrained(base, "' in result.stdout
+    assert result.stderr == "Note: the checkpoint has no score: a fresh one, seeded, is saved with the adapter\n"
+    report = json.loads(init(llama, "giva", tmp_path / "again", *data, "--json").stdout)
+    assert (report["samples"], report["labels"], report["modules"]) == (4, 3, 21)
+    assert report["loss"] > 0
+    history = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert (history["data"], history["labels"], history["options"]["samples"]) == ("classes.jsonl", [0, 1, 2], 4)
+    assert str(llama.parent) not in json.dumps(history)
 
 
 def test_real_process(llama: Path, tmp_path: Path) -> None:
