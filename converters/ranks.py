@@ -85,19 +85,30 @@ class Spectra:
         return ranks
 
     def _within(self, limit: int, size: Callable[[Mapping[str, int]], int]) -> dict[str, int]:
-        fixed = size(dict.fromkeys(self.values, 0))
-        room = limit - fixed
-        ranks = dict.fromkeys(self.values, 0)
+        none = dict.fromkeys(self.values, 0)
+        fixed = size(none)
+        room, best = limit - fixed, none
+        # What an entry takes is an estimate, so the room is corrected by what the file really has.
         for _ in range(MOST_ROUNDS):
-            if room > 0:
-                ranks = greedy_ranks(self.values, self.costs, entries=self.entries, budget=room)
-            over = size(ranks) - limit
-            if over <= 0:
-                break
-            room -= over
-        if limit < fixed or not any(ranks.values()):
+            ranks = greedy_ranks(self.values, self.costs, entries=self.entries, budget=max(room, 0))
+            left = limit - size(ranks)
+            if left >= 0:
+                if ranks == best:
+                    break
+                best = ranks
+            room += left
+        if not any(best.values()):
+            best = self._one_that_fits(limit, size)
+        if limit < fixed or not any(best.values()):
             raise MethodError(f"a file of {human_bytes(limit)} is too small: {self._smallest(size)}")
-        return ranks
+        return best
+
+    def _one_that_fits(self, limit: int, size: Callable[[Mapping[str, int]], int]) -> dict[str, int]:
+        """The one direction that counts most of those whose layer fits."""
+        none = dict.fromkeys(self.values, 0)
+        by_value = sorted((m for m, S in self.values.items() if len(S)), key=lambda m: -float(self.values[m][0]))
+        chosen = next((module for module in by_value if size({**none, module: 1}) <= limit), None)
+        return none if chosen is None else {**none, chosen: 1}
 
     def _smallest(self, size: Callable[[Mapping[str, int]], int]) -> str:
         """What would do: one rank of the layer that needs least."""
