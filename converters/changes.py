@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +63,7 @@ class Source:
         base: its base model, where one was given.
         device: where to compute.
         sites: with a base, its layers -> the adapter's names for them.
+        widths: of layers whose width is known from elsewhere: a VeRA file does not say it.
     """
 
     adapter: Adapter
@@ -70,34 +71,66 @@ class Source:
     base: BaseModel | None
     device: torch.device
     sites: dict[Site, str] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, adapter: Adapter, base: BaseModel | None, device: torch.device) -> Source:
+    def open(
+        cls,
+        adapter: Adapter,
+        base: BaseModel | None,
+        device: torch.device,
+        widths: Mapping[str, int] | None = None,
+    ) -> Source:
         """Check that an adapter can be read exactly and, where there is a base, that it fits.
+
+        Args:
+            adapter: the adapter.
+            base: its base model, where there is one.
+            device: where to compute.
+            widths: `in` by layer; with them a VeRA adapter that stores its projections needs no base.
 
         Raises:
             AdapterError: it cannot, or its type needs a base.
             WrongBaseError: it was made from other base weights.
         """
         contents = contents_of(adapter)
-        if base is None and needs_base(adapter):
+        told = widths is not None and adapter.peft_type == "VERA" and bool(contents.shared)
+        if base is None and needs_base(adapter) and not told:
             raise AdapterError(
                 f"{who(adapter)}: the weight change of a {adapter.peft_type} adapter depends on its base model: "
                 "give it with --base"
             )
         sites = sites_on_base(adapter, base, contents.modules) if base is not None else {}
-        return cls(adapter, contents, base, device, sites)
+        return cls(adapter, contents, base, device, sites, widths or {})
+
+    def with_same_layers(self, adapter: Adapter) -> Source:
+        """Another adapter of this one's layers, such as what it was converted to."""
+        widths = {module: delta.shape[1] for module, _, delta in self.deltas()} if self.base is None else None
+        return Source.open(adapter, self.base, self.device, widths)
+
+    def beside(self, other: Source) -> Iterator[tuple[str, Delta, Delta | None]]:
+        """The weight changes of two adapters, layer by layer of this one; None where the other has none.
+
+        One pair is held at a time: a change of full rank holds its base weight.
+        """
+        kept = set(other.contents.modules)
+        theirs = other.deltas([module for module in self.contents.modules if module in kept])
+        for module, _, delta in self.deltas():
+            yield module, delta, next(theirs)[2] if module in kept else None
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
         """What the adapter saves whole, by its name in the file."""
         return {name: self.adapter.tensors[name] for name in self.contents.carried.values()}
 
-    def deltas(self) -> Iterator[tuple[str, Site | None, Delta]]:
-        """The weight changes one after the other, in the file's order, or the model's where there is a base."""
+    def deltas(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, Site | None, Delta]]:
+        """The weight changes one after the other, in the model's order; without a base in this one, or the file's."""
         if self.base is None:
-            for module in self.contents.modules:
-                yield module, None, self.adapter.delta(module)
+            for module in self.contents.modules if order is None else order:
+                width = self.widths.get(module) if self.adapter.peft_type == "VERA" else None
+                # All that is asked of the weight is its width: one number, seen as a row of them.
+                row = torch.zeros(1, 1).expand(1, width) if width is not None else None
+                yield module, None, self.adapter.delta(module, row)
             return
         on_base = ChangesOnBase(self.adapter, self.base, self.sites, self.device)
         for site, module in self.sites.items():

@@ -21,13 +21,12 @@ InputMoments = Callable[[str], torch.Tensor | None]
 
 def converted_sites(source: Source, made: Adapter, result: Result, moments: InputMoments) -> list[ConvertedSite]:
     """One entry for each layer of the source, its error taken between the two adapters' weight changes."""
-    new = {module: delta for module, _, delta in Source.open(made, source.base, source.device).deltas()}
     shares = _bytes(made)
     entries = []
-    for module, _, old in source.deltas():
+    for module, old, new in source.beside(source.with_same_layers(made)):
         C = moments(module)
-        energy, lost = squared_norms(old, new.get(module), None)
-        output = _relative(*squared_norms(old, new.get(module), C)) if C is not None else None
+        energy, lost = squared_norms(old, new, None)
+        output = _relative(*squared_norms(old, new, C)) if C is not None else None
         out_features, in_features = old.shape
         factors = old.factors()
         entries.append(
@@ -96,11 +95,8 @@ def _relative(energy: float, lost: float) -> float:
 
 def largest_difference(reopened: Adapter, meant: Adapter, source: Source) -> float:
     """The largest relative difference of a layer's change between what was reopened and what was meant."""
-    found = {m: d for m, _, d in Source.open(reopened, source.base, source.device).deltas()}
-    differences = [
-        _relative(*squared_norms(delta, found[module], None))
-        for module, _, delta in Source.open(meant, source.base, source.device).deltas()
-    ]
+    pairs = source.with_same_layers(meant).beside(source.with_same_layers(reopened))
+    differences = [_relative(*squared_norms(delta, found, None)) for _, delta, found in pairs]
     return max(differences, default=0.0)
 
 

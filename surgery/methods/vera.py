@@ -66,6 +66,10 @@ class VeRA(Method):
         assert weight is not None
         # One pair for all layers, as large as the largest: each takes the corner that fits it.
         B, A = tensors["vera_B"][: b.shape[0]], tensors["vera_A"][:, : weight.shape[1]]
+        used = d.detach().nonzero()[:, 0]
+        if 0 < len(used) < len(d) and not d.requires_grad:
+            # Fitted bases hold the ranks of all layers; each selects its own.
+            B, A, d = B[:, used], A[used], d[used]
         return LowRank(b[:, None] * B, d[:, None] * A)
 
 
