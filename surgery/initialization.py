@@ -196,7 +196,10 @@ def _opened(
                 f"{data}: its labels are floating-point numbers, not classes; for a regression give a model whose "
                 "config.json has one label in id2label"
             )
-        highest = max((label for label in labels if isinstance(label, int)), default=0)
+        numbers = [label for label in labels if isinstance(label, int)]
+        highest = max(numbers, default=0)
+        if min(numbers, default=0) < 0:
+            raise DataError(f"{data}: has the label {min(numbers)}; classes are counted from 0")
         if max(len(labels), highest) >= FEW_LABELS:
             raise DataError(f"{data}: has {len(labels)} labels up to {highest}, more than a classifier has classes")
         if len(labels) < 2:

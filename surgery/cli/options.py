@@ -76,7 +76,7 @@ def refuse_idle_options(method: str, flags: dict[str, str], given: dict[str, Any
     taken = method_info(method).options
     for name, flag in flags.items():
         if given[name] is not None and name not in taken:
-            others = ", ".join(sorted(flags[option] for option in taken)) or "none of its own"
+            others = ", ".join(sorted(flags[option] for option in taken if option in flags)) or "none of its own"
             raise click.UsageError(f"method {method} takes no {flag}; its options are: {others}")
 
 

@@ -166,6 +166,8 @@ def _read(path: Path, wants_images: bool) -> Any:
         rows = datasets.load_dataset(kind, split="train", **where)
     except Exception as error:  # of many kinds, from the readers of the formats
         reason = str(error.__cause__ or error).strip().split("\n")[0]
+        if "corresponds to no data" in reason:
+            raise DataError(f"{path}: is empty") from None
         raise DataError(f"{path}: cannot be read as {kind} ({reason[:200]})") from None
     if kind == "text":
         rows = rows.filter(lambda row: bool(row["text"].strip()))
