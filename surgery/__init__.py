@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from surgery import errors
     from surgery.checkpoints.adapter import Adapter
     from surgery.checkpoints.base_model import BaseModel
+    from surgery.comparison import compare
     from surgery.conversion import convert
     from surgery.initialization import init
     from surgery.inspection import Inspection, inspect
     from surgery.merging import merge
+    from surgery.reports.comparison_report import Comparison
     from surgery.reports.merge_report import MergeReport
     from surgery.reports.report import Report
     from surgery.runtime.loading import load
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "BaseModel",
+    "Comparison",
     "Inspection",
     "MergeReport",
     "Report",
     "__version__",
+    "compare",
     "convert",
     "errors",
     "init",
@@ -44,9 +48,11 @@ __version__ = version("adapter-surgery")
 _HOMES = {
     "Adapter": "surgery.checkpoints.adapter",
     "BaseModel": "surgery.checkpoints.base_model",
+    "Comparison": "surgery.reports.comparison_report",
     "Inspection": "surgery.inspection",
     "MergeReport": "surgery.reports.merge_report",
     "Report": "surgery.reports.report",
+    "compare": "surgery.comparison",
     "convert": "surgery.conversion",
     "errors": "surgery.errors",
     "init": "surgery.initialization",

@@ -17,6 +17,7 @@ from surgery.errors import SurgeryError
 __all__ = ["cli", "main"]
 
 COMMANDS = {
+    "compare": "surgery.cli.compare",
     "convert": "surgery.cli.convert",
     "init": "surgery.cli.init",
     "inspect": "surgery.cli.inspect",

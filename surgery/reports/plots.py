@@ -6,20 +6,34 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from surgery.errors import MethodError, OutputError
 
 if TYPE_CHECKING:
     from surgery.inspection import InspectedSite, Inspection
+    from surgery.reports.comparison_report import Comparison
 
-__all__ = ["Grid", "check_picture", "draw_grids", "draw_inspection", "short_roles"]
+__all__ = ["Grid", "check_picture", "draw_comparison", "draw_grids", "draw_inspection", "short_roles"]
 
 ENDINGS = (".png", ".svg", ".pdf")
 # Readable with every kind of colour vision, and in grey.
 COLOURS = "cividis"
 OUTSIDE = "outside"
 MOST_NUMBERS = 400
+
+
+class Placed(Protocol):
+    """A layer with its place in the model."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def layer(self) -> int | None: ...
+
+
+P = TypeVar("P", bound=Placed)
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,14 @@ def check_picture(path: Path) -> None:
 
     Raises:
         MethodError: its name has an ending that is not a picture's.
-        OutputError: there is a folder of that name, or none to hold it.
+        OutputError: there is a folder of that name, none to hold it, or one that may not be written.
     """
     if path.suffix.lower() not in ENDINGS:
         raise MethodError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"{path}: its folder may not be written")
 
 
 def draw_inspection(inspection: Inspection, path: Path) -> None:
@@ -64,9 +80,7 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
         raise MethodError(
             f"{inspection.path}: has no layer to draw ({'; '.join(inspection.notes) or 'none is linear'})"
         )
-    roles = list(dict.fromkeys(site.role for site in sites))
-    layers = sorted({site.layer for site in sites if site.layer is not None})
-    rows = [*map(str, layers), *([OUTSIDE] if any(site.layer is None for site in sites) else [])]
+    rows, roles = _places(sites)
     grids = []
     if any(site.energy is not None for site in sites):
         what = "change |dW|²" if inspection.kind == "adapter" else "weights |W|²"
@@ -79,6 +93,26 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
     draw_grids(
         grids, rows, short_roles(roles), f"{name}: {inspection.model_class or f'{inspection.peft_type} adapter'}", path
     )
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw where two adapters differ: relative errors of weights, and of outputs where they were measured.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    sites = comparison.sites
+    rows, roles = _places(sites)
+    if any(site.weight_error is not None for site in sites):
+        title = "|dW_A - dW_B| / |dW_A| (%)"
+        grids = [_grid(title, sites, rows, roles, lambda site: _percent(site.weight_error), "{:.2g}")]
+    else:  # A changes nothing that errors could be relative to
+        grids = [_grid("|dW_A - dW_B|", sites, rows, roles, lambda site: site.difference, "{:.2g}")]
+    if any(site.output_error is not None for site in sites):
+        title = "the same of what is added to the outputs (%)"
+        grids.append(_grid(title, sites, rows, roles, lambda site: _percent(site.output_error), "{:.2g}"))
+    names = [Path(name).name or name for name in (comparison.a, comparison.b)]
+    draw_grids(grids, rows, short_roles(roles), f"{names[1]} beside {names[0]}", path)
 
 
 def draw_grids(grids: Sequence[Grid], rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
@@ -116,12 +150,19 @@ def short_roles(roles: Sequence[str]) -> list[str]:
     return [f"{role.partition('.')[0]}: {inside[role]}" if ".*." in role else role for role in roles]
 
 
+def _places(sites: Sequence[Placed]) -> tuple[list[str], list[str]]:
+    """Rows and columns of a heat map: the layers from first to last, what is outside of them, and the roles."""
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    outside = [OUTSIDE] if any(site.layer is None for site in sites) else []
+    return [*map(str, layers), *outside], list(dict.fromkeys(site.role for site in sites))
+
+
 def _grid(
     title: str,
-    sites: Sequence[InspectedSite],
+    sites: Sequence[P],
     rows: Sequence[str],
     roles: Sequence[str],
-    value: Callable[[InspectedSite], float | None],
+    value: Callable[[P], float | None],
     text: str,
 ) -> Grid:
     cells = {(OUTSIDE if site.layer is None else str(site.layer), site.role): value(site) for site in sites}
@@ -130,6 +171,10 @@ def _grid(
 
 def _energy(site: InspectedSite) -> float | None:
     return None if site.energy is None else 100 * site.energy
+
+
+def _percent(error: float | None) -> float | None:
+    return None if error is None else 100 * error
 
 
 def _rank(site: InspectedSite) -> float | None:

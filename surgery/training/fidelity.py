@@ -19,7 +19,7 @@ from surgery.training.data import Examples, batches
 from surgery.training.start import on_device, prepared
 from surgery.training.statistics import is_causal, predictions
 
-__all__ = ["Applied", "Fidelity", "LayerOutput", "Scores", "fidelity"]
+__all__ = ["Applied", "Fidelity", "LayerOutput", "Scores", "arguments", "fidelity"]
 
 IGNORED = -100
 # Predictions are compared some rows at a time: this many numbers in double precision.
@@ -114,7 +114,7 @@ def fidelity(
     other: Applied,
     batch_size: int = 32,
     *,
-    bare: bool = False,
+    bare: Applied | None = None,
     layers: bool = False,
     progress: Progress | None = None,
 ) -> Fidelity:
@@ -129,7 +129,8 @@ def fidelity(
         reference: the adapter that is right by definition.
         other: the adapter that is judged by it.
         batch_size: samples run at a time.
-        bare: score the model without either adapter as well.
+        bare: what is on the model where it is scored without either adapter (the reference's head, say); by default
+            it is not.
         layers: measure as well what each layer's difference does to the layer's output.
         progress: called after each batch.
 
@@ -147,7 +148,8 @@ def fidelity(
             with watch.over(features) if layers else ExitStack():
                 first = _answers(model, features, reference)
             second = first if other is reference else _answers(model, features, other)
-            third = _answers(model, features, Applied()) if bare and tally.scorable(features, first) else None
+            scorable = bare is not None and tally.scorable(features, first)
+            third = _answers(model, features, bare) if bare is not None and scorable else None
             tally.add(features, first, second, third)
             if progress is not None:
                 progress(min(number * batch_size, len(examples.features)), len(examples.features), "samples")
@@ -165,7 +167,7 @@ class _Answers:
 
 def _answers(model: nn.Module, features: Mapping[str, Any], adapter: Applied) -> _Answers:
     with applied(model, adapter.deltas, adapter.carried):
-        output = model(**_inputs(model, features))
+        output = model(**arguments(model, features))
     logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
     if logits is not None:
         unit = "token" if logits.ndim == 3 else "sample"
@@ -180,8 +182,8 @@ def _answers(model: nn.Module, features: Mapping[str, Any], adapter: Applied) ->
     return _Answers("embeddings", _pooled(hidden, features.get("attention_mask")), "sample")
 
 
-def _inputs(model: nn.Module, features: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments without labels, which would cost a loss; an encoder-decoder reads its answers from them."""
+def arguments(model: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as a model's arguments, without labels: they would cost a loss. An encoder-decoder reads on from them."""
     if getattr(_config(model), "is_encoder_decoder", False):
         return dict(features)
     return {name: value for name, value in features.items() if name != "labels"}

@@ -1,0 +1,350 @@
+"""Two adapters of one base side by side: which layers each changes, under common names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.converters.changes import needs_base
+from surgery.errors import AdapterError, listing
+from surgery.fitting import located, sites_on_base, with_place_for
+from surgery.heads import HEAD_TASKS, missing_modules
+from surgery.linalg.delta import Delta
+from surgery.merged_config import with_labels
+from surgery.methods.contents import Contents, contents_of, who
+from surgery.methods.lora import BIAS_NAME, scaling_of
+from surgery.methods.on_base import ChangesOnBase
+from surgery.sites import Site
+
+__all__ = ["Layer", "Pair", "Side", "WithBias", "bits_equal"]
+
+# A layer's base weight `(out, in)`, float32, on the device of the work.
+WeightOf = Callable[[Site], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that at least one of the two changes.
+
+    Attributes:
+        module: its name, the base's where there is one, else A's.
+        role: the same with the block's index replaced by `*`.
+        layer: the block's index, or None outside the blocks.
+        site: the layer in the base, where there is one.
+    """
+
+    module: str
+    role: str
+    layer: int | None
+    site: Site | None = None
+
+
+@dataclass
+class Side:
+    """One adapter of the pair.
+
+    Attributes:
+        adapter: it.
+        contents: what is in its file.
+        names: the pair's name for a layer -> the adapter's.
+        carried: what it brings whole, by the pair's name for the parameter; biases of LoRA's B among them, each under
+            the name of its tensor.
+    """
+
+    adapter: Adapter
+    contents: Contents
+    names: dict[str, str] = field(default_factory=dict)
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    changes: ChangesOnBase | None = None
+
+    def delta(self, layer: Layer, weight: torch.Tensor | None) -> Delta | None:
+        """Its change of a layer, or None where it has none."""
+        name = self.names.get(layer.module)
+        if name is None:
+            return None
+        if self.changes is None:
+            return self.adapter.delta(name)
+        assert layer.site is not None and weight is not None
+        return self.changes.delta(layer.site, weight)
+
+    def bias(self, layer: Layer) -> torch.Tensor | None:
+        """What the bias of LoRA's B (`lora_bias`) adds to the layer's output, `(out,)`, or None."""
+        name = self.names.get(layer.module)
+        parts = self.adapter.modules[name] if name is not None else {}
+        if name is None or BIAS_NAME not in parts:
+            return None
+        return parts[BIAS_NAME].float() * scaling_of(self.adapter.config, name, parts["lora_A.weight"].shape[0])
+
+
+class WithBias(Delta):
+    """A weight change with a constant that is added to the layer's output."""
+
+    def __init__(self, change: Delta, bias: torch.Tensor) -> None:
+        self.change, self.bias = change, bias
+        self.shape = change.shape
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change.apply(x) + self.bias.to(x.device)
+
+    def dense(self) -> torch.Tensor:
+        return self.change.dense()
+
+
+class Pair:
+    """Two adapters of one base.
+
+    Attributes:
+        a: the reference.
+        b: the other.
+        base: their base model under a class that has a place for all they bring, with A's number of labels; or None.
+        layers: what either changes, in the model's order, or that of A's file.
+        same: B is A: the same settings, and the same tensors to the last bit.
+        relabelled: the base's configuration says another number of labels than the adapters' heads have.
+        notes: what the user should know.
+    """
+
+    def __init__(self, a: Side, b: Side, base: BaseModel | None, layers: Sequence[Layer], relabelled: bool) -> None:
+        self.a, self.b, self.base, self.layers, self.relabelled = a, b, base, list(layers), relabelled
+        self.same = _same(a.adapter, b.adapter)
+        self.notes = [*_base_notes(a, b, base), *_one_sided(a, b, self.layers)]
+
+    @classmethod
+    def open(
+        cls,
+        a: Adapter,
+        b: Adapter,
+        base: str | None,
+        task: str | None,
+        device: torch.device,
+        trust_remote_code: bool,
+    ) -> Pair:
+        """Match the layers of two adapters.
+
+        Args:
+            a: the reference.
+            b: the other.
+            base: their base model, a folder or a Hub id.
+            task: chooses the model class; default the base's own, or that of the adapters' task where only that one
+                has a place for what they bring.
+            device: where to compute.
+            trust_remote_code: run model code that comes with the base.
+
+        Raises:
+            AdapterError: an adapter cannot be read exactly, needs a base, does not fit it, or they have no layer in
+                common.
+            WrongBaseError: an adapter was made from other base weights.
+        """
+        sides = (Side(a, contents_of(a)), Side(b, contents_of(b)))
+        if base is None:
+            for adapter in (a, b):
+                if needs_base(adapter):
+                    raise AdapterError(
+                        f"{who(adapter)}: the weight change of a {adapter.peft_type} adapter depends on its base "
+                        "model: give it with --base"
+                    )
+            return _by_name(*sides)
+        opened = BaseModel.open(base, task, trust_remote_code)
+        opened.refuse_quantized()
+        if task is None:
+            for side in sides:
+                opened = with_place_for(opened, side.adapter, side.contents, trust_remote_code)
+        return _on_base(*sides, opened, device)
+
+    def deltas(self, weight_of: WeightOf | None) -> Iterator[tuple[Layer, Delta | None, Delta | None]]:
+        """The changes of each layer, A's and B's, float32; None where an adapter leaves it alone.
+
+        Where B is A, the same object is both: what is regenerated twice may differ in the last bits.
+
+        Args:
+            weight_of: the base weights; not needed without a base.
+
+        Raises:
+            AdapterError: the two disagree about the layer's shape.
+        """
+        for layer in self.layers:
+            weight = weight_of(layer.site) if weight_of is not None and layer.site is not None else None
+            ours = self.a.delta(layer, weight)
+            theirs = ours if self.same else self.b.delta(layer, weight)
+            if ours is not None and theirs is not None and ours.shape != theirs.shape:
+                raise AdapterError(
+                    f"{layer.module}: {who(self.a.adapter)} changes it as {ours.shape[0]} x {ours.shape[1]}, "
+                    f"{who(self.b.adapter)} as {theirs.shape[0]} x {theirs.shape[1]}: they are for different bases"
+                )
+            yield layer, ours, theirs
+
+    def values(self, side: Side) -> dict[str, torch.Tensor]:
+        """What an adapter brings whole, for the model's parameters; biases of LoRA's B are part of its changes."""
+        return {name: tensor for name, tensor in side.carried.items() if not name.endswith(f".{BIAS_NAME}")}
+
+    def lacking(self) -> dict[str, torch.Tensor]:
+        """Values for parameters that the base's files lack, or have for another number of labels: A's, else B's."""
+        assert self.base is not None
+        sources = self.base.sources
+        brought = {**self.values(self.b), **self.values(self.a)}
+        return {
+            name: tensor
+            for name, tensor in brought.items()
+            if name not in sources or (self.relabelled and not name.startswith(self._body))
+        }
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """A's head, where the model's task has one."""
+        assert self.base is not None
+        if self.base.task is None or self.base.task.name not in HEAD_TASKS:
+            return {}
+        return {name: tensor for name, tensor in self.values(self.a).items() if not name.startswith(self._body)}
+
+    def check_answers(self) -> list[str]:
+        """Check that both can run on one model.
+
+        Returns:
+            Notes on what neither brings.
+
+        Raises:
+            AdapterError: they bring a parameter in different shapes, or in another than the base's.
+        """
+        assert self.base is not None
+        for side in (self.a, self.b):
+            for name, tensor in self.values(side).items():
+                expected = self.base.shapes[name]
+                if tuple(tensor.shape) != expected:
+                    raise AdapterError(
+                        f"{who(side.adapter)}: brings {name} {tuple(tensor.shape)}, where {expected} is needed beside "
+                        "the other adapter and the base: their answers cannot be compared; leave out --data"
+                    )
+        brought = self.lacking()
+        drawn = [name for name in missing_modules(self.base) if not any(n.startswith(f"{name}.") for n in brought)]
+        if not drawn:
+            return []
+        return [f"the base's files lack {listing(drawn, 3)}, and neither adapter brings it: drawn at random for both"]
+
+    @property
+    def _body(self) -> str:
+        assert self.base is not None
+        return f"{self.base.model.base_model_prefix}."
+
+
+def bits_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, NaN included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    one, two = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
+    return torch.equal(one, two)
+
+
+def _same(one: Adapter, two: Adapter) -> bool:
+    if one.config != two.config or one.tensors.keys() != two.tensors.keys():
+        return False
+    return all(bits_equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def _by_name(a: Side, b: Side) -> Pair:
+    """Match without a base: the names are equal, or differ by the prefix of a class with a head."""
+    renamed = _renaming(a.contents.modules, b.contents.modules)
+    a.names = {name: name for name in a.contents.modules}
+    b.names = {renamed(name): name for name in b.contents.modules}
+    for side, rename in ((a, str), (b, renamed)):
+        for parameter, key in side.contents.carried.items():
+            name = rename(parameter)
+            side.carried[name if name in a.contents.carried else parameter] = side.adapter.tensors[key]
+    names = dict.fromkeys([*a.names, *b.names])
+    return _checked(a, b, None, [Layer(name, *_role_of(name)) for name in names], False)
+
+
+def _renaming(ours: Collection[str], theirs: Collection[str]) -> Callable[[str], str]:
+    """From B's names to A's."""
+    if set(ours) & set(theirs):
+        return str
+    mine, yours = ({name.partition(".")[0] for name in names} for names in (ours, theirs))
+    if len(mine) == 1:
+        prefix = next(iter(mine))
+        if any(f"{prefix}.{name}" in ours for name in theirs):
+            return lambda name: f"{prefix}.{name}"
+    if len(yours) == 1:
+        prefix = f"{next(iter(yours))}."
+        return lambda name: name.removeprefix(prefix)
+    return str
+
+
+def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
+    sites: dict[Site, None] = {}
+    for side in (a, b):
+        side.carried = _carried_on(base, side)
+    config = with_labels(base, {**b.carried, **a.carried})
+    if config is not None:
+        base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
+    for side in (a, b):
+        found = sites_on_base(side.adapter, base, side.contents.modules)
+        side.changes = ChangesOnBase(side.adapter, base, found, device)
+        side.names = {site.module: name for site, name in found.items()}
+        sites.update(dict.fromkeys(found))
+    order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
+    layers = [Layer(s.module, s.role, s.layer, s) for s in sorted(sites, key=lambda site: order[site.module])]
+    return _checked(a, b, base, layers, config is not None)
+
+
+def _checked(a: Side, b: Side, base: BaseModel | None, layers: list[Layer], relabelled: bool) -> Pair:
+    if not set(a.names) & set(b.names):
+        raise AdapterError(
+            f"{who(a.adapter)} and {who(b.adapter)} change no layer in common ({listing(a.contents.modules, 2)}; "
+            f"{listing(b.contents.modules, 2)}): they are for different bases"
+        )
+    for side in (a, b):
+        for layer in layers:
+            bias = side.bias(layer)
+            if bias is not None:
+                side.carried[f"{layer.module}.{BIAS_NAME}"] = bias
+    return Pair(a, b, base, layers, relabelled)
+
+
+def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
+    places = {name: located(name, base.shapes, base) for name in side.contents.carried}
+    lost = [name for name, place in places.items() if place is None]
+    if lost:
+        raise AdapterError(
+            f"{who(side.adapter)}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; "
+            "choose the class of model with --task"
+        )
+    return {str(place): side.adapter.tensors[side.contents.carried[name]] for name, place in places.items()}
+
+
+def _role_of(module: str) -> tuple[str, int | None]:
+    """Role and block by the name alone: the first number in it is the block's index."""
+    parts = module.split(".")
+    position = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if position is None:
+        return module, None
+    return ".".join([*parts[:position], "*", *parts[position + 1 :]]), int(parts[position])
+
+
+def _base_notes(a: Side, b: Side, base: BaseModel | None) -> list[str]:
+    """A note where the recorded names of the base differ; many are moved, so it decides nothing."""
+    said = {
+        f"{letter} names its base": _short(side.adapter.config.get("base_model_name_or_path"))
+        for letter, side in (("A", a), ("B", b))
+    }
+    if base is not None:
+        said["the base given is"] = _short(base.folder.resolve() if base.name == str(base.folder) else base.name)
+    known = {who: name for who, name in said.items() if name}
+    if len(set(known.values())) < 2:
+        return []
+    return [f"{', '.join(f'{who} {name!r}' for who, name in known.items())}: taken for one"]
+
+
+def _short(name: Any) -> str:
+    return str(name or "").partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def _one_sided(a: Side, b: Side, layers: Sequence[Layer]) -> list[str]:
+    notes = []
+    for name, side, other in (("A", a, b), ("B", b, a)):
+        alone = [layer.module for layer in layers if layer.module in side.names and layer.module not in other.names]
+        if alone:
+            notes.append(f"{len(alone)} layers are changed by {name} alone and count in full: {listing(alone, 3)}")
+    return notes
