@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import surgery
 from surgery.errors import AdapterError, MethodError
 from surgery.methods.giva import GiVA, GivaConfig, heights_of
+from surgery.runtime.layer import AdapterLayer
 from surgery.sites import Site, select_sites
 from tests.models import build, labelled_inputs, load_base, minilm_folder, model_inputs, output, relative_difference
 from tests.reference import Spectrum, angle, own_loss, spectrum, true_gradients
@@ -31,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, int] | None]] = {
 }
 VARIANTS = ("vr", "vru2r", "vrur", "vrurand")
 THIRDS = [32, 32, 32]
+RANK = 4
 
 
 def start(name: str, samples: int = 4, **options: Any) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
@@ -278,6 +280,83 @@ def test_file_without_bases_holds_A_and_a_check_of_B(llama: Path, tmp_path: Path
     model = PeftModel.from_pretrained(load_base(llama), tmp_path / "bare")
     B = model.base_model.model.get_submodule(module).giva_B["default"]
     assert torch.equal(B, stored.modules[module]["giva_B"])
+
+
+# In PEFT as its own types
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def trained(request, tmp_path: Path) -> tuple[str, Any, Path, Any]:
+    """(kind, base, folder of a start, a trained model); GPT-2 with a split layer."""
+    base = build(request.param)
+    surgery.init(base, "giva", tmp_path / "start", data=[labelled_inputs(request.param)], rank=RANK)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "start", is_trainable=True).eval()
+    perturb(model)
+    return request.param, base, tmp_path / "start", model
+
+
+def run(model: Any, kind: str) -> torch.Tensor:
+    with torch.no_grad():
+        return output(model, model_inputs(kind))
+
+
+def test_merging_disabling_and_several_adapters(trained) -> None:
+    kind, base, folder, model = trained
+    before, expected = run(base, kind), run(model, kind)
+    with model.disable_adapter():
+        assert torch.equal(run(model, kind), before)
+    model.merge_adapter()
+    assert relative_difference(run(model, kind), expected) <= 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(run(model, kind), expected)
+    model.load_adapter(folder, "other")
+    model.set_adapter("other")
+    assert torch.equal(run(model, kind), before)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(run(model, kind), expected)
+
+
+def test_half_precision_base_starts_exactly(trained) -> None:
+    kind, base, folder, _ = trained
+    half = copy.deepcopy(base).to(torch.bfloat16)
+    for autocast in (True, False):
+        model = PeftModel.from_pretrained(
+            copy.deepcopy(half), folder, is_trainable=True, autocast_adapter_dtype=autocast
+        ).eval()
+        assert torch.equal(run(model, kind), run(half, kind))
+        dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+        assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+
+
+def test_gradients_are_those_of_the_dense_change(trained) -> None:
+    """`dW = diag(o) B diag(s) A`, block by block where a layer is split, written out and differentiated by autograd."""
+    kind, _, _, model = trained
+    layers = [module for module in model.double().modules() if isinstance(module, AdapterLayer)]
+    assert len(layers) == {"llama": 21, "gpt2": 8}[kind]
+    for layer in layers:
+        o, s, A, B = (getattr(layer, f"giva_{name}")["default"] for name in ("o", "s", "A", "B"))
+        generator = torch.Generator().manual_seed(0)
+        x, probe = (torch.randn(6, n, generator=generator).double() for n in (layer.in_features, layer.out_features))
+        parts = len(s) // RANK
+        change = torch.cat(
+            [
+                o_part[:, None] * (B_part * s_part) @ A_part
+                for o_part, s_part, A_part, B_part in zip(*(t.chunk(parts) for t in (o, s, A, B)), strict=True)
+            ]
+        )
+        weight = layer.linear.weight.T if layer.fan_in_fan_out else layer.linear.weight
+        found = torch.autograd.grad((layer(x) * probe).sum(), [o, s])
+        expected = torch.autograd.grad((x @ (weight + change).T * probe).sum(), [o, s])
+        assert all(torch.allclose(*pair, rtol=1e-6, atol=1e-9) for pair in zip(found, expected, strict=True))
+
+
+def test_transformers_own_loading(trained, tmp_path: Path) -> None:
+    kind, base, _, model = trained
+    model.save_pretrained(tmp_path / "trained")
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path / "trained"))
+    assert torch.equal(run(loaded.eval(), kind), run(model, kind))
 
 
 def site(out_features: int = 96, in_features: int = 32, name: str = "h.0.attn.c_attn") -> Site:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,10 @@ import transformers
 from peft import PeftModel
 
 import surgery
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.test_initialization import perturb
 
-METHODS = ("vera", "inilora", "frod", "smoa")
+METHODS = ("vera", "giva", "inilora", "frod", "smoa")
 
 
 def trained_on(model, adapter: Path, out: Path) -> torch.Tensor:
@@ -29,7 +31,8 @@ def trained_on(model, adapter: Path, out: Path) -> torch.Tensor:
 def test_bare_adapter_on_a_model_with_a_head(method: str, model_folder, tmp_path: Path) -> None:
     """PEFT alone finds no place for the tensors and goes on; surgery.load puts them where they belong."""
     folder = model_folder("bert")
-    surgery.init(folder, method, tmp_path / "start")
+    needed = start_options(method, "bert")
+    surgery.init(folder, method, tmp_path / "start", **needed)
     expected = trained_on(load_base(folder), tmp_path / "start", tmp_path / "trained")
     classifier = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
     loaded = surgery.load(tmp_path / "trained", base=classifier)
@@ -37,7 +40,7 @@ def test_bare_adapter_on_a_model_with_a_head(method: str, model_folder, tmp_path
         inner = loaded.base_model.model.bert(**model_inputs("bert")).last_hidden_state
     assert relative_difference(inner, expected) < 1e-6
     # And back: an adapter made for the class with a head, on the bare model.
-    surgery.init(folder, method, tmp_path / "start-mlm", task="masked-lm")
+    surgery.init(folder, method, tmp_path / "start-mlm", task="masked-lm", **needed)
     masked = transformers.BertForMaskedLM.from_pretrained(folder).eval()
     head = PeftModel.from_pretrained(masked, tmp_path / "start-mlm", is_trainable=True).eval()
     perturb(head)
@@ -47,6 +50,43 @@ def test_bare_adapter_on_a_model_with_a_head(method: str, model_folder, tmp_path
         here = output(bare, model_inputs("bert"))
         there = head.base_model.model.bert(**model_inputs("bert")).last_hidden_state
     assert relative_difference(here, there) < 1e-6
+
+
+def with_labels(folder: Path, place: Path, count: int) -> Path:
+    """A copy of a model's folder whose configuration has so many labels."""
+    copied = Path(shutil.copytree(folder, place))
+    settings = json.loads((copied / "config.json").read_text())
+    settings["id2label"] = {str(index): f"class {index}" for index in range(count)}
+    settings["label2id"] = {name: int(index) for index, name in settings["id2label"].items()}
+    (copied / "config.json").write_text(json.dumps(settings))
+    return copied
+
+
+@pytest.mark.parametrize("base_head", [None, 3])
+@pytest.mark.parametrize("method", ["giva", "vera"])
+def test_base_gets_as_many_labels_as_the_head_has(method: str, base_head, model_folder, tmp_path: Path) -> None:
+    """Whether the base is bare or brings a head of another size."""
+    folder = model_folder("bert")
+    seven = with_labels(folder, tmp_path / "seven", 7)
+    surgery.init(seven, method, tmp_path / "start", task="seq-cls", **start_options(method, "bert"))
+    classifier = transformers.BertForSequenceClassification.from_pretrained(seven)
+    expected = trained_on(classifier, tmp_path / "start", tmp_path / "trained")
+    assert expected.shape == (2, 7)
+    if base_head is not None:
+        folder = tmp_path / "base"
+        other = transformers.BertForSequenceClassification.from_pretrained(seven, num_labels=base_head)
+        other.save_pretrained(folder)
+    loaded = surgery.load(tmp_path / "trained", base=folder).eval()
+    assert loaded.config.num_labels == 7
+    with torch.no_grad():
+        assert relative_difference(output(loaded, model_inputs("bert")), expected) < 1e-6
+    if base_head is not None:
+        return
+    # What a merge makes of it agrees.
+    surgery.merge(tmp_path / "trained", folder, tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert relative_difference(output(merged, model_inputs("bert")), expected) < 1e-4
 
 
 def test_peft_alone_is_told_for_our_types(model_folder, tmp_path: Path) -> None:
@@ -88,7 +128,7 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_trainer_saves_what_loads_again(method: str, llama: Path, tmp_path: Path) -> None:
     """init -> transformers' Trainer -> its own save -> load, with checkpoints and resuming on the way."""
-    surgery.init(llama, method, tmp_path / "start")
+    surgery.init(llama, method, tmp_path / "start", **start_options(method, "llama"))
     base = load_base(llama)
     with torch.no_grad():
         before = output(base, model_inputs("llama"))
