@@ -320,8 +320,11 @@ class _Classes(_Encoder):
         self.ids: Mapping[str, int] = {str(k): int(v) for k, v in (base.config.label2id or {}).items()}
         # What the numbers in a file stand for, where it says: the names of image folders, for one.
         self.names: list[str] | None = None
+        self.optional = False
+        self.unused: str | None = None  # why the file's labels are left out
 
     def unlabelled(self) -> None:
+        self.optional = True
         self.columns = tuple(tuple(name for name in names if name != "label") for names in self.columns)
 
     @staticmethod
@@ -333,9 +336,14 @@ class _Classes(_Encoder):
         if "label" not in rows.column_names:
             return
         self.names = _class_names(rows)
-        if self.number > 1:
-            for label in rows.unique("label"):
-                self.label(label, path)
+        if self.number > 1 or self.optional:
+            try:
+                for label in rows.unique("label"):
+                    self.label(label, path)
+            except DataError as error:
+                if not self.optional:
+                    raise
+                self.unused = str(error)
 
     def label(self, value: Any, path: str) -> torch.Tensor:
         value = self._meant(value)
@@ -352,8 +360,12 @@ class _Classes(_Encoder):
         )
 
     def labels(self, row: dict[str, Any], path: str) -> Features:
-        """The label of a row, where the file has any."""
-        return {"labels": self.label(row["label"], path)} if "label" in row else {}
+        """The label of a row, where the file has any that the model understands."""
+        return {"labels": self.label(row["label"], path)} if "label" in row and self.unused is None else {}
+
+    def notes(self, samples: int) -> list[str]:
+        notes = super().notes(samples)
+        return notes if self.unused is None else [*notes, f"labels are left out: {self.unused}"]
 
     def _meant(self, value: Any) -> Any:
         """What a number of the file stands for: a name that the model knows, or a number in its own count."""
