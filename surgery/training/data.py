@@ -403,6 +403,11 @@ class _PlainTexts(_Texts):
     task = "a model without a head"
     columns = (("text",),)
 
+    def __init__(self, base: BaseModel, max_length: int | None) -> None:
+        if base.config.is_encoder_decoder:
+            raise DataError(f"{type(base.model).__name__} answers a prompt: say with --task seq2seq-lm how")
+        super().__init__(base, max_length)
+
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
         found = self.tokens(row["text"], path=path)
         return {name: torch.tensor(found[name]) for name in self.tokenizer.model_input_names if name in found}
