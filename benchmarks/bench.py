@@ -25,9 +25,12 @@ from benchmarks.rows import Row, show
 __all__ = ["Bench", "Case", "at_least", "at_most", "below", "main"]
 
 # The `surgery` command sets this itself, before torch starts its threads (surgery/cli/main.py); a call of
-# surgery.init from Python has to be given it. The references run as they would for anybody.
+# surgery.init from Python has to be given it. GiVA's pass, which is torch's alone, and the references run without.
 OURS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-REFERENCES = ("peft", "adam", "plain", "frozen")
+AS_IS = ("peft", "adam", "plain", "frozen", "giva")
+# Freed memory goes back to the system at once: the peak is then what is alive, not what the allocator has kept.
+# It costs time, so that time is measured without.
+LIVE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 WORKERS = Path(__file__).resolve().with_name("workers.py")
 
 
@@ -45,16 +48,23 @@ class Bench:
         self.notes: list[str] = []
         self._made = 0
 
-    def work(self, worker: str, threads: int | None = None, **options: Any) -> Measured:
-        """Do one piece of work in a fresh process; see workers.py."""
-        ours = not worker.startswith(REFERENCES)
-        environment = OURS_ENVIRONMENT if ours else {}
+    def work(self, worker: str, threads: int | None = None, live: bool = False, **options: Any) -> Measured:
+        """Do one piece of work in a fresh process; see workers.py. With `live`, for its memory."""
+        environment = {} if worker.startswith(AS_IS) else dict(OURS_ENVIRONMENT)
+        environment.update(LIVE_MEMORY if live else {})
         arguments = [worker, json.dumps({"device": self.device, **options})]
         result = in_process(WORKERS, *arguments, threads=threads or self.threads, environment=environment)
         what = f"{worker} {options['method']}" if "method" in options else worker
         took = f"{result['seconds']:.3g} s" if "seconds" in result else "done"
         print(f"{self.folder.name}: {what}: {took}", file=sys.stderr, flush=True)
         return result
+
+    def time_and_memory(self, worker: str, **options: Any) -> Measured:
+        """One piece of work twice: once for its time, once for the peak of what is alive."""
+        timed = self.work(worker, **options)
+        if "bytes" not in timed or self.device.startswith("cuda"):
+            return timed
+        return {**timed, "bytes": self.work(worker, live=True, **options)["bytes"]}
 
     def init(self, model: Path, method: str, keep: bool = False, **options: Any) -> Measured:
         """`surgery.init` in a fresh process. The adapter goes again unless it is kept: its folder is in `out`."""

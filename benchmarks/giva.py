@@ -74,9 +74,9 @@ def _compared(
         for rank in ranks if not checkpointing else ranks[:1]:
             settings = {**options, "rank": rank, "checkpointing": checkpointing}
             ours, frozen, plain = bench.alternating(
-                lambda settings=settings: bench.work("giva_bases", **settings),
-                lambda settings=settings: bench.work("frozen_step", **settings),
-                lambda settings=settings: bench.work("plain_recipe", **settings),
+                lambda settings=settings: bench.time_and_memory("giva_bases", **settings),
+                lambda settings=settings: bench.time_and_memory("frozen_step", **settings),
+                lambda settings=settings: bench.time_and_memory("plain_recipe", **settings),
             )
             judge = judged and rank == 8
             _rows(bench, f"{name}, r = {rank}", ours, frozen, plain, judge)

@@ -12,6 +12,7 @@ from surgery.catalogue import METHODS, TASK_TABLE
 from surgery.cli.options import (
     common_options,
     compute_options,
+    let_idle_threads_sleep,
     output_options,
     refuse_idle_options,
     set_verbosity,
@@ -123,6 +124,8 @@ def command(
     refuse_idle_options(method, FLAGS, options)
     if METHODS[method].reads_gradients and options["data"] is None:
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
+    if not METHODS[method].reads_gradients:
+        let_idle_threads_sleep()
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from types import FrameType
@@ -91,8 +90,6 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Before torch starts its threads: idle ones should sleep, not spin on the cores that LAPACK's threads need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(prog_name="surgery", standalone_mode=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.options import common_options, let_idle_threads_sleep, set_verbosity
 from surgery.cli.output import note, progress_bar, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
@@ -47,6 +47,7 @@ def command(
       surgery merge lora/ --base model/ -o merged/
       surgery merge lora/ --base model/ --dtype bfloat16
     """
+    let_idle_threads_sleep()
     set_verbosity(verbose, quiet)
     from surgery.merging import merge
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +11,14 @@ import click
 
 from surgery.catalogue import method_info
 
-__all__ = ["common_options", "compute_options", "output_options", "refuse_idle_options", "set_verbosity"]
+__all__ = [
+    "common_options",
+    "compute_options",
+    "let_idle_threads_sleep",
+    "output_options",
+    "refuse_idle_options",
+    "set_verbosity",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +86,14 @@ def refuse_idle_options(method: str, flags: dict[str, str], given: dict[str, Any
         if given[name] is not None and name not in taken:
             others = ", ".join(sorted(flags[option] for option in taken if option in flags)) or "none of its own"
             raise click.UsageError(f"method {method} takes no {flag}; its options are: {others}")
+
+
+def let_idle_threads_sleep() -> None:
+    """For work that goes back and forth between torch and LAPACK: idle threads of one leave the cores to the other.
+
+    To be called before torch starts its threads. Work that is torch's alone is better off when they stay awake.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:

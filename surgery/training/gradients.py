@@ -127,6 +127,7 @@ class GradientPass:
         self._in_forward = False
         self._calls: dict[str, int] = {}
         self._pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._rebuilt: tuple[Any, torch.Tensor] | None = None
         self._done = 0
         # Something that needs a gradient, so that a layer whose input needs none gets a node too.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -163,6 +164,7 @@ class GradientPass:
         if not value.requires_grad:
             raise MethodError("the loss does not depend on any of the adapted layers")
         value.backward()
+        self._rebuilt = None
         for name in [name for name, pairs in self._pairs.items() if pairs]:
             self._reduce(name)  # a call of a layer on which the loss does not depend
         return number_found
@@ -201,6 +203,16 @@ class GradientPass:
             return tapped
 
         return hook
+
+    def rebuilt(self, producer: Any) -> torch.Tensor | None:
+        """A layer's input, once for the layers in a row that share it, as query, key and value do."""
+        if self._rebuilt is None or self._rebuilt[0] is not producer:
+            self._rebuilt = None  # let go of the last one before making the next
+            found = rebuild(producer)
+            if found is None:
+                return None
+            self._rebuilt = (producer, found)
+        return self._rebuilt[1]
 
     def receive(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None:
         """Take one call's output gradient and input; reduce them when they are the layer's last."""
@@ -262,7 +274,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, D: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        X = ctx.saved_tensors[0] if ctx.producer is None else rebuild(ctx.producer)
+        X = ctx.saved_tensors[0] if ctx.producer is None else ctx.work.rebuilt(ctx.producer)
         if X is None:
             raise RuntimeError(f"{ctx.module}: the layer's input was freed before its gradient arrived")
         ctx.work.receive(ctx.module, D, X)

@@ -20,37 +20,39 @@ __all__ = ["is_rebuildable", "rebuild"]
 # otherwise.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DEPTH = 8
-# Entries that are compared; what is wrong with a rebuilt tensor is wrong nearly everywhere in it.
-SAMPLE = 1 << 14
 
 
 def is_rebuildable(tensor: torch.Tensor) -> bool:
-    """Whether `rebuild(tensor.grad_fn)` gives this tensor, found by doing it.
+    """Whether `rebuild(tensor.grad_fn)` gives this tensor, found by doing it, for the batch's first sample if it can.
 
     False under checkpointing and other hooks on saved tensors, where what autograd keeps is not at hand.
     """
     if tensor.grad_fn is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
     with torch.no_grad():
-        found = rebuild(tensor.grad_fn)
-    if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+        found = rebuild(tensor.grad_fn, first=True)
+        if found is None:
+            found = rebuild(tensor.grad_fn)
+    if found is None or found.dtype != tensor.dtype or found.shape[1:] != tensor.shape[1:]:
         return False
-    if found.data_ptr() == tensor.data_ptr():
+    wanted = tensor.detach()[: found.shape[0]]
+    if found.shape != wanted.shape or not found.numel():
+        return False
+    if found.data_ptr() == wanted.data_ptr():
         return True
-    first, again = (_sample(each).float() for each in (tensor.detach(), found))
-    return float((again - first).abs().max()) <= TOLERANCE.get(tensor.dtype, 0.0) * float(first.abs().max())
+    scale = float(wanted.abs().max())
+    return float((found - wanted).abs().max()) <= TOLERANCE.get(tensor.dtype, 0.0) * scale
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Entries from all over a tensor: whole last rows of it, evenly spread."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows[:: max(1, tensor.numel() // SAMPLE)]
-
-
-def rebuild(node: Any, depth: int = DEPTH) -> torch.Tensor | None:
+def rebuild(node: Any, depth: int = DEPTH, first: bool = False) -> torch.Tensor | None:
     """The tensor that a node of the autograd graph produced; None where the node is of no known kind.
 
     To be called before the node's own backward has run, without gradients.
+
+    Args:
+        node: `tensor.grad_fn`.
+        depth: how many steps may be repeated.
+        first: only for the first entry of every operand's first dimension, which is the batch.
     """
     if node is None or depth == 0:
         return None
@@ -58,44 +60,51 @@ def rebuild(node: Any, depth: int = DEPTH) -> torch.Tensor | None:
     known = _KNOWN.get(name)
     try:
         if known is not None:
-            return known(node, depth)
+            return known(node, depth, first)
         # Attention kernels and some activations keep their result.
         kept = getattr(node, "_saved_output", None) if "Attention" in name else None
-        return kept if kept is not None else getattr(node, "_saved_result", None)
+        return _part(kept if kept is not None else getattr(node, "_saved_result", None), first)
     except (AttributeError, RuntimeError, TypeError):  # saved otherwise than known here, changed in place, or freed
         return None
 
 
-def _before(node: Any, depth: int, index: int = 0) -> torch.Tensor | None:
+def _part(tensor: Any, first: bool) -> Any:
+    return tensor[:1] if first and tensor is not None and tensor.ndim >= 2 else tensor
+
+
+def _before(node: Any, depth: int, first: bool, index: int = 0) -> torch.Tensor | None:
     """The operand of a node, rebuilt in its turn."""
-    return rebuild(node.next_functions[index][0], depth - 1)
+    return rebuild(node.next_functions[index][0], depth - 1, first)
 
 
 def _metadata(node: Any) -> Any:
     return node._input_metadata[0]
 
 
-def _layer_norm(node: Any, depth: int) -> torch.Tensor | None:
-    x, weight, bias = node._saved_input, node._saved_weight, node._saved_bias
-    normed = (x - node._saved_result1) * node._saved_result2
-    if weight is not None:
-        normed = normed * weight
-    return (normed if bias is None else normed + bias).to(_metadata(node).dtype)
+def _layer_norm(node: Any, depth: int, first: bool) -> torch.Tensor | None:
+    x, mean, scale = (_part(t, first) for t in (node._saved_input, node._saved_result1, node._saved_result2))
+    # In place: fresh memory costs more than the arithmetic.
+    normed = torch.sub(x, mean).mul_(scale)
+    if node._saved_weight is not None:
+        normed.mul_(node._saved_weight)
+    if node._saved_bias is not None:
+        normed.add_(node._saved_bias)
+    return normed.to(_metadata(node).dtype)
 
 
-def _multiply(node: Any, depth: int) -> torch.Tensor | None:
+def _multiply(node: Any, depth: int, first: bool) -> torch.Tensor | None:
     # Of two factors autograd keeps each only for the other one's gradient.
-    first, second = node._saved_self, node._saved_other
-    first = _before(node, depth, 0) if first is None else first
-    second = _before(node, depth, 1) if second is None else second
-    return None if first is None or second is None else first * second
+    left, right = node._saved_self, node._saved_other
+    left = _before(node, depth, first, 0) if left is None else _part(left, first)
+    right = _before(node, depth, first, 1) if right is None else _part(right, first)
+    return None if left is None or right is None else left * right
 
 
-def _then(change: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[Any, int], torch.Tensor | None]:
+def _then(change: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[Any, int, bool], torch.Tensor | None]:
     """A step that changes its operand's shape or dtype alone."""
 
-    def again(node: Any, depth: int) -> torch.Tensor | None:
-        before = _before(node, depth)
+    def again(node: Any, depth: int, first: bool) -> torch.Tensor | None:
+        before = _before(node, depth, first)
         return None if before is None else change(before, node)
 
     return again
@@ -106,12 +115,12 @@ def _signed(dimension: int) -> int:
     return dimension - (1 << 64) if dimension >= 1 << 63 else dimension
 
 
-_RESHAPED = _then(lambda x, node: x.reshape(tuple(_metadata(node).shape)))
-_KNOWN: dict[str, Callable[[Any, int], torch.Tensor | None]] = {
+_RESHAPED = _then(lambda x, node: x.reshape(-1, *_metadata(node).shape[1:]))
+_KNOWN: dict[str, Callable[[Any, int, bool], torch.Tensor | None]] = {
     "NativeLayerNormBackward0": _layer_norm,
     "MulBackward0": _multiply,
-    "GeluBackward0": lambda node, depth: F.gelu(node._saved_self, approximate=node._saved_approximate),
-    "SiluBackward0": lambda node, depth: F.silu(node._saved_self),
+    "GeluBackward0": lambda node, _, first: F.gelu(_part(node._saved_self, first), approximate=node._saved_approximate),
+    "SiluBackward0": lambda node, _, first: F.silu(_part(node._saved_self, first)),
     "ViewBackward0": _RESHAPED,
     "UnsafeViewBackward0": _RESHAPED,
     "ReshapeAliasBackward0": _RESHAPED,
