@@ -6,6 +6,7 @@ Run by `make demo`. The weights are all-MiniLM-L6-v2 (22 million parameters), ca
 from __future__ import annotations
 
 import argparse
+import builtins
 import time
 import warnings
 from importlib.util import find_spec
@@ -36,9 +37,32 @@ def hidden_states(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
+def halves(model: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """A batch to learn from: the docs of Python's own functions, cut in two, as token ids."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    texts = [(getattr(builtins, name).__doc__ or "").split() for name in dir(builtins)]
+    texts = [words for words in texts if len(words) > 20][:32]
+    options = {"padding": True, "truncation": True, "max_length": 32, "return_tensors": "pt"}
+    first = [" ".join(words[: len(words) // 2]) for words in texts]
+    second = [" ".join(words[len(words) // 2 :]) for words in texts]
+    return {"first": dict(tokenizer(first, **options)), "second": dict(tokenizer(second, **options))}
+
+
+def contrast(model: torch.nn.Module, batch: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+    """How badly the first half of a text is told to belong to its second half, by their mean hidden states."""
+    ends = []
+    for inputs in batch.values():
+        mask = inputs["attention_mask"][..., None]
+        pooled = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        ends.append(torch.nn.functional.normalize(pooled, dim=-1))
+    likeness = 20 * ends[0] @ ends[1].T
+    return torch.nn.functional.cross_entropy(likeness, torch.arange(len(likeness)))
+
+
 def start(method: str, model: Path, out: Path) -> list[str]:
     """One row of the table: make the adapter, open it on a fresh copy of the base, compare the outputs."""
-    _, report = surgery.init(model, method, out, force=True)
+    needed = {"data": [halves(model)], "loss": contrast} if METHODS[method].reads_gradients else {}
+    _, report = surgery.init(model, method, out, force=True, **needed)
     base = transformers.AutoModel.from_pretrained(model)
     expected = hidden_states(base)
     began = time.perf_counter()

@@ -11,6 +11,7 @@ from pathlib import Path
 from surgery.catalogue import METHODS
 from surgery.cli.main import COMMANDS
 from tests.models import minilm_folder
+from tests.texts import docstring_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,8 +40,9 @@ def test_local_links_lead_somewhere() -> None:
 
 
 def test_readme_code_runs(tmp_path: Path) -> None:
-    """The command and the Python blocks, one after another in one folder, with `model` in it."""
+    """The command and the Python blocks, one after another in one folder, with `model` and data in it."""
     (tmp_path / "model").symlink_to(minilm_folder())
+    write_rows(tmp_path / "train.jsonl", [{**row, "label": row["label"] % 4} for row in docstring_rows(4)])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     surgery = Path(sys.executable).with_name("surgery")
     readme = (ROOT / "README.md").read_text()

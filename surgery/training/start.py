@@ -168,8 +168,9 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
         return {name: _moved(each, device, dtype) for name, each in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_moved(each, device, dtype) for each in value)
+    if isinstance(value, (list, tuple)):
+        moved = [_moved(each, device, dtype) for each in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 

@@ -351,6 +351,17 @@ def test_image_folder_for_a_new_head(vit: Path, tmp_path: Path) -> None:
     assert adapter.modules["classifier"]["weight"].shape == (3, 32)
 
 
+def test_images_for_a_model_in_bfloat16(tmp_path: Path) -> None:
+    """Swin, unlike ViT, does not cast its pixels."""
+    settings = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**settings, window_size=4, num_labels=2))
+    model.save_pretrained(tmp_path / "swin")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "swin")
+    path = image_folder(tmp_path / "images", {"0": 1, "1": 2})
+    _, report = surgery.init(tmp_path / "swin", "giva", data=path, dtype="bf16")
+    assert report.samples == 2
+
+
 @pytest.mark.parametrize("typed", [True, False])
 def test_parquet_with_images(typed: bool, vit: Path, tmp_path: Path) -> None:
     """Labels as numbers of the file's own names, or as the model's numbers."""

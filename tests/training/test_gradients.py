@@ -30,11 +30,15 @@ def check(model: Any, batches: list[Any], loss: Callable[..., torch.Tensor], sit
     """Every site's vectors against the true gradient of the summed losses."""
     found = gradients(model, batches, loss, sites, rank)
     expected = true_gradients(model, batches, loss, sites)
-    assert set(found.svds) | set(found.absent) == {site.module for site in sites}
+    reached = {module for module, G in expected.items() if float(G.abs().max()) > 0}
+    assert set(found.svds) == reached
+    assert set(found.absent) == {site.module for site in sites} - reached
     for module, (svd,) in found.svds.items():
         true = spectrum(expected[module])
         assert true.captured_by(svd.Vh) >= 0.995, module
-        assert float(svd.S[0]) == pytest.approx(float(true.S[0]), rel=1e-3), module
+        # Between batches what is small is cut off.
+        close = 1e-5 if len(batches) == 1 else 1e-3
+        assert torch.allclose(svd.S.double(), true.S[: len(svd.S)], rtol=1e-3, atol=close * float(true.S[0])), module
 
 
 # Several batches
@@ -186,23 +190,39 @@ def test_one_gradient_is_alive_at_a_time(formed: list[int]) -> None:
     assert len(formed) == 6 and set(formed) == {1}
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_inputs_and_gradients_are_let_go_layer_by_layer(reentrant: bool | None, monkeypatch) -> None:
+    """Also under checkpointing, where layers run again while the backward pass is under way."""
+    pending: list[int] = []
+    receive = passes.GradientPass.receive
+
+    def counted(self: Any, name: str, D: torch.Tensor, X: torch.Tensor) -> None:
+        receive(self, name, D, X)
+        pending.append(len(self._pairs))
+
+    monkeypatch.setattr(passes.GradientPass, "receive", counted)
+    model = Blocks(reentrant)
+    gradients(model, [torch.randn(50, 16) for _ in range(2)], square, linears(model), 4)
+    assert pending == [0] * 12
+
+
 # Which layers, and how often
 
 
 class Twice(nn.Module):
-    """A layer that is called twice, one that is not used, one whose result goes nowhere, one called by name."""
+    """A layer that is called twice, some that get no gradient for one reason or another, one called by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shared, self.last = nn.Linear(12, 12), nn.Linear(12, 5)
-        self.unused, self.lost, self.frozen = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.unused, self.lost, self.frozen, self.silenced = (nn.Linear(12, 12) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             x = self.frozen(x)
         h = torch.tanh(self.shared(x))
         self.lost(h)
-        h = torch.tanh(self.shared(h))
+        h = torch.tanh(self.shared(h)) + 0 * self.silenced(h)
         return self.last(input=h)
 
 
@@ -216,7 +236,7 @@ def test_shared_layer_and_layers_without_a_gradient() -> None:
     x = torch.randn(30, 12)
     check(model, [x], square, linears(model), 4)
     found = gradients(model, [x], square, linears(model), 4)
-    assert found.absent == ["unused", "lost", "frozen"]
+    assert found.absent == ["unused", "lost", "frozen", "silenced"]
 
 
 class SharedCall(nn.Module):

@@ -65,7 +65,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "many.jsonl", text_rows(64))
     write_rows(folder / "classes.jsonl", text_rows(11, labels=3))
     (folder / "script.py").write_text(SCRIPT)
-    (folder / "surgery_command.py").write_text("from surgery.cli import main\nmain()\n")
     return folder
 
 
@@ -113,7 +112,8 @@ def test_control_half_of_the_samples_is_another_subspace(place: Path, tmp_path: 
 def test_command_line(place: Path) -> None:
     """One output, printed once."""
     options = ["--method", "giva", "--data", "five.jsonl", "llama", "-o", "by-command", "--json"]
-    result = launch(place, "surgery_command.py", "init", *options)
+    surgery_command = str(Path(sys.executable).with_name("surgery"))
+    result = launch(place, "--no-python", surgery_command, "init", *options)
     assert (result.returncode, result.stderr) == (0, "")
     (line,) = result.stdout.splitlines()
     assert json.loads(line)["out"] == "by-command"

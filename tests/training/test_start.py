@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import surgery
 from surgery.errors import CheckpointError, DataError, MethodError
 from surgery.sites import select_sites, target_modules
+from surgery.training.start import _moved
 from tests.models import VOCAB, build, labelled_inputs, load_base, spread
 from tests.reference import angle, own_loss, spectrum, true_gradients
 from tests.texts import save_tokenizer, text_rows, write_rows
@@ -263,6 +265,24 @@ def test_batch_of_a_tokenizer(tmp_path: Path) -> None:
     batch = tokenizer(["w5 w6 w7 w8", "w9 w10 w11"], padding=True, return_tensors="pt")
     batch["labels"] = batch["input_ids"]
     assert bases(build("llama"), data=[batch]).keys() == bases(build("llama")).keys()
+
+
+class Pair(NamedTuple):
+    """What a loader may give."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [dict, transformers.BatchEncoding, lambda found: [found], lambda found: (found, 3)])
+def test_batches_go_where_the_model_is(wrap: Callable[[Any], Any]) -> None:
+    tensors = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "weights": torch.ones(2)}
+    moved = _moved(wrap(tensors), torch.device("meta"), torch.bfloat16)
+    inner = moved[0] if isinstance(moved, (list, tuple)) else moved
+    assert {value.device.type for value in inner.values()} == {"meta"}
+    assert (inner["input_ids"].dtype, inner["weights"].dtype) == (torch.int64, torch.bfloat16)
+    pair = _moved(Pair(*tensors.values()), torch.device("meta"), None)
+    assert isinstance(pair, Pair) and pair.x.device.type == pair.y.device.type == "meta"
 
 
 def test_loader_of_batches() -> None:
