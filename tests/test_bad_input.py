@@ -733,6 +733,15 @@ def test_giva_refused(edit: Edit, options, error, words: tuple[str, ...], learne
     check_refused(tmp_path, error, words, learner, "giva", data=data, **options)
 
 
+def test_quantised_checkpoint_that_cannot_be_loaded_here(learner: Path, tmp_path: Path) -> None:
+    """GiVA takes any layer that runs, so what is missing is what transformers says: the package, or the device."""
+    configure(quantization_config=QUANTISED["bitsandbytes"])(learner)
+    data = write_rows(tmp_path / "data.jsonl", text_rows(4))
+    check_refused(
+        tmp_path, CheckpointError, ("PLACE/model: cannot be loaded", "bitsandbytes"), learner, "giva", data=data
+    )
+
+
 @pytest.mark.parametrize("value", ["q_proj", "q_proj=", "=3", "q_proj=two", "q_proj=0", "q_proj=16,-16"])
 def test_split_that_is_not_understood(value: str, learner: Path, tmp_path: Path) -> None:
     args = ["init", learner, "--method", "giva", "--data", "data.jsonl", "--split", value]

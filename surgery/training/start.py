@@ -204,7 +204,9 @@ def load_model(base: BaseModel, settings: GradientSettings, carried: dict[str, t
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    device_map = "auto" if settings.spread and not _fits(base, settings) else None
+    device_map: Any = "auto" if settings.spread and not _fits(base, settings) else None
+    if base.is_quantized and device_map is None:
+        device_map = {"": settings.device}  # quantised layers are not moved once they are made
     try:
         # A seed for whatever transformers draws because the checkpoint lacks it.
         with torch.random.fork_rng(devices=[]):
