@@ -221,9 +221,10 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
     """The result with what every configuration has, what the source carries, and how it came about."""
     old = source.adapter.config
     config = {key: old.get(key) for key in COMMON_KEYS}
-    if set(result.ranks) == set(source.contents.modules) and old.get("target_modules"):
+    named = "target_modules" in result.config  # by a type that does not know all of the keys
+    if not named and set(result.ranks) == set(source.contents.modules) and old.get("target_modules"):
         config.update({key: old[key] for key in TARGET_KEYS if key in old})
-    else:
+    elif not named:
         config["target_modules"] = sorted(result.ranks)
     config.update(result.config)
     config["inference_mode"] = True
