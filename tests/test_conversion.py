@@ -109,14 +109,17 @@ def test_largest_error_holds_over_all_layers_and_no_rank_is_to_spare(limit: floa
     assert report.weight_error == pytest.approx((lost / total) ** 0.5, rel=1e-2)
 
 
-@pytest.mark.parametrize("to", ["lora", "giva"])
-@pytest.mark.parametrize("ratio", [2.5, 4.0])
-def test_a_budget_in_bytes_is_met_and_used(ratio: float, to: str, lora: Path, tmp_path: Path) -> None:
-    options = {"bits": 16} if to == "giva" else {}
+@pytest.mark.parametrize(
+    ("to", "options"),
+    [("lora", {}), ("giva", {"bits": 16}), ("giva", {"bits": 8}), ("giva", {"bits": 3}), ("giva", {"bits": "auto"})],
+)
+@pytest.mark.parametrize("ratio", [4.0, 11.0])
+def test_a_budget_in_bytes_is_met_and_used(ratio: float, to: str, options: Any, lora: Path, tmp_path: Path) -> None:
     _, report = surgery.convert(lora, to, tmp_path / "out", ratio=ratio, **options)
     size = (tmp_path / "out" / WEIGHTS).stat().st_size
     assert size == report.bytes <= report.source_bytes / ratio
-    assert size > 0.9 * report.source_bytes / ratio
+    everything = all(site.rank == site.source_rank for site in report.sites)
+    assert everything or size > 0.85 * report.source_bytes / ratio
 
 
 def test_a_larger_budget_never_gives_a_larger_error(lora: Path) -> None:
@@ -193,7 +196,7 @@ def test_narrow_dtypes_load_in_peft_and_state_their_error(lora: Path, llama: Pat
     for dtype in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
         _, report = surgery.convert(lora, "lora", tmp_path / dtype, dtype=dtype)
         errors[dtype] = report.weight_error
-        assert relative_difference(logits(llama, tmp_path / dtype), wanted) <= max(4 * report.weight_error, 1e-5)
+        assert relative_difference(logits(llama, tmp_path / dtype), wanted) <= max(10 * report.weight_error, 1e-5)
     assert (
         errors["float32"] < 1e-7 < errors["float16"] < 1e-3 < errors["bfloat16"] < 1e-2 < errors["float8_e4m3fn"] < 0.06
     )
@@ -353,6 +356,33 @@ def test_a_packed_adapter_is_trained_and_saved_by_peft(lora: Path, llama: Path, 
     assert relative_difference(logits(llama, tmp_path / "trained"), wanted) <= 1e-6
     surgery.convert(tmp_path / "trained", "lora", tmp_path / "lora-again")
     assert relative_difference(logits(llama, tmp_path / "lora-again"), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_of_few_bits_survive_and_their_error_is_the_stated_one(bits, lora, llama, tmp_path: Path) -> None:
+    adapter, report = surgery.convert(lora, "giva", tmp_path / "giva", bits=bits, energy=0.999)
+    limit = 2 ** (bits - 1) - 1
+    for name, tensor in adapter.tensors.items():
+        if name.endswith(("giva_A", "giva_B")):
+            assert torch.equal(tensor, tensor.round()) and float(tensor.abs().max()) <= limit
+    reopened = surgery.Adapter.open(tmp_path / "giva")
+    assert all(torch.equal(tensor, reopened.tensors[name]) for name, tensor in adapter.tensors.items())
+    lost = total = 0.0
+    model = PeftModel.from_pretrained(load_base(llama), tmp_path / "giva").eval()
+    for site in report.sites:
+        wanted = dense(lora, site.module)
+        found = model.base_model.model.get_submodule(site.module).get_delta_weight("default").double()
+        lost += float((wanted - found).square().sum())
+        total += float(wanted.square().sum())
+    assert report.weight_error == pytest.approx((lost / total) ** 0.5, rel=1e-2)
+    assert report.weight_error < {2: 0.8, 3: 0.4, 4: 0.2, 8: 0.04}[bits]
+
+
+def test_auto_bits_lose_no_more_than_any_width_does(lora: Path) -> None:
+    for ratio in (5.0, 9.0):
+        errors = {bits: surgery.convert(lora, "giva", ratio=ratio, bits=bits)[1].weight_error for bits in (8, 4, 3, 2)}
+        auto = surgery.convert(lora, "giva", ratio=ratio)[1].weight_error
+        assert auto == pytest.approx(min(errors.values())) and max(errors.values()) > 1.2 * auto
 
 
 def test_damaged_packed_files_are_refused(lora: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """GiVA adapters in few bits: all layers' integer factors in one coded tensor, and back.
 
-A packed file holds `base_model.giva_codes` (uint8: one class byte for each column of B and row of A, then the entropy
-coder's bytes) and `base_model.giva_s` (all layers' s), in the order of the configuration's `packed`, which names the
-layers and says `[out, in, rank]` of each. `o` is in the file where it is not all ones. In memory every layer has its
-`giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter. With 16 or 32 bits the factors are plain floats,
-all in one `base_model.giva_factors`.
+A packed file holds `base_model.giva_codes` (uint8: the integers of all layers, each in the configuration's `bits`, B's
+columns before A's rows) and `base_model.giva_s` (all layers' s), in the order of the configuration's `packed`, which
+names the layers and says `[out, in, rank]` of each. `o` is in the file where it is not all ones. In memory every layer
+has its `giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter. With 16 or 32 bits the factors are plain
+floats, all in one `base_model.giva_factors`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from surgery.errors import AdapterError
+from surgery.linalg.fixed_width import pack, unpack
 
-__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "is_packed", "packed", "unpacked"]
+__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "WIDTHS", "is_packed", "packed", "unpacked"]
 
 CODES, FACTORS, SCALES = "giva_codes", "giva_factors", "giva_s"
 PLAIN = {16: torch.float16, 32: torch.float32}
+WIDTHS = (2, 3, 4, 8)
 PARTS = ("giva_A", "giva_B", "giva_s", "giva_o")
 # More numbers than any adapter has: a configuration that asks for them is damaged.
 MOST_NUMBERS = 1 << 36
@@ -64,17 +66,23 @@ def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above
     if config.get("bits") in PLAIN:
         rest[f"{above}{FACTORS}"] = torch.cat(segments).to(PLAIN[config["bits"]])
     else:
-        rest[f"{above}{CODES}"] = _coded([segment.numpy() for segment in segments])
+        rest[f"{above}{CODES}"] = _coded([segment.numpy() for segment in segments], config.get("bits"))
     rest[f"{above}{SCALES}"] = _narrowest(torch.cat(scales))
     return rest
 
 
-def _coded(segments: list[np.ndarray[Any, Any]]) -> torch.Tensor:
-    from surgery.linalg.entropy import best_classes, encode
+def _coded(segments: list[np.ndarray[Any, Any]], bits: Any) -> torch.Tensor:
+    try:
+        return torch.from_numpy(pack(np.concatenate(segments), _width(bits)))
+    except ValueError as error:
+        raise AdapterError(f"the factors cannot be packed: {error}") from None
 
-    classes = best_classes(segments)
-    data = encode(np.concatenate(segments), [len(segment) for segment in segments], classes)
-    return torch.from_numpy(np.concatenate([np.asarray(classes, dtype=np.uint8), data]))
+
+def _width(bits: Any) -> int:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in WIDTHS:
+        known = ", ".join(map(str, WIDTHS))
+        raise AdapterError(f"packed factors of {bits!r} bits are not known here: {known} are")
+    return bits
 
 
 def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
@@ -94,7 +102,9 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], abo
     lengths = [n for _, (height, width, rank) in layers for n in [height] * rank + [width] * rank]
     if sum(lengths) > MOST_NUMBERS or scales.numel() != sum(rank for _, (_, _, rank) in layers):
         raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the layers of the configuration")
-    numbers = _plain(stored, sum(lengths), above) if plain else _decoded(stored, lengths, above)
+    numbers = (
+        _plain(stored, sum(lengths), above) if plain else _decoded(stored, sum(lengths), config.get("bits"), above)
+    )
     start = first = 0
     for module, (height, width, rank) in layers:
         middle, end = start + height * rank, start + (height + width) * rank
@@ -113,14 +123,11 @@ def _plain(stored: torch.Tensor, count: int, above: str) -> torch.Tensor:
     return stored.float().reshape(-1)
 
 
-def _decoded(stored: torch.Tensor, lengths: list[int], above: str) -> torch.Tensor:
-    from surgery.linalg.entropy import decode
-
-    if stored.dtype != torch.uint8 or stored.numel() < len(lengths):
-        raise AdapterError(f"{above}{CODES}: does not hold the layers that the configuration names")
-    data = stored.contiguous().cpu().numpy().reshape(-1)
+def _decoded(stored: torch.Tensor, count: int, bits: Any, above: str) -> torch.Tensor:
+    if stored.dtype != torch.uint8:
+        raise AdapterError(f"{above}{CODES}: is {stored.dtype}, expected bytes")
     try:
-        found = decode(data[len(lengths) :], lengths, data[: len(lengths)].tolist())
+        found = unpack(stored.contiguous().cpu().numpy().reshape(-1), count, _width(bits))
     except ValueError as error:
         raise AdapterError(f"{above}{CODES}: {error}") from None
     return torch.from_numpy(found.astype(np.float32))
