@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import needs_base
@@ -17,9 +19,12 @@ from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.heads import HEAD_TASKS, missing_modules
 from surgery.linalg.delta import Delta
 from surgery.merged_config import with_labels
+from surgery.methods.base import OwnMethod, Role
 from surgery.methods.contents import Contents, contents_of, who
+from surgery.methods.deltas import own_config, own_delta, short_names, stock_delta
 from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
+from surgery.methods.stock import STOCK
 from surgery.sites import Site
 
 __all__ = ["Layer", "Pair", "Side", "WithBias", "bits_equal"]
@@ -61,7 +66,12 @@ class Side:
     contents: Contents
     names: dict[str, str] = field(default_factory=dict)
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
-    changes: ChangesOnBase | None = None
+    changes: ChangesOnBase | None = None  # with a base
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The adapter's tensors by layer and short name."""
+        return self.adapter.modules
 
     def delta(self, layer: Layer, weight: torch.Tensor | None) -> Delta | None:
         """Its change of a layer, or None where it has none."""
@@ -69,14 +79,24 @@ class Side:
         if name is None:
             return None
         if self.changes is None:
-            return self.adapter.delta(name)
+            return self._from_file(name)
         assert layer.site is not None and weight is not None
         return self.changes.delta(layer.site, weight)
+
+    def _from_file(self, name: str) -> Delta:
+        """What `Adapter.delta` gives, which checks the whole file again for every layer."""
+        if self.adapter.peft_type in STOCK:
+            return stock_delta(self.adapter, name, self.modules[name], None)
+        method = method_for_type(self.adapter.peft_type)
+        if not isinstance(method, OwnMethod) or method.names(Role.BASE, shared=True):
+            return self.adapter.delta(name)
+        config = own_config(self.adapter, method)
+        return own_delta(method, config, short_names(method, self.modules[name]), None, name)
 
     def bias(self, layer: Layer) -> torch.Tensor | None:
         """What the bias of LoRA's B (`lora_bias`) adds to the layer's output, `(out,)`, or None."""
         name = self.names.get(layer.module)
-        parts = self.adapter.modules[name] if name is not None else {}
+        parts = self.modules[name] if name is not None else {}
         if name is None or BIAS_NAME not in parts:
             return None
         return parts[BIAS_NAME].float() * scaling_of(self.adapter.config, name, parts["lora_A.weight"].shape[0])
