@@ -489,6 +489,11 @@ def test_a_trained_head_of_the_base_stays_with_the_adapter_that_brings_none(clas
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
     p, q = (logits(each, classifier(folder), tokenizer, read_texts(data)) for each in (a, b))
     assert found.kl == pytest.approx(divergence(p, q), rel=1e-4)
+    bare = logits(None, classifier(folder, a), tokenizer, read_texts(data))  # the base is scored with A's head
+    labels = torch.tensor([json.loads(line)["label"] for line in data.read_text().splitlines()])
+    accuracy = float((bare.argmax(-1) == labels).double().mean())
+    own = float((logits(None, classifier(folder), tokenizer, read_texts(data)).argmax(-1) == labels).double().mean())
+    assert found.scores.base == pytest.approx(accuracy) and accuracy != own
     # A control: with A's head B would say something else.
     wrong = divergence(p, logits(b, classifier(folder, a), tokenizer, read_texts(data)))
     assert found.kl != pytest.approx(wrong, rel=1e-2)
