@@ -1,0 +1,168 @@
+"""Factors of small integers, and all layers' factors in one run of bytes.
+
+Layout: one byte, the binary logarithm of how many scales there are to the octave; three bytes, the entropy coder's
+classes for what describes the ranks; a uint32, how many bytes follow of it; those; the codes, entropy-coded. What
+describes the ranks: the classes of B's columns, those of A's rows, the logarithms of the scales, each as differences
+from the rank before (in a layer's first rank: from the layer before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from surgery.linalg.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, encode
+
+__all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "rounded_scales"]
+
+HEAD = 8
+FINEST_SCALES = 9
+
+
+@dataclass(frozen=True)
+class CodedFactors:
+    """A weight change `B diag(s) A` with integer B and A.
+
+    Attributes:
+        B: int16 `(out, r)`.
+        A: int16 `(r, in)`.
+        s: positive scales, float64 `(r,)`, powers of two with exponents from a grid.
+    """
+
+    B: NDArray[np.int16]
+    A: NDArray[np.int16]
+    s: NDArray[np.float64]
+
+    @property
+    def rank(self) -> int:
+        """How many ranks there are, possibly none."""
+        return len(self.s)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """`B diag(s)` and `A`."""
+        return torch.from_numpy(self.B * self.s).to(dtype), torch.from_numpy(self.A.astype(np.float32)).to(dtype)
+
+
+def rounded_scales(s: NDArray[np.float64], fineness: int) -> NDArray[np.float64]:
+    """Positive scales rounded to `2^(i / 2^fineness)`."""
+    return _scales(np.rint(np.log2(s) * 2**fineness), fineness)
+
+
+def code_bits(codes: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The best classes for the columns of codes `(n, r)`, and what each takes there in bits."""
+    histograms = column_histograms(np.abs(codes))
+    return best_classes(histograms, class_bits(histograms.shape[1] - 1))
+
+
+def column_histograms(magnitudes: NDArray[np.integer]) -> NDArray[np.intp]:
+    """`(r, largest + 1)`: how often each magnitude occurs in each column of `(n, r)`."""
+    columns = magnitudes.shape[1]
+    size = int(magnitudes.max(initial=0)) + 1
+    flat = magnitudes.astype(np.intp) + np.arange(columns) * size
+    return np.bincount(flat.reshape(-1), minlength=columns * size).reshape(columns, size)
+
+
+def encode_factors(layers: Sequence[CodedFactors], fineness: int) -> NDArray[np.uint8]:
+    """All layers' codes and scales.
+
+    Args:
+        layers: in an order that the reader knows, with their shapes and ranks.
+        fineness: as the scales were rounded, at most 9.
+
+    Raises:
+        ValueError: a scale is not on the grid, or out of its range (2^-63 to 2^63).
+    """
+    classes = [np.stack([code_bits(layer.B)[0], code_bits(layer.A.T)[0]]) for layer in layers if layer.rank]
+    exponents = [np.log2(layer.s) * 2**fineness for layer in layers if layer.rank]
+    ranks = [layer.rank for layer in layers if layer.rank]
+    of_B, of_A = np.concatenate([np.zeros((2, 0), np.uint8), *classes], 1)
+    exponent = np.concatenate([np.zeros(0), *exponents])
+    whole = np.rint(exponent)
+    if not 0 <= fineness <= FINEST_SCALES or bool((np.abs(exponent - whole) > 1e-3).any()):
+        raise ValueError("the scales are not on their grid")
+    if bool((np.abs(whole) > 63 * 2**fineness).any()):
+        raise ValueError("a scale is too large or too small to be coded")
+    described = [_differences(values.astype(np.int64), ranks) for values in (of_B, of_A, whole)]
+    kinds = [int(code_bits(values[:, None])[0][0]) for values in described]
+    side = encode(np.concatenate(described), [len(of_B)] * 3, kinds)
+    numbers = [part.reshape(-1) for layer in layers for part in (layer.B.T, layer.A)]
+    coded = encode(
+        np.concatenate([np.zeros(0, np.int16), *numbers]),
+        _lengths([(layer.B.shape[0], layer.A.shape[1], layer.rank) for layer in layers]),
+        _by_layer(of_B, of_A, ranks),
+    )
+    head = np.array([fineness, *kinds], dtype=np.uint8)
+    return np.concatenate([head, np.frombuffer(np.array([side.size], "<u4").tobytes(), np.uint8), side, coded])
+
+
+def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int]]) -> list[CodedFactors]:
+    """The layers that `encode_factors` was given.
+
+    Memory and time follow the shapes, whatever the data says.
+
+    Args:
+        data: uint8.
+        shapes: `(out, in, rank)` of each layer.
+
+    Raises:
+        ValueError: the data is not what `encode_factors` returns for these shapes.
+    """
+    if data.size < HEAD or int(data[0]) > FINEST_SCALES:
+        raise ValueError("the coded factors are damaged or cut short")
+    fineness, kinds = int(data[0]), data[1:4].tolist()
+    middle = HEAD + int(np.frombuffer(data[4:HEAD].tobytes(), "<u4")[0])
+    ranks = [rank for _, _, rank in shapes if rank]
+    count = sum(ranks)
+    described = decode(data[HEAD:middle], [count] * 3, kinds).reshape(3, count)
+    of_B, of_A, exponents = (_sums(values, ranks) for values in described)
+    classes = np.concatenate([of_B, of_A])
+    if bool(((classes < 0) | (classes >= CLASSES)).any()) or bool((np.abs(exponents) > 63 * 2**fineness).any()):
+        raise ValueError("the description of the ranks is damaged")
+    numbers = decode(data[middle:], _lengths(shapes), _by_layer(of_B, of_A, ranks))
+    scales = _scales(exponents, fineness)
+    layers, start, first = [], 0, 0
+    for height, width, rank in shapes:
+        split, end = start + height * rank, start + (height + width) * rank
+        B, A = numbers[start:split].reshape(rank, height).T, numbers[split:end].reshape(rank, width)
+        layers.append(CodedFactors(B, A, scales[first : first + rank]))
+        start, first = end, first + rank
+    return layers
+
+
+def _scales(exponents: NDArray[np.integer] | NDArray[np.float64], fineness: int) -> NDArray[np.float64]:
+    scales: NDArray[np.float64] = np.exp2(exponents / 2**fineness)
+    return scales
+
+
+def _lengths(shapes: Iterable[tuple[int, int, int]]) -> list[int]:
+    return [count for height, width, rank in shapes for count in [height] * rank + [width] * rank]
+
+
+def _by_layer(of_B: NDArray[np.integer], of_A: NDArray[np.integer], ranks: Sequence[int]) -> list[int]:
+    """Classes in the order of the segments: a layer's columns of B, then its rows of A."""
+    ends = np.cumsum(ranks).tolist()
+    parts = [part[end - rank : end] for rank, end in zip(ranks, ends, strict=True) for part in (of_B, of_A)]
+    return [int(which) for part in parts for which in part]
+
+
+def _differences(values: NDArray[np.int64], ranks: Sequence[int]) -> NDArray[np.int16]:
+    firsts = np.cumsum([0, *ranks])[:-1]
+    result = np.diff(values, prepend=0)
+    result[firsts] = np.diff(values[firsts], prepend=0)
+    if bool((np.abs(result) > LARGEST).any()):
+        raise ValueError("scales of neighbouring ranks differ too much to be coded")
+    return result.astype(np.int16)
+
+
+def _sums(differences: NDArray[np.int16], ranks: Sequence[int]) -> NDArray[np.int64]:
+    wide = differences.astype(np.int64)
+    firsts = np.cumsum([0, *ranks])[:-1]
+    starts = np.cumsum(wide[firsts])
+    wide[firsts] = starts
+    running = np.cumsum(wide)
+    before = np.concatenate([[0], running])[firsts]
+    return running - np.repeat(before, ranks)

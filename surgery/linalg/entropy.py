@@ -1,0 +1,253 @@
+"""Integers to bytes and back: an entropy coder for what rounding makes.
+
+Asymmetric numeral systems (Duda, arXiv 1311.2540), in the range variant with 16-bit words, over lanes that numpy
+steps side by side. The numbers come in segments, each of a class: a distribution, Gaussian or two-sided exponential,
+with a width from a fixed grid. Tables follow from the class alone and are made by correctly rounded decimal
+arithmetic, so that every machine makes the same ones.
+
+Layout, little-endian: number of escapes (uint32); states (lanes of uint32); escapes (int16 each); words (uint16 each).
+Lanes follow from the count of numbers; number `i` belongs to lane `i % lanes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Context, Decimal, localcontext
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+__all__ = ["CLASSES", "LARGEST", "WIDTHS", "best_classes", "class_bits", "decode", "encode", "lanes_for"]
+
+LARGEST = 32767  # magnitude of a number
+WIDTHS = 60  # of a distribution: 2^-3 .. 2^11.75, four to the octave
+CLASSES = 2 * WIDTHS  # Gaussian, then exponential
+PRECISION = 14
+TOTAL = 1 << PRECISION
+LOW = 1 << 16  # a state is at least this, and below 2^32
+# Fewer numbers for a lane cost bytes for states, more cost steps.
+NUMBERS_PER_LANE = 16384
+MOST_LANES = 4096
+# Numbers beyond are escapes, coded in 16 bits each, as is what lies beyond five widths.
+WIDEST_ALPHABET = 2047
+ESCAPE_BITS = PRECISION + 16
+ARITHMETIC = Context(prec=30)
+
+Classes = NDArray[np.uint8]
+Numbers = NDArray[np.int16]
+Bytes = NDArray[np.uint8]
+
+
+def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> Bytes:
+    """Encode segments of integers.
+
+    Args:
+        numbers: all segments, one after the other, int16 `(n,)`, magnitudes up to `LARGEST`.
+        lengths: numbers in each segment.
+        classes: of each segment, below `CLASSES`.
+
+    Returns:
+        The bytes, uint8.
+
+    Raises:
+        ValueError: lengths and numbers disagree, or a number is too small.
+    """
+    tables = _Tables(classes)
+    table = tables.of_numbers(lengths)
+    if numbers.shape != table.shape:
+        raise ValueError(f"{numbers.size} numbers, but {table.size} in the segments")
+    if numbers.size and int(numbers.min()) < -LARGEST:
+        raise ValueError(f"a number is below {-LARGEST}")
+    escaped = np.abs(numbers) > tables.reach[table]
+    cell = table * tables.width + np.where(escaped, tables.escape[table], numbers + tables.reach[table])
+    lanes = lanes_for(numbers.size)
+    states = np.full(lanes, LOW, dtype=np.uint64)
+    words: list[NDArray[np.uint16]] = []
+    for start in reversed(range(0, numbers.size, lanes)):
+        cells = cell[start : start + lanes]
+        frequency = tables.frequency[cells]
+        state = states[: cells.size]
+        full = np.flatnonzero(state >= frequency << np.uint64(32 - PRECISION))
+        if full.size:
+            words.append(state[full].astype(np.uint16))  # the low half
+            state[full] >>= np.uint64(16)
+        quotient = state // frequency
+        # The state becomes quotient * TOTAL + remainder + start of the symbol's slots.
+        state += quotient * (np.uint64(TOTAL) - frequency) + tables.first[cells]
+    words.append(np.zeros(0, dtype=np.uint16))
+    escapes = numbers[escaped]
+    parts = [
+        np.array([escapes.size], dtype="<u4"),
+        states.astype("<u4"),
+        escapes.astype("<i2"),
+        np.concatenate(words[::-1]).astype("<u2"),
+    ]
+    return np.frombuffer(b"".join(part.tobytes() for part in parts), dtype=np.uint8)
+
+
+def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbers:
+    """The integers that `encode` was given.
+
+    Memory and time follow `lengths` and the length of the data, not what the data says.
+
+    Args:
+        data: uint8, the whole of what `encode` returned.
+        lengths: numbers in each segment.
+        classes: of each segment, below `CLASSES`.
+
+    Raises:
+        ValueError: the data is not what `encode` returns for these segments.
+    """
+    tables = _Tables(classes)
+    table = tables.of_numbers(lengths)
+    states, escapes, words = _parts(data, table.size)
+    lanes, used = states.size, 0
+    symbols = np.empty(table.size, dtype=np.int16)
+    for start in range(0, table.size, lanes):
+        tables_here = table[start : start + lanes]
+        state = states[: tables_here.size]
+        slot = state & np.uint64(TOTAL - 1)
+        symbol = tables.lookup[(tables_here << PRECISION) + slot.astype(np.int32)]
+        symbols[start : start + lanes] = symbol
+        cells = tables_here * tables.width + symbol
+        state[:] = tables.frequency[cells] * (state >> np.uint64(PRECISION)) + slot - tables.first[cells]
+        empty = np.flatnonzero(state < LOW)
+        if empty.size:
+            read = words[used : used + empty.size]
+            if read.size < empty.size:
+                raise ValueError("the coded numbers are cut short")
+            state[empty] = (state[empty] << np.uint64(16)) | read
+            used += empty.size
+    # Encoding began with these states: whatever does not lead back to them is damaged.
+    escaped = symbols == tables.escape[table]
+    if used != words.size or not (states == LOW).all() or int(escaped.sum()) != escapes.size:
+        raise ValueError("the coded numbers are damaged")
+    symbols -= tables.reach[table].astype(np.int16)
+    symbols[escaped] = escapes
+    return symbols
+
+
+def class_bits(largest: int) -> NDArray[np.float64]:
+    """What a number costs: bits by magnitude and class, `(largest + 1, CLASSES)`, of either sign; within a percent."""
+    return _class_bits(1 << largest.bit_length())[: largest + 1]
+
+
+@cache
+def _class_bits(count: int) -> NDArray[np.float64]:
+    magnitude = np.arange(count)[:, None]
+    widths = 2.0 ** ((np.arange(WIDTHS) - 12) / 4)
+    edges = np.concatenate([[[0.0]], magnitude + 0.5])
+    tails = [ndtr(-edges / widths), np.exp(-edges * 2**0.5 / widths) / 2]
+    masses = np.concatenate([tail[:-1] - tail[1:] for tail in tails], 1)
+    masses[0] *= 2
+    reach = np.minimum(np.floor(5 * widths) + 2, WIDEST_ALPHABET)
+    share = 1 - 2 * (reach + 1) / TOTAL
+    bits = -np.log2(masses * np.tile(share, 2) + 1 / TOTAL)
+    return np.where(magnitude > np.tile(reach, 2), ESCAPE_BITS, bits)
+
+
+def best_classes(histograms: NDArray[np.integer], bits: NDArray[np.float64]) -> tuple[Classes, NDArray[np.float64]]:
+    """The class that codes each segment in the fewest bits.
+
+    Args:
+        histograms: `(segments, magnitudes)`, how often each magnitude occurs.
+        bits: from `class_bits`, for at least as many magnitudes.
+
+    Returns:
+        Classes `(segments,)` and the bits that each segment takes in its class, `(segments,)`.
+    """
+    costs = histograms @ bits[: histograms.shape[1]]
+    return costs.argmin(1).astype(np.uint8), costs.min(1)
+
+
+def lanes_for(count: int) -> int:
+    """How many lanes so many numbers go into; each costs 4 bytes."""
+    return max(1, min(MOST_LANES, count // NUMBERS_PER_LANE))
+
+
+def _parts(data: Bytes, count: int) -> tuple[NDArray[np.uint64], Numbers, NDArray[np.uint64]]:
+    """States, escapes and words."""
+    lanes, raw = lanes_for(count), data.tobytes()
+    head = 4 + 4 * lanes
+    if len(raw) < head or len(raw) % 2:
+        raise ValueError("the coded numbers are cut short")
+    escapes = int(np.frombuffer(raw, "<u4", 1)[0])
+    if escapes > min(count, (len(raw) - head) // 2):
+        raise ValueError("the coded numbers are damaged")
+    states = np.frombuffer(raw, "<u4", lanes, 4).astype(np.uint64)
+    numbers = np.frombuffer(raw, "<i2", escapes, head).astype(np.int16)
+    return states, numbers, np.frombuffer(raw, "<u2", -1, head + 2 * escapes).astype(np.uint64)
+
+
+class _Tables:
+    """The tables of the classes in use, side by side.
+
+    Attributes:
+        reach: by table, the largest magnitude that has a symbol; the symbol of a number is `number + reach`.
+        escape: by table, the symbol of all other numbers.
+        frequency, first: by `table * width + symbol`, slots of the symbol and the first of them.
+        lookup: by `table * TOTAL + slot`, the symbol.
+    """
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        if any(not 0 <= which < CLASSES for which in classes):
+            raise ValueError("a class is not known")
+        used = sorted({int(which) for which in classes})
+        lists = [_frequencies(which) for which in used]
+        self.of_segments = np.searchsorted(np.array(used, dtype=np.int32), np.array(classes, dtype=np.int32))
+        self.escape = np.array([len(frequencies) - 1 for frequencies in lists], dtype=np.int32)
+        self.reach = (self.escape - 1) // 2
+        self.width = int(self.escape.max(initial=0)) + 1
+        padded = np.zeros((len(used), self.width), dtype=np.uint64)
+        for row, frequencies in zip(padded, lists, strict=True):
+            row[: len(frequencies)] = frequencies
+        self.frequency = padded.reshape(-1)
+        self.first = (np.cumsum(padded, 1, dtype=np.uint64) - padded).reshape(-1)
+        symbols = [np.repeat(np.arange(len(each), dtype=np.int16), each) for each in lists]
+        self.lookup = np.concatenate([np.zeros(0, dtype=np.int16), *symbols])
+
+    def of_numbers(self, lengths: Sequence[int]) -> NDArray[np.int32]:
+        """The table of every number."""
+        if len(lengths) != len(self.of_segments):
+            raise ValueError(f"{len(lengths)} segments, but {len(self.of_segments)} classes")
+        return np.repeat(self.of_segments.astype(np.int32), lengths)
+
+
+@cache
+def _frequencies(which: int) -> tuple[int, ...]:
+    """Slots of the symbols of a class, `TOTAL` in all: numbers -reach .. reach, then the escape."""
+    exponential, index = divmod(which, WIDTHS)
+    # Decimal roots and exponentials are correctly rounded, thus the same everywhere; those of a processor are not.
+    with localcontext(ARITHMETIC):
+        width = (Decimal(2) ** (index - 12)).sqrt().sqrt()
+        masses = (_exponential if exponential else _gaussian)(width, min(int(5 * width) + 2, WIDEST_ALPHABET))
+        scale = (TOTAL - 2 * len(masses)) / (2 * sum(masses) - masses[0])
+        half = [1 + int(mass * scale) for mass in masses]
+    half[0] += TOTAL - 1 - (2 * sum(half) - half[0])
+    return (*half[:0:-1], *half, 1)
+
+
+def _exponential(width: Decimal, reach: int) -> list[Decimal]:
+    """Masses of 0 .. reach of a two-sided exponential of this standard deviation, over unit cells."""
+    rate = Decimal(2).sqrt() / width
+    step = (-rate).exp()
+    masses = [1 - (-rate / 2).exp(), (-rate / 2).exp() * (1 - step) / 2]
+    for _ in range(reach - 1):
+        masses.append(masses[-1] * step)
+    return masses
+
+
+def _gaussian(width: Decimal, reach: int) -> list[Decimal]:
+    """Masses of 0 .. reach of a Gaussian of this standard deviation, over unit cells, by Simpson's rule."""
+    cuts = 16 if width < 2 else 2
+    points = [Decimal(index) / (cuts * width) for index in range(cuts * reach + cuts // 2 + 1)]
+    density = [(-point * point / 2).exp() for point in points]
+    weights = [1, *([4, 2] * (cuts // 2 - 1)), 4, 1]
+
+    def mass(lowest: int) -> Decimal:
+        part = [density[abs(index)] for index in range(lowest, lowest + cuts + 1)]
+        return sum((weight * value for weight, value in zip(weights, part, strict=True)), Decimal(0))
+
+    return [mass(cuts * number - cuts // 2) for number in range(reach + 1)]
