@@ -84,7 +84,7 @@ def _greedy(
 ) -> dict[str, int]:
     cost = {name: sum(factors[name][0].shape[:1] + factors[name][1].shape[1:]) * width / 8 for name in spectra}
     entries = [
-        (-float(value) ** 2 / cost[name], name) for name, S in spectra.items() for value in S if float(value) > 0
+        (-(float(value) ** 2) / cost[name], name) for name, S in spectra.items() for value in S if float(value) > 0
     ]
     ranks = dict.fromkeys(spectra, 0)
     left = float(size)

@@ -26,7 +26,7 @@ from tests.command_line import contents, flags, invoke
 from tests.methods.test_stock import randomise
 from tests.models import build, edit_tensors, llama_config, load_base, start_options
 from tests.test_initialization import perturb
-from tests.test_merging import STOCK, TARGETS, trained
+from tests.test_merging import STOCK, TARGETS, tied_llama, trained
 from tests.texts import save_tokenizer, text_rows, write_rows
 
 FILE = "adapter_model.safetensors"
@@ -386,6 +386,31 @@ def test_an_adapter_beside_itself_with_data(pair, llama: Path, texts: Path, tmp_
     assert (found.weight_error, found.output_error, found.kl, found.agreement) == (0, 0, 0, 1)
     assert {site.output_error for site in found.sites} == {0.0}
     assert found.scores.a == found.scores.b != found.scores.base
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["lora on the head", "head saved whole", "embedding saved whole"],
+)
+def test_tied_weights(options: dict[str, Any], tmp_path: Path) -> None:
+    """Under PEFT a change of one of two tied weights leaves the other as it is."""
+    folder = save_tokenizer(tied_llama(tmp_path / "tied"))
+    data = write_rows(tmp_path / "texts.jsonl", text_rows(7))
+    for name in "ab":
+        lora(folder, tmp_path / name, 1 if name == "a" else 0.3, r=2, task_type="CAUSAL_LM", **options)
+    edit_tensors(tmp_path / "b", lambda t: [v.mul_(1.1) for name, v in t.items() if "proj" not in name], FILE)
+    found = surgery.compare(tmp_path / "a", tmp_path / "b", base=folder, data=data, latency=False, batch_size=3)
+    assert found.kl == pytest.approx(expected_kl(tmp_path / "a", tmp_path / "b", folder, data), rel=1e-4)
+    assert found.kl > 1e-3
+    bare = logits(None, load_base(folder), tf.AutoTokenizer.from_pretrained(folder), read_texts(data))
+    labels = [torch.tensor(tf.AutoTokenizer.from_pretrained(folder)(t)["input_ids"][1:]) for t in read_texts(data)]
+    perplexity = math.exp(-bare.log_softmax(-1).gather(1, torch.cat(labels)[:, None]).mean())
+    assert found.scores.base == pytest.approx(perplexity, rel=1e-4)
 
 
 CLASSES = 5
