@@ -1,0 +1,194 @@
+"""The best `U X V^T` for a weight change, where X has a diagonal and a few other entries, the same ones in all layers.
+
+`||(dW - U X V^T) C^(1/2)||` is a least-squares problem in the entries of X: with `G_u = U^T U`, `G_v = V^T C V` and
+`H = U^T dW C V` its normal equations are `G_u X G_v = H` on the support. Neither U's columns nor V's are orthogonal,
+so they are solved by conjugate gradients, each row of X preconditioned by its own small system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Problem", "RoleFit", "fit_role", "solved"]
+
+# The pattern grows in so many steps: what the entries of one step explain is left to them before the next is chosen.
+STAGES = 4
+ROUGH, FINE = 20, 200  # iterations while the pattern grows, and at the end
+TOLERANCE = 1e-6
+# Rows of more entries than this are preconditioned by their diagonal alone.
+LONGEST_BLOCK = 64
+RIDGE = 1e-12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The least-squares problem of one layer, float64.
+
+    Attributes:
+        left: `G_u = U^T U (n, n)`; a row of zeros where the layer has no part in a direction.
+        right: `G_v = V^T C V (n, n)`.
+        target: `H = U^T dW C V (n, n)`.
+        energy: `||dW C^(1/2)||^2`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    target: torch.Tensor
+    energy: float
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """`(n, 1)`: the rows of X that do anything."""
+        return self.left.diagonal()[:, None] > 0
+
+    def residual(self, X: torch.Tensor) -> torch.Tensor:
+        """What of H a solution leaves, `(n, n)`."""
+        return self.target - self.left @ X @ self.right
+
+    def lost(self, X: torch.Tensor) -> float:
+        """`||(dW - U X V^T) C^(1/2)||^2`."""
+        return max(self.energy - float((X * (self.target + self.residual(X))).sum()), 0.0)
+
+    def gains(self, X: torch.Tensor) -> torch.Tensor:
+        """By how much each entry alone would lower what a solution loses, `(n, n)`."""
+        sizes = self.left.diagonal()[:, None] * self.right.diagonal()
+        return torch.where(sizes > 0, self.residual(X).square() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), 0.0)
+
+
+@dataclass
+class RoleFit:
+    """The fit of all layers of one role.
+
+    Attributes:
+        positions: sorted places `row * n + column` of the entries off the diagonal, int64.
+        diagonals: of X, `(n,)` for each layer.
+        values: of the entries, `(count,)` for each layer.
+        lost: squared norm that is not held, over all layers.
+    """
+
+    positions: torch.Tensor
+    diagonals: list[torch.Tensor]
+    values: list[torch.Tensor]
+    lost: float
+
+
+def fit_role(count: int, layers: int, problem: Callable[[int], Problem]) -> RoleFit:
+    """Fit the diagonal of X and `count` entries off it to all layers of a role.
+
+    Two patterns are tried, and the better one is kept: the entries that explain most, and those that explain most with
+    every row taking about equally many. Where inputs have one strong direction in common, the first crowds into what
+    belongs to it.
+
+    Args:
+        count: entries off the diagonal, in the same places in all layers.
+        layers: how many there are.
+        problem: makes the problem of one of them; called again and again, so that one is held at a time.
+    """
+    fits = [_grown(count, layers, problem, evenly) for evenly in (False, True)[: 2 if count else 1]]
+    return min(fits, key=lambda fit: fit.lost)
+
+
+def _grown(count: int, layers: int, problem: Callable[[int], Problem], evenly: bool) -> RoleFit:
+    size = problem(0).left.shape[0]
+    places = torch.arange(size, device=problem(0).left.device) * (size + 1)  # the diagonal
+    found = [torch.zeros(size, dtype=torch.float64, device=places.device) for _ in range(layers)]
+    stages = min(STAGES, count)
+    lost = 0.0
+    for stage in range(stages + 1):
+        last = stage == stages
+        score = torch.zeros(size, size, dtype=torch.float64, device=places.device)
+        lost = 0.0
+        for layer in range(layers):
+            work = problem(layer)
+            X = _matrix(found[layer], places[: len(found[layer])], size)
+            X = solved(work, _matrix(torch.ones_like(places), places, size) > 0, X, FINE if last else ROUGH)
+            found[layer] = X.flatten()[places]
+            lost += work.lost(X)
+            if not last:
+                score += work.gains(X)
+        if not last:
+            more = count * (stage + 1) // stages - count * stage // stages
+            places = torch.cat([places, _chosen(score, places, more, evenly)])
+    off = torch.sort(places[size:])
+    values = [each[size:][off.indices] for each in found]
+    return RoleFit(off.values, [each[:size] for each in found], values, lost)
+
+
+def _matrix(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+    empty = torch.zeros(size * size, dtype=torch.float64, device=values.device)
+    return empty.scatter_(0, places, values.double()).reshape(size, size)
+
+
+def _chosen(score: torch.Tensor, taken: torch.Tensor, count: int, evenly: bool) -> torch.Tensor:
+    """The places of the highest scores that are not taken yet; `evenly`: first of those highest in their own row."""
+    size = score.shape[0]
+    score = score.flatten().index_fill(0, taken, -1.0).reshape(size, size)
+    if evenly:
+        each = -(-count // size)
+        best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(each, 1).indices, True)
+        # Others only where there are not enough of these.
+        score = torch.where(best & (score >= 0), score + float(score.max()) + 1, score)
+    return score.flatten().topk(count).indices
+
+
+def solved(problem: Problem, support: torch.Tensor, X: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Solve the normal equations on a support by preconditioned conjugate gradients.
+
+    Args:
+        problem: the layer's.
+        support: `(n, n)`, bool.
+        X: a first guess, on the support.
+        iterations: at most.
+
+    Returns:
+        X `(n, n)`, zero off the support and in rows that do nothing.
+    """
+    support = support & problem.alive
+    precondition = _row_blocks(problem, support)
+    X = X * support
+    R = problem.residual(X) * support
+    Z = precondition(R)
+    direction, product = Z, float((R * Z).sum())
+    least = TOLERANCE**2 * float((problem.target * support * precondition(problem.target * support)).sum())
+    for _ in range(iterations):
+        if product <= least:
+            break
+        image = (problem.left @ direction @ problem.right) * support
+        step = product / float((direction * image).sum())
+        X, R = X + step * direction, R - step * image
+        Z = precondition(R)
+        before, product = product, float((R * Z).sum())
+        direction = Z + product / before * direction
+    return X
+
+
+def _row_blocks(problem: Problem, support: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The inverse of the problem with G_u cut to its diagonal: one small system for each row of X."""
+    sizes = problem.left.diagonal()
+    diagonal = sizes[:, None] * problem.right.diagonal()
+    inverse = torch.where(support & (diagonal > 0), 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny), 0.0)
+    counts = support.sum(1)
+    rows = ((counts > 0) & (counts <= LONGEST_BLOCK)).nonzero()[:, 0]
+    if not len(rows):
+        return lambda R: R * inverse
+    width = int(counts[rows].max())
+    # The columns of each row's entries, then others that fill it up and are left alone.
+    columns = support[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    real = (torch.arange(width, device=rows.device) < counts[rows, None]).double()
+    blocks = problem.right[columns[:, :, None], columns[:, None, :]] * sizes[rows, None, None]
+    blocks = blocks * real[:, :, None] * real[:, None, :]
+    ridge = RIDGE * blocks.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    blocks.diagonal(dim1=1, dim2=2).add_(torch.where(real > 0, ridge, 1.0))
+    inverses = torch.linalg.inv(blocks)
+
+    def apply(R: torch.Tensor) -> torch.Tensor:
+        result = R * inverse
+        inner = R[rows[:, None], columns] * real
+        result[rows] = 0.0
+        result[rows[:, None], columns] = (inverses @ inner[:, :, None])[:, :, 0] * real
+        return result
+
+    return apply

@@ -1,0 +1,162 @@
+"""Any adapter to SMoA: the best `sum_k M_k * (B_k A_k)`, M_k the spectral components of the base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from surgery.checkpoints.adapter import MODEL_PREFIX
+from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.checkpoints.tensor_files import file_bytes
+from surgery.converters.changes import Change, Source
+from surgery.converters.request import Request, Result
+from surgery.converters.smoa_fit import fit_masked
+from surgery.converters.to_lora import balanced
+from surgery.converters.type_config import own_keys
+from surgery.errors import MethodError
+from surgery.linalg.seeded import generator_for, kaiming_uniform
+from surgery.linalg.spectral import equal_share_cuts, top_components
+from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
+from surgery.reports.tables import human_bytes
+from surgery.sites import Site
+
+__all__ = ["to_smoa"]
+
+METHOD = METHODS["smoa"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+def to_smoa(source: Source, request: Request) -> Result:
+    """An `SMOA` adapter of two spectral groups whose factors fit the change best.
+
+    The rank is the budget's, or the highest that a budget in bytes allows, or the source's, or 32. With data, input
+    features count by their mean square. What an adapter of low rank does is not a multiple of its base's weights,
+    entry by entry: the error says how much is lost. Layers without a change leave the target list.
+
+    Raises:
+        MethodError: there is no base, the budget is too small or of another kind, a layer has fewer singular values
+            than there are groups, or nothing changes.
+    """
+    base = source.base
+    if base is None:
+        raise MethodError("--to smoa fits multiples of the base's weights, entry by entry: give the base with --base")
+    modules = _changed(source)
+    config = METHOD.make_config({"rank": _rank(source, modules, request)}, {"seed": request.seed})
+    notes = METHOD.notes(config, list(modules))
+    dtype = request.dtype or torch.float32
+    tensors: Tensors = {}
+    fingerprint = Fingerprint()
+    for module, site, delta in source.deltas():
+        if site is None or site not in modules:
+            continue
+        raw = base.raw_weight(site)
+        fingerprint.add(site.key, raw)
+        moments = _mean_squares(source, module, site, request)
+        target = delta.dense().to(request.device)
+        fitted = _fitted(config, site, target, raw.to(request.device, torch.float32), moments)
+        for name, tensor in fitted.items():
+            stored = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
+            if not bool(torch.isfinite(stored).all()):
+                raise MethodError(f"{module}: its factors are not finite in {dtype}: give --dtype float32")
+            tensors[_name(module, name)] = stored
+        if request.progress is not None:
+            request.progress(len(tensors) // len(fitted), len(modules), module)
+    config.base_fingerprint, config.init_weights = fingerprint.digests(), False
+    return Result(
+        config=own_keys(config, source),
+        tensors=tensors,
+        ranks={module: min(config.r, site.max_rank) for site, module in modules.items()},
+        trainable=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
+        notes=[*notes, "a change of low rank is seldom a multiple of the base's weights: --to giva holds it"],
+    )
+
+
+def _changed(source: Source) -> dict[Site, str]:
+    """The layers whose change is any, in the model's order -> their names."""
+    found = {site: module for module, site, delta in source.deltas() if site is not None and float(delta.norm()) > 0}
+    if not found:
+        raise MethodError("nothing is kept of any layer: the adapter changes nothing")
+    return found
+
+
+def _fitted(
+    config: SmoaConfig, site: Site, target: torch.Tensor, weight: torch.Tensor, mean_squares: torch.Tensor | None
+) -> Tensors:
+    cuts = equal_share_cuts(weight, config.groups)
+    top = list(top_components(weight, cuts))
+    masks = [*top, weight - torch.stack(top).sum(0)] if top else [weight]
+    rank = min(config.r, site.max_rank)
+    generator = generator_for(config.seed, site.key)
+    start = kaiming_uniform((rank, site.in_features), generator).to(target.device)
+    fit = fit_masked(target, masks, start.split(split_rank(rank, config.groups)), mean_squares)
+    B, A = balanced(fit.B, fit.A)
+    return {"A": A.float(), "B": B.float(), "cuts": torch.tensor(cuts, dtype=torch.int32)}
+
+
+def _mean_squares(source: Source, module: str, site: Site, request: Request) -> torch.Tensor | None:
+    """`E[x_i^2] (in,)`. The features' correlations would couple all columns of A in one system."""
+    if request.metric is None:
+        return None
+    stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
+    return request.metric.full(stub).C.diagonal().to(request.device)
+
+
+def _rank(source: Source, modules: Mapping[Site, str], request: Request) -> int:
+    """The rank over all groups.
+
+    Raises:
+        MethodError: the budget is of another kind, or too small.
+    """
+    budget = request.budget
+    limit = budget.bytes(request.source_bytes)
+    if budget.rank is not None:
+        return budget.rank
+    if limit is None and budget.given:
+        raise MethodError(
+            "smoa has one rank for all layers: give it with --rank, or what it may take with --size or --ratio"
+        )
+    if limit is None:
+        old = source.adapter.config.get("r")
+        return max(old, DEFAULT_GROUPS) if isinstance(old, int) and old > 0 else METHOD.info.rank or 32
+    return _rank_within(limit, source, modules, request.dtype or torch.float32)
+
+
+def _rank_within(limit: int, source: Source, modules: Mapping[Site, str], dtype: torch.dtype) -> int:
+    """The highest rank with which the file fits.
+
+    Raises:
+        MethodError: not even one rank for each group does.
+    """
+
+    def size(rank: int) -> int:
+        return file_bytes({**source.carried, **_planned(modules, rank, dtype)})
+
+    low, high = DEFAULT_GROUPS, max(DEFAULT_GROUPS, *(site.max_rank for site in modules))
+    if size(low) > limit:
+        raise MethodError(
+            f"a file of {human_bytes(limit)} is too small: at rank {low}, one for each group, with what must be "
+            f"carried, it is {size(low)} bytes"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= limit else (low, middle - 1)
+    return low
+
+
+def _planned(modules: Mapping[Site, str], rank: int, dtype: torch.dtype) -> Tensors:
+    """The tensors of the file, on the meta device."""
+    planned: Tensors = {}
+    config = METHOD.make_config({"rank": rank}, {})
+    for site, module in modules.items():
+        for name, shape in METHOD.shapes(config, site).items():
+            kind = METHOD.dtype(name, site)
+            planned[_name(module, name)] = torch.empty(
+                shape, dtype=dtype if kind.is_floating_point else kind, device="meta"
+            )
+    return planned
+
+
+def _name(module: str, short: str) -> str:
+    return f"{MODEL_PREFIX}{module}.{METHOD.prefix}{short}"
