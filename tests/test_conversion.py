@@ -147,7 +147,7 @@ def test_other_shapes(kind: str, model_folder, tmp_path: Path) -> None:
     for to, options in (("lora", {}), ("giva", {"bits": 32, "energy": 1.0})):
         surgery.convert(tmp_path / "source", to, tmp_path / to, **options)
         found, wanted = logits(folder, tmp_path / to, short), logits(folder, tmp_path / "source", short)
-        assert relative_difference(found, wanted) <= 2e-5
+        assert relative_difference(found, wanted) <= 1e-4
 
 
 def test_patterns_and_scales_of_single_layers(llama: Path, tmp_path: Path) -> None:
