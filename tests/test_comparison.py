@@ -556,6 +556,20 @@ def test_own_types_answer_as_under_peft(method: str, llama: Path, texts: Path, t
     assert found.kl == pytest.approx(divergence(p, q), rel=1e-3) and found.kl > 1e-3
 
 
+def test_a_change_that_depends_on_a_transposed_weight(model_folder, tmp_path: Path) -> None:
+    """GPT-2 stores its weights `(in, out)`; HiRA multiplies them."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(model_folder("gpt2"), folder)
+    save_tokenizer(folder)
+    data = write_rows(tmp_path / "texts.jsonl", text_rows(6))
+    for name, rank in (("a", 3), ("b", 2)):
+        config = peft.HiraConfig(r=rank, target_modules=["c_attn", "mlp.c_proj"], task_type="CAUSAL_LM")
+        trained(load_base(folder), config, tmp_path / name)
+    found = surgery.compare(tmp_path / "a", tmp_path / "b", base=folder, data=data, latency=False)
+    assert found.kl == pytest.approx(expected_kl(tmp_path / "a", tmp_path / "b", folder, data), rel=1e-4)
+    assert found.kl > 1e-3
+
+
 def test_one_copy_of_the_base_is_loaded(pair, llama: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     original = tf.LlamaForCausalLM.from_pretrained.__func__
