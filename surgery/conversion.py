@@ -25,7 +25,7 @@ from surgery.reports.convert_report import ConvertReport
 __all__ = ["FORMS", "convert"]
 
 # Form -> its converter, a module and function of this name below surgery.converters.
-FORMS = {"giva": "to_giva", "vera": "to_vera", "lora": "to_lora"}
+FORMS = {"giva": "to_giva", "vera": "to_vera", "lora": "to_lora", "frod": "to_frod", "smoa": "to_smoa"}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -36,7 +36,7 @@ BITS = ("auto", "32", "16", "8", "4", "3", "2")
 # LoRA -> giva without a budget.
 DEFAULT_RATIO = 20.0
 # Forms that cannot hold every change; what keeps less than half of its energy is of no use.
-LOSSY_FORMS = {"vera"}
+LOSSY_FORMS = {"vera", "frod", "smoa"}
 LEAST_ENERGY = 0.5
 # What every PEFT configuration has, and a conversion leaves as it is.
 COMMON_KEYS = ("auto_mapping", "base_model_name_or_path", "bias", "modules_to_save", "revision", "task_type")
@@ -80,7 +80,7 @@ def convert(
     Args:
         adapter: a folder, a Hub id or an opened `Adapter`, of a type that `Adapter.delta` knows; or several of one
             base, which then share its calibration.
-        to: `giva` (integer factors of few bits with scales), `lora` or `vera`.
+        to: `giva` (integer factors of few bits with scales), `lora`, `vera`, `frod` or `smoa`.
         out: the folder to write; for several adapters, the folder that gets one for each. None writes nothing.
         base: their base model, a folder or a Hub id; needed with data, and for types whose change depends on it.
         data: a data file, labels not needed: errors are then measured in what they do to the model's predictions.

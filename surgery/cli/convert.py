@@ -35,7 +35,9 @@ class Size(click.ParamType[int]):
 
 @click.command("convert")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--to", type=click.Choice(["giva", "vera", "lora"]), required=True, help="Form of the result.")
+@click.option(
+    "--to", type=click.Choice(["giva", "vera", "lora", "frod", "smoa"]), required=True, help="Form of the result."
+)
 @click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <adapter>-<form>]")
 @click.option("--base", metavar="MODEL", help="Their base model: a folder or a Hub id.")
 @click.option("--data", metavar="FILE", help="Calibration data, as for init; labels are not needed.")
@@ -82,8 +84,8 @@ def command(
 ) -> None:
     """Bring a trained adapter into another form, and state what that loses.
 
-    ADAPTER is a folder or a Hub id. giva stores it in few bits; lora is what everything loads; vera
-    is a best fit. With --base and --data errors are measured in what they do to the model's predictions. Several
+    ADAPTER is a folder or a Hub id. giva stores it in few bits; lora is what everything loads; vera, frod and
+    smoa are best fits. With --base and --data errors are measured in what they do to the model's predictions. Several
     adapters of one base share its calibration; OUT then gets a folder for each.
 
     \b
