@@ -16,6 +16,7 @@ __all__ = ["Problem", "RoleFit", "fit_role", "solved"]
 
 # The pattern grows in so many steps: what the entries of one step explain is left to them before the next is chosen.
 STAGES = 4
+SURPLUS = 1.0  # of the entries wanted; the weakest are given up again
 ROUGH, FINE = 20, 200  # iterations while the pattern grows, and at the end
 TOLERANCE = 1e-6
 # Rows of more entries than this are preconditioned by their diagonal alone.
@@ -44,6 +45,11 @@ class Problem:
         """`(n, 1)`: the rows of X that do anything."""
         return self.left.diagonal()[:, None] > 0
 
+    @property
+    def sizes(self) -> torch.Tensor:
+        """`(n, n)`: squared norm of what each entry of X is multiplied by."""
+        return self.left.diagonal()[:, None] * self.right.diagonal()
+
     def residual(self, X: torch.Tensor) -> torch.Tensor:
         """What of H a solution leaves, `(n, n)`."""
         return self.target - self.left @ X @ self.right
@@ -54,7 +60,7 @@ class Problem:
 
     def gains(self, X: torch.Tensor) -> torch.Tensor:
         """By how much each entry alone would lower what a solution loses, `(n, n)`."""
-        sizes = self.left.diagonal()[:, None] * self.right.diagonal()
+        sizes = self.sizes
         return torch.where(sizes > 0, self.residual(X).square() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), 0.0)
 
 
@@ -91,30 +97,78 @@ def fit_role(count: int, layers: int, problem: Callable[[int], Problem]) -> Role
     return min(fits, key=lambda fit: fit.lost)
 
 
+@dataclass
+class _Role:
+    """The layers of a role and the solution on a support that they share.
+
+    Attributes:
+        places: of the support, the diagonal first.
+        found: X there, for each layer.
+        gains: `(n, n)`, what each entry off the support would gain, over all layers.
+        worth: what each entry of the support holds by itself, over all layers.
+        lost: squared norm that is not held, over all layers.
+    """
+
+    layers: int
+    problem: Callable[[int], Problem]
+    size: int
+    places: torch.Tensor
+    found: list[torch.Tensor]
+    gains: torch.Tensor
+    worth: torch.Tensor
+    lost: float = 0.0
+
+    @classmethod
+    def with_diagonal(cls, layers: int, problem: Callable[[int], Problem]) -> _Role:
+        """Nothing but a diagonal of zeros."""
+        first = problem(0).left
+        size = first.shape[0]
+        places = torch.arange(size, device=first.device) * (size + 1)
+        zeros = torch.zeros_like(first.diagonal())
+        return cls(layers, problem, size, places, [zeros] * layers, torch.zeros_like(first), zeros)
+
+    def grow(self, count: int, evenly: bool) -> None:
+        """Take in the entries that gain most."""
+        more = _chosen(self.gains, self.places, count, evenly)
+        self.places = torch.cat([self.places, more])
+        self.found = [torch.cat([values, torch.zeros_like(more, dtype=values.dtype)]) for values in self.found]
+
+    def prune(self, count: int) -> None:
+        """Keep the diagonal and the `count` entries that hold most."""
+        best = self.worth[self.size :].topk(count).indices + self.size
+        kept = torch.cat([torch.arange(self.size, device=best.device), best])
+        self.places, self.found = self.places[kept], [values[kept] for values in self.found]
+
+    def solve(self, iterations: int) -> None:
+        """Fit every layer on the support, from what it has."""
+        self.gains, self.worth, self.lost = torch.zeros_like(self.gains), torch.zeros_like(self.found[0]), 0.0
+        support = torch.zeros_like(self.gains, dtype=torch.bool).flatten().index_fill(0, self.places, True)
+        for layer in range(self.layers):
+            work = self.problem(layer)
+            X = _matrix(self.found[layer], self.places, self.size)
+            X = solved(work, support.view_as(X), X, iterations)
+            self.found[layer] = X.flatten()[self.places]
+            self.gains += work.gains(X)
+            self.worth += (X.square() * work.sizes).flatten()[self.places]
+            self.lost += work.lost(X)
+
+
 def _grown(count: int, layers: int, problem: Callable[[int], Problem], evenly: bool) -> RoleFit:
-    size = problem(0).left.shape[0]
-    places = torch.arange(size, device=problem(0).left.device) * (size + 1)  # the diagonal
-    found = [torch.zeros(size, dtype=torch.float64, device=places.device) for _ in range(layers)]
-    stages = min(STAGES, count)
-    lost = 0.0
-    for stage in range(stages + 1):
-        last = stage == stages
-        score = torch.zeros(size, size, dtype=torch.float64, device=places.device)
-        lost = 0.0
-        for layer in range(layers):
-            work = problem(layer)
-            X = _matrix(found[layer], places[: len(found[layer])], size)
-            X = solved(work, _matrix(torch.ones_like(places), places, size) > 0, X, FINE if last else ROUGH)
-            found[layer] = X.flatten()[places]
-            lost += work.lost(X)
-            if not last:
-                score += work.gains(X)
-        if not last:
-            more = count * (stage + 1) // stages - count * stage // stages
-            places = torch.cat([places, _chosen(score, places, more, evenly)])
-    off = torch.sort(places[size:])
-    values = [each[size:][off.indices] for each in found]
-    return RoleFit(off.values, [each[:size] for each in found], values, lost)
+    role = _Role.with_diagonal(layers, problem)
+    size = role.size
+    if count:
+        # More than are kept: what is chosen first is not always what is wanted beside the rest.
+        most = min(count + int(SURPLUS * count), size * (size - 1))
+        stages = min(STAGES, most)
+        role.solve(ROUGH)
+        for stage in range(stages):
+            role.grow(most * (stage + 1) // stages - most * stage // stages, evenly)
+            role.solve(ROUGH)
+        role.prune(count)
+    role.solve(FINE)
+    off = torch.sort(role.places[size:])
+    values = [each[size:][off.indices] for each in role.found]
+    return RoleFit(off.values, [each[:size] for each in role.found], values, role.lost)
 
 
 def _matrix(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
@@ -127,7 +181,7 @@ def _chosen(score: torch.Tensor, taken: torch.Tensor, count: int, evenly: bool) 
     size = score.shape[0]
     score = score.flatten().index_fill(0, taken, -1.0).reshape(size, size)
     if evenly:
-        each = -(-count // size)
+        each = min(-(-count // size), size)
         best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(each, 1).indices, True)
         # Others only where there are not enough of these.
         score = torch.where(best & (score >= 0), score + float(score.max()) + 1, score)
@@ -168,7 +222,7 @@ def solved(problem: Problem, support: torch.Tensor, X: torch.Tensor, iterations:
 def _row_blocks(problem: Problem, support: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of the problem with G_u cut to its diagonal: one small system for each row of X."""
     sizes = problem.left.diagonal()
-    diagonal = sizes[:, None] * problem.right.diagonal()
+    diagonal = problem.sizes
     inverse = torch.where(support & (diagonal > 0), 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny), 0.0)
     counts = support.sum(1)
     rows = ((counts > 0) & (counts <= LONGEST_BLOCK)).nonzero()[:, 0]
