@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -17,8 +18,8 @@ __all__ = ["Problem", "RoleFit", "fit_role", "solved"]
 # The pattern grows in so many steps: what the entries of one step explain is left to them before the next is chosen.
 STAGES = 4
 SURPLUS = 1.0  # of the entries wanted; the weakest are given up again
-ROUGH, FINE = 20, 200  # iterations while the pattern grows, and at the end
-TOLERANCE = 1e-6
+ROUGH, FINE = 20, 150  # iterations while the pattern grows, and at the end
+TOLERANCE = 1e-4  # of the solution's norm in the metric: 1e-8 of what it holds
 # Rows of more entries than this are preconditioned by their diagonal alone.
 LONGEST_BLOCK = 64
 RIDGE = 1e-12
@@ -29,30 +30,42 @@ class Problem:
     """The least-squares problem of one layer, float64.
 
     Attributes:
-        left: `G_u = U^T U (n, n)`; a row of zeros where the layer has no part in a direction.
+        U: `(out, n)`; a column of zeros where the layer has no part in a direction.
         right: `G_v = V^T C V (n, n)`.
         target: `H = U^T dW C V (n, n)`.
         energy: `||dW C^(1/2)||^2`.
     """
 
-    left: torch.Tensor
+    U: torch.Tensor
     right: torch.Tensor
     target: torch.Tensor
     energy: float
 
-    @property
-    def alive(self) -> torch.Tensor:
-        """`(n, 1)`: the rows of X that do anything."""
-        return self.left.diagonal()[:, None] > 0
+    @cached_property
+    def left(self) -> torch.Tensor | None:
+        """`G_u = U^T U (n, n)`, or None where products with U itself are cheaper: it has few rows."""
+        rows, columns = self.U.shape
+        return self.U.T @ self.U if 3 * rows >= 2 * columns else None
 
-    @property
+    @cached_property
+    def norms(self) -> torch.Tensor:
+        """Squared norms of U's columns `(n,)`: of the rows of X, those above zero do something."""
+        return self.U.square().sum(0)
+
+    @cached_property
     def sizes(self) -> torch.Tensor:
         """`(n, n)`: squared norm of what each entry of X is multiplied by."""
-        return self.left.diagonal()[:, None] * self.right.diagonal()
+        return self.norms[:, None] * self.right.diagonal()
+
+    def image(self, X: torch.Tensor) -> torch.Tensor:
+        """`G_u X G_v`, `(n, n)`."""
+        if self.left is not None:
+            return self.left @ X @ self.right
+        return self.U.T @ (self.U @ X @ self.right)
 
     def residual(self, X: torch.Tensor) -> torch.Tensor:
         """What of H a solution leaves, `(n, n)`."""
-        return self.target - self.left @ X @ self.right
+        return self.target - self.image(X)
 
     def lost(self, X: torch.Tensor) -> float:
         """`||(dW - U X V^T) C^(1/2)||^2`."""
@@ -93,8 +106,10 @@ def fit_role(count: int, layers: int, problem: Callable[[int], Problem]) -> Role
         layers: how many there are.
         problem: makes the problem of one of them; called again and again, so that one is held at a time.
     """
-    fits = [_grown(count, layers, problem, evenly) for evenly in (False, True)[: 2 if count else 1]]
-    return min(fits, key=lambda fit: fit.lost)
+    roles = [_grown(count, layers, problem, evenly) for evenly in (False, True)[: 2 if count else 1]]
+    best = min(roles, key=lambda role: role.lost)
+    best.solve(FINE)
+    return best.fit()
 
 
 @dataclass
@@ -121,7 +136,7 @@ class _Role:
     @classmethod
     def with_diagonal(cls, layers: int, problem: Callable[[int], Problem]) -> _Role:
         """Nothing but a diagonal of zeros."""
-        first = problem(0).left
+        first = problem(0).right
         size = first.shape[0]
         places = torch.arange(size, device=first.device) * (size + 1)
         zeros = torch.zeros_like(first.diagonal())
@@ -152,8 +167,15 @@ class _Role:
             self.worth += (X.square() * work.sizes).flatten()[self.places]
             self.lost += work.lost(X)
 
+    def fit(self) -> RoleFit:
+        """What there is, with its places in order."""
+        off = torch.sort(self.places[self.size :])
+        values = [each[self.size :][off.indices] for each in self.found]
+        return RoleFit(off.values, [each[: self.size] for each in self.found], values, self.lost)
 
-def _grown(count: int, layers: int, problem: Callable[[int], Problem], evenly: bool) -> RoleFit:
+
+def _grown(count: int, layers: int, problem: Callable[[int], Problem], evenly: bool) -> _Role:
+    """The support of one kind, roughly fitted."""
     role = _Role.with_diagonal(layers, problem)
     size = role.size
     if count:
@@ -165,10 +187,8 @@ def _grown(count: int, layers: int, problem: Callable[[int], Problem], evenly: b
             role.grow(most * (stage + 1) // stages - most * stage // stages, evenly)
             role.solve(ROUGH)
         role.prune(count)
-    role.solve(FINE)
-    off = torch.sort(role.places[size:])
-    values = [each[size:][off.indices] for each in role.found]
-    return RoleFit(off.values, [each[:size] for each in role.found], values, role.lost)
+    role.solve(ROUGH)
+    return role
 
 
 def _matrix(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
@@ -200,7 +220,7 @@ def solved(problem: Problem, support: torch.Tensor, X: torch.Tensor, iterations:
     Returns:
         X `(n, n)`, zero off the support and in rows that do nothing.
     """
-    support = support & problem.alive
+    support = support & (problem.norms > 0)[:, None]
     precondition = _row_blocks(problem, support)
     X = X * support
     R = problem.residual(X) * support
@@ -210,7 +230,7 @@ def solved(problem: Problem, support: torch.Tensor, X: torch.Tensor, iterations:
     for _ in range(iterations):
         if product <= least:
             break
-        image = (problem.left @ direction @ problem.right) * support
+        image = problem.image(direction) * support
         step = product / float((direction * image).sum())
         X, R = X + step * direction, R - step * image
         Z = precondition(R)
@@ -221,7 +241,7 @@ def solved(problem: Problem, support: torch.Tensor, X: torch.Tensor, iterations:
 
 def _row_blocks(problem: Problem, support: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of the problem with G_u cut to its diagonal: one small system for each row of X."""
-    sizes = problem.left.diagonal()
+    sizes = problem.norms
     diagonal = problem.sizes
     inverse = torch.where(support & (diagonal > 0), 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny), 0.0)
     counts = support.sum(1)

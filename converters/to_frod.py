@@ -122,7 +122,7 @@ def _problem(
     metric = C.to(weight.device).double() if C is not None else None
     seen_V, seen_A = (V, A) if metric is None else (metric @ V, A @ metric)
     return Problem(
-        left=U.T @ U,
+        U=U,
         right=V.T @ seen_V,
         target=(U.T @ B) @ (A @ seen_V),
         energy=float(((B.T @ B) * (seen_A @ A.T)).sum()),

@@ -1,0 +1,240 @@
+"""SMoA from other adapters: least squares through masks, and the stated loss is the true one."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.converters.smoa_fit import fit_masked
+from surgery.errors import MethodError, WrongBaseError
+from tests.methods.test_stock import randomise
+from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
+from tests.test_conversion import WEIGHTS, dense, trained
+from tests.texts import save_tokenizer, text_rows, write_rows
+
+
+@pytest.fixture
+def lora(llama: Path, tmp_path: Path) -> Path:
+    """A LoRA on some linears of the tiny grouped-query Llama."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], task_type="CAUSAL_LM")
+    return trained(load_base(llama), config, tmp_path / "source")
+
+
+def weight_of(model: Any, module: str) -> torch.Tensor:
+    layer = model.get_submodule(module)
+    weight = layer.weight.detach().double()
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def smoa_dense(made: Path, model: Any, module: str) -> torch.Tensor:
+    """`sum_k M_k * (B_k A_k)` from the file and an exact decomposition of the base weight, float64."""
+    own = surgery.Adapter.open(made).modules[module]
+    W = weight_of(model, module)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    cut = int(own["smoa_cuts"])
+    A, B = own["smoa_A"].double(), own["smoa_B"].double()
+    first = -(-A.shape[0] // 2)
+    total = torch.zeros_like(W)
+    for values, ranks in ((slice(0, cut), slice(0, first)), (slice(cut, None), slice(first, None))):
+        total += ((U[:, values] * S[values]) @ Vh[values]) * (B[:, ranks] @ A[ranks])
+    return total
+
+
+def errors(source: Path, made: Path, model: Any) -> dict[str, float]:
+    found = {}
+    for name in load_file(source / WEIGHTS):
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            dW = dense(source, module)
+            found[module] = float((dW - smoa_dense(made, model, module)).norm() / dW.norm())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "llama-bf16-sharded"])
+def test_the_stated_error_is_the_true_one_and_the_adapter_opens(kind: str, model_folder, tmp_path: Path) -> None:
+    folder = model_folder(kind)
+    trained(load_base(folder), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), tmp_path / "source")
+    made, report = surgery.convert(tmp_path / "source", "smoa", tmp_path / "out", base=folder, accept_loss=True)
+    assert made.config["r"] == 4 and made.config["groups"] == 2
+    model = load_base(folder)
+    true = errors(tmp_path / "source", tmp_path / "out", model)
+    assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
+    assert report.reload_difference == 0 and 0.3 < report.weight_error < 1
+    opened = PeftModel.from_pretrained(load_base(folder), tmp_path / "out").eval()
+    for module in true:
+        weight = model.get_submodule(module).weight
+        change = smoa_dense(tmp_path / "out", load_base(folder), module)
+        weight.data += (change.T if type(model.get_submodule(module)).__name__ == "Conv1D" else change).float()
+    inputs = model_inputs(kind.removesuffix("-bf16-sharded"))
+    with torch.no_grad():
+        found, wanted, plain = (output(m, inputs) for m in (opened, model, load_base(folder)))
+    assert relative_difference(found, wanted) < 1e-4
+    assert relative_difference(plain, wanted) > 1e-2
+
+
+def test_what_lies_in_the_family_is_found(llama: Path, tmp_path: Path) -> None:
+    adapter, _ = surgery.init(llama, "smoa", None, rank=4)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in adapter.tensors.items():
+        if name.endswith("smoa_B"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    adapter.save(tmp_path / "source")
+    _, report = surgery.convert(tmp_path / "source", "smoa", None, base=llama, rank=4)
+    assert report.weight_error < 1e-3
+    # A control: of half the rank it is not.
+    assert (
+        surgery.convert(tmp_path / "source", "smoa", None, base=llama, rank=2, accept_loss=True)[1].weight_error > 0.1
+    )
+
+
+def random(*shapes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def test_a_step_is_the_least_squares_solution_of_all_rows(monkeypatch) -> None:
+    """One sweep from given A: B by a dense solver over all its entries, then A by another; in several batches."""
+    monkeypatch.setattr("surgery.converters.smoa_fit.SWEEPS", 1)
+    monkeypatch.setattr("surgery.converters.smoa_fit.BATCH_BYTES", 8 * 3 * 7 * 2)
+    target, M1, M2, A1, A2 = random((5, 7), (5, 7), (5, 7), (2, 7), (1, 7))
+    weights = random((1, 7), seed=1)[0][0].square()
+    fit = fit_masked(target, [M1, M2], [A1, A2], weights)
+    root = weights.sqrt()
+
+    def columns(vary_B: bool, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        found = []
+        for index in range((B if vary_B else A).numel()):
+            one = torch.zeros_like(B if vary_B else A)
+            one.view(-1)[index] = 1.0
+            b, a = (one, A) if vary_B else (B, one)
+            found.append(((M1 * (b[:, :2] @ a[:2]) + M2 * (b[:, 2:] @ a[2:])) * root).flatten())
+        return torch.stack(found, 1)
+
+    goal = (target * root).flatten()[:, None]
+    A = torch.cat([A1, A2])
+    B = torch.linalg.lstsq(columns(True, torch.zeros(5, 3, dtype=torch.float64), A), goal).solution.view(5, 3)
+    torch.testing.assert_close(fit.B, B, rtol=1e-3, atol=1e-3)
+    # Against the fit's own B, from which A was made. The ridge holds back columns of next to no weight, so what counts
+    # is what is left.
+    best = columns(False, fit.B, A)
+    least = float((goal - best @ torch.linalg.lstsq(best, goal).solution).norm() / goal.norm())
+    left = (target - M1 * (fit.B[:, :2] @ fit.A[:2]) - M2 * (fit.B[:, 2:] @ fit.A[2:])) * root
+    assert float(left.norm() / goal.norm()) == pytest.approx(least, rel=1e-3)
+    assert fit.relative_error == pytest.approx(float(left.norm() / goal.norm()), rel=1e-9)
+
+
+def test_sweeps_lower_the_error_and_zero_masks_are_no_hindrance() -> None:
+    target, M1, M2, A1, A2 = random((12, 9), (12, 9), (12, 9), (2, 9), (2, 9), seed=3)
+    M1[:4], M2[:4], M1[:, 2], M2[:, 2] = 0, 0, 0, 0
+    fit = fit_masked(target, [M1, M2], [A1, A2], None)
+    assert len(fit.errors) > 3
+    assert all(later <= before * (1 + 1e-6) for before, later in itertools.pairwise(fit.errors))
+    assert not fit.B[:4].any() and not fit.A[:, 2].any()
+    assert fit.B.isfinite().all() and float(fit.B.abs().max()) < 1e3
+    assert fit_masked(target * 0, [M1, M2], [A1, A2], None).relative_error == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_budget_in_bytes_is_met_and_filled(dtype: str, lora: Path, llama: Path, tmp_path: Path) -> None:
+    limit = 20_000
+    made, report = surgery.convert(
+        lora, "smoa", tmp_path / "out", base=llama, size=limit, dtype=dtype, accept_loss=True
+    )
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size == report.bytes <= limit
+    more = surgery.convert(lora, "smoa", None, base=llama, rank=made.config["r"] + 1, dtype=dtype, accept_loss=True)[1]
+    assert more.bytes > limit
+    true = errors(lora, tmp_path / "out", load_base(llama))
+    assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
+    with pytest.raises(MethodError, match=r"it is (\d+) bytes") as error:
+        surgery.convert(lora, "smoa", None, base=llama, size=1000, dtype=dtype)
+    smallest = int(str(error.value).split(" it is ")[1].split()[0])
+    _, least = surgery.convert(lora, "smoa", None, base=llama, size=smallest, dtype=dtype, accept_loss=True)
+    assert least.bytes == smallest
+
+
+def test_a_bfloat16_source_stays_so(lora: Path, llama: Path, tmp_path: Path) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(lora / WEIGHTS).items()}, lora / WEIGHTS)
+    made, report = surgery.convert(lora, "smoa", tmp_path / "out", base=llama, accept_loss=True)
+    assert {tensor.dtype for tensor in made.tensors.values()} == {torch.bfloat16, torch.int32}
+    true = errors(lora, tmp_path / "out", load_base(llama))
+    assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
+
+
+def test_layers_without_a_change_leave(lora: Path, llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(lora / WEIGHTS)
+    gone = "model.layers.0.self_attn.q_proj"
+    tensors[f"base_model.model.{gone}.lora_B.weight"].zero_()
+    deficient = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+    deficient[:, 1:] = deficient[:, :1]
+    save_file(tensors, lora / WEIGHTS, metadata={"format": "pt"})
+    made, report = surgery.convert(lora, "smoa", tmp_path / "out", base=llama, accept_loss=True)
+    assert report.modules == 8 and gone not in made.config["target_modules"]
+    PeftModel.from_pretrained(load_base(llama), tmp_path / "out")
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+    save_file(tensors, lora / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(MethodError, match="changes nothing"):
+        surgery.convert(lora, "smoa", None, base=llama)
+
+
+def test_heads_are_carried_bit_for_bit(model_folder, tmp_path: Path) -> None:
+    base = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"), num_labels=5)
+    source = get_peft_model(base, LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    randomise(source)
+    source.save_pretrained(tmp_path / "source")
+    surgery.convert(tmp_path / "source", "smoa", tmp_path / "out", base=model_folder("bert"), accept_loss=True)
+    old, new = (load_file(tmp_path / folder / WEIGHTS) for folder in ("source", "out"))
+    carried = [name for name in old if "lora_" not in name]
+    assert len(carried) == 2 and all(torch.equal(old[name], new[name]) for name in carried)
+
+
+def test_data_makes_the_outputs_better(lora: Path, tmp_path: Path) -> None:
+    base = save_tokenizer(save_model("llama", tmp_path / "text-llama"))
+    data = write_rows(tmp_path / "texts.jsonl", text_rows(96))
+    options = {"base": base, "data": data, "samples": 48, "accept_loss": True, "stats": tmp_path / "stats.safetensors"}
+    _, measured = surgery.convert(lora, "smoa", tmp_path / "with", **options)
+    surgery.convert(lora, "smoa", tmp_path / "without", base=base, accept_loss=True)
+    moments = load_file(tmp_path / "stats.safetensors")
+    model = load_base(base)
+    output_errors = {}
+    for name in ("with", "without"):
+        lost = total = 0.0
+        for site in measured.sites:
+            C = moments[f"{site.module.removeprefix('model.')}.C"].double()
+            dW = dense(lora, site.module)
+            difference = dW - smoa_dense(tmp_path / name, model, site.module)
+            lost += float(((difference @ C) * difference).sum())
+            total += float(((dW @ C) * dW).sum())
+        output_errors[name] = (lost / total) ** 0.5
+    assert measured.output_error == pytest.approx(output_errors["with"], rel=1e-2)
+    assert output_errors["with"] < output_errors["without"]
+
+
+def test_refusals(lora: Path, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="--base"):
+        surgery.convert(lora, "smoa", tmp_path / "out")
+    with pytest.raises(MethodError, match=r"keeps .*of its energy.*--to giva.*--accept-loss"):
+        surgery.convert(lora, "smoa", tmp_path / "out", base=llama, rank=2)
+    for budget in ({"energy": 0.9}, {"max_error": 0.5}):
+        with pytest.raises(MethodError, match="--rank"):
+            surgery.convert(lora, "smoa", tmp_path / "out", base=llama, accept_loss=True, **budget)
+    with pytest.raises(MethodError, match="at least 2"):
+        surgery.convert(lora, "smoa", tmp_path / "out", base=llama, rank=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_bound_to_its_base(lora: Path, tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    surgery.convert(lora, "smoa", tmp_path / "out", base=base, accept_loss=True)
+    edit_tensors(base, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].mul_(1.01))
+    with pytest.raises(WrongBaseError):
+        surgery.convert(tmp_path / "out", "lora", None, base=base, rank=4)
