@@ -18,6 +18,7 @@ from surgery.errors import AdapterError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.heads import HEAD_TASKS, missing_modules
 from surgery.linalg.delta import Delta
+from surgery.linalg.threads import one_torch_thread
 from surgery.merged_config import with_labels
 from surgery.methods.base import OwnMethod, Role
 from surgery.methods.contents import Contents, contents_of, who
@@ -85,6 +86,10 @@ class Side:
 
     def _from_file(self, name: str) -> Delta:
         """What `Adapter.delta` gives, which checks the whole file again for every layer."""
+        with one_torch_thread():  # conversions and checks, bound by memory
+            return self._read(name)
+
+    def _read(self, name: str) -> Delta:
         if self.adapter.peft_type in STOCK:
             return stock_delta(self.adapter, name, self.modules[name], None)
         method = method_for_type(self.adapter.peft_type)
@@ -160,7 +165,8 @@ class Pair:
                 common.
             WrongBaseError: an adapter was made from other base weights.
         """
-        sides = (Side(a, contents_of(a)), Side(b, contents_of(b)))
+        with one_torch_thread():
+            sides = (Side(a, contents_of(a)), Side(b, contents_of(b)))
         if base is None:
             for adapter in (a, b):
                 if needs_base(adapter):

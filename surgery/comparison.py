@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from surgery.compared_pair import Layer, Pair, Side, WithBias, bits_equal
 from surgery.devices import resolve_device
 from surgery.errors import MethodError
 from surgery.linalg.delta import Delta
+from surgery.linalg.threads import one_torch_thread
 from surgery.reports.comparison_report import (
     CarriedTensor,
     ComparedAdapter,
@@ -33,6 +35,8 @@ from surgery.training.start import GradientSettings, load_model, on_device, prep
 __all__ = ["compare"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Factors of fewer numbers are decomposed by one thread.
+SMALL = 1 << 20
 # (done, of how many, what)
 Progress = Callable[[int, int, str], None]
 Deltas = dict[str, Delta]
@@ -185,6 +189,17 @@ def _with_bias(delta: Delta, bias: torch.Tensor | None) -> Delta:
 
 
 def _site(layer: Layer, ours: Delta | None, theirs: Delta | None) -> ComparedSite:
+    # Decompositions of matrices of a few columns are many times slower where threads have to be woken for each.
+    with one_torch_thread() if _is_small(ours) and _is_small(theirs) else contextlib.nullcontext():
+        return _compared(layer, ours, theirs)
+
+
+def _is_small(delta: Delta | None) -> bool:
+    factors = delta.factors() if delta is not None else ()
+    return factors is not None and all(factor.numel() < SMALL for factor in factors)
+
+
+def _compared(layer: Layer, ours: Delta | None, theirs: Delta | None) -> ComparedSite:
     norm_a, norm_b = (float(delta.norm()) if delta is not None else 0.0 for delta in (ours, theirs))
     # Where only one changes the layer, the other's norm is 0.
     difference = norm_a + norm_b if ours is None or theirs is None else _distance(ours, theirs)
