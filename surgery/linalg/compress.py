@@ -197,10 +197,11 @@ class _Search:
 
     def _noise_for(self, size: float) -> float:
         """The D at which the plan takes so many bytes."""
-        low = math.log(self._least())
+        least = self._least()
+        if self._planned(least) <= size:
+            return least
+        low = math.log(least)
         high = math.log(max((float(s.energy[0]) for s in self.spectra if s.energy.size), default=1.0))
-        if self._planned(math.exp(low)) <= size:
-            return math.exp(low)
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if self._planned(math.exp(middle)) <= size else (middle, high)

@@ -9,8 +9,6 @@ makes the `D_i` almost equal, as one step for all rows wants it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,34 +16,38 @@ from numpy.typing import NDArray
 __all__ = ["Curvature", "RoundingRule"]
 
 BLOCK = 64
+PART = 1024
 
 Matrix = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class RoundingRule:
-    """What rounding is to weigh.
+    """What rounding is to weigh: the nearest integer, the one below it in magnitude, or 0 if that saves enough bits.
 
-    Attributes:
+    Args:
         weights: of the squared error of each column, in units of its step, `(r,)`.
         bits: what magnitudes cost, times the price, by magnitude and column, `(largest + 1, r)`.
     """
 
-    weights: Matrix
-    bits: Matrix
+    def __init__(self, weights: Matrix, bits: Matrix) -> None:
+        self.largest, self.columns = len(bits) - 1, np.arange(len(weights))
+        magnitudes = np.arange(1, len(bits))[:, None]
+        nothing = np.full((1, len(weights)), -np.inf)
+        # With errors weighed w, z is worth its bits b_z against z - 1 from z - 1/2 + (b_z - b_(z-1)) / 2w on, and
+        # against 0 from z / 2 + (b_z - b_0) / 2wz on.
+        below, zero = np.diff(bits, axis=0) / (2 * weights), (bits[1:] - bits[0]) / (2 * weights * magnitudes)
+        self.below = np.concatenate([nothing, below]).reshape(-1)
+        self.zero = np.concatenate([nothing, zero]).reshape(-1)
 
-    def nearest(self, targets: Matrix, pivot: float | Matrix) -> Matrix:
+    def nearest(self, targets: Matrix, pivot: float) -> Matrix:
         """The best integers for targets `(..., r)` in units of the steps, if their errors count `pivot` times."""
-        largest = len(self.bits) - 1
         magnitude = np.abs(targets)
-        weight, column = self.weights * pivot, np.arange(targets.shape[-1])
-        upper = np.minimum(np.rint(magnitude), largest).astype(np.intp)
-        best = weight * (magnitude - upper) ** 2 + self.bits[upper, column]
-        choice = upper
-        for lower in (np.maximum(upper - 1, 0), np.zeros_like(upper)):
-            cost = weight * (magnitude - lower) ** 2 + self.bits[lower, column]
-            choice = np.where(cost < best, lower, choice)
-            best = np.minimum(cost, best)
+        choice = np.minimum(np.rint(magnitude), self.largest)
+        cell = (choice * len(self.columns) + self.columns).astype(np.int32)
+        less = magnitude - choice + 0.5 < self.below.take(cell) / pivot
+        choice -= less
+        cell -= less * np.int32(len(self.columns))
+        choice[magnitude - choice * 0.5 < self.zero.take(cell) / pivot] = 0
         return np.copysign(choice, targets)
 
 
@@ -86,7 +88,9 @@ class Curvature:
     def rounded(self, targets: Matrix, rule: RoundingRule) -> Matrix:
         """Integers `(n, r)` for targets `(n, r)` in units of the steps."""
         if self.H is None:
-            return rule.nearest(targets, 1.0)
+            # Part by part, so that what is in between stays in the cache.
+            parts = [rule.nearest(targets[at : at + PART], 1.0) for at in range(0, self.size, PART)]
+            return np.concatenate(parts)
         targets = targets[self._order]
         integers, errors = np.zeros_like(targets), np.zeros_like(targets)
         for stop in range(self.size, 0, -BLOCK):
