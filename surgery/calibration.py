@@ -129,9 +129,13 @@ class Calibration:
 
 
 def carried_in(model: Any, source: Source) -> dict[str, torch.Tensor]:
-    """What an adapter saves whole, by the names of the model's parameters."""
+    """What an adapter saves whole, by the names of the model's parameters and buffers.
+
+    What the model's class has no place for has no part in its answers, and is left out.
+    """
     assert source.base is not None
-    names = dict(model.named_parameters())
+    # By every name: a weight that is tied to another is replaced under its own name alone.
+    names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     found = {}
     for parameter, name in source.contents.carried.items():
         place = located(parameter, names, source.base)

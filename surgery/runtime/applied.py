@@ -21,31 +21,40 @@ def applied(
 ) -> Iterator[nn.Module]:
     """The model with weight changes and replaced parameters; on leaving it is as it was, to the last bit.
 
+    A value takes its place under the one name: a weight that is tied to another comes apart for as long as it lasts, as
+    it does where PEFT saves a module whole.
+
     Args:
         model: the base model.
         deltas: by the name of a linear in the model, the change that is added to its output.
-        carried: by the name of a parameter in the model, the values that take its place (heads, biases).
+        carried: by the name of a parameter or buffer in the model, the values that take its place (heads, biases).
 
     Raises:
         AdapterError: the model has no such module or parameter, or of another shape.
     """
-    parameters = dict(model.named_parameters())
-    for name, tensor in (carried or {}).items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "none"
-            raise AdapterError(f"{name}: the adapter saves it as {tuple(tensor.shape)}, the model has {found}")
-    handles, before = [], {name: parameters[name].data for name in carried or {}}
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, value in (carried or {}).items():
+            _replace(model, name, value, stack)
         for name, delta in deltas.items():
-            handles.append(_linear(model, name).register_forward_hook(_adding(delta)))
-        for name, tensor in (carried or {}).items():
-            parameters[name].data = tensor.to(parameters[name])
+            stack.callback(_linear(model, name).register_forward_hook(_adding(delta)).remove)
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, data in before.items():
-            parameters[name].data = data
+
+
+def _replace(model: nn.Module, name: str, value: torch.Tensor, stack: contextlib.ExitStack) -> None:
+    """Another value in place of a parameter until the stack is unwound; not in its storage, which tied ones share."""
+    path, _, short = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise AdapterError(f"{name}: {type(model).__name__} has no module {path}") from None
+    held: Any = module._parameters if short in module._parameters else module._buffers
+    old = held.get(short)
+    if old is None or old.shape != value.shape:
+        found = "none" if old is None else str(tuple(old.shape))
+        raise AdapterError(f"{name}: the adapter saves it as {tuple(value.shape)}, the model has {found}")
+    new = value.to(old.device, old.dtype)
+    stack.callback(held.__setitem__, short, old)
+    held[short] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.errors import AdapterError, MethodError
+from surgery.errors import MethodError
 from surgery.linalg.delta import Delta
 from surgery.runtime.applied import applied
 from surgery.training.data import Examples, batches
@@ -166,7 +166,7 @@ class _Answers:
 
 
 def _answers(model: nn.Module, features: Mapping[str, Any], adapter: Applied) -> _Answers:
-    with _carrying(model, adapter.carried), applied(model, adapter.deltas):
+    with applied(model, adapter.deltas, adapter.carried):
         output = model(**arguments(model, features))
     logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
     if logits is not None:
@@ -180,30 +180,6 @@ def _answers(model: nn.Module, features: Mapping[str, Any], adapter: Applied) ->
             "compared here"
         )
     return _Answers("embeddings", _pooled(hidden, features.get("attention_mask")), "sample")
-
-
-@contextmanager
-def _carrying(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model with other values in place of named parameters, each under this name alone.
-
-    A weight that is tied to another comes apart for as long as it lasts, as it does where PEFT saves a module whole.
-    """
-    with ExitStack() as stack:
-        for name, value in values.items():
-            path, _, short = name.rpartition(".")
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:
-                raise AdapterError(f"{name}: {type(model).__name__} has no module {path}") from None
-            held: Any = module._parameters if short in module._parameters else module._buffers
-            old = held.get(short)
-            if old is None or old.shape != value.shape:
-                found = "none" if old is None else str(tuple(old.shape))
-                raise AdapterError(f"{name}: the adapter saves it as {tuple(value.shape)}, the model has {found}")
-            new = value.to(old.device, old.dtype)
-            stack.callback(held.__setitem__, short, old)
-            held[short] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-        yield
 
 
 def arguments(model: Any, features: Mapping[str, Any]) -> dict[str, Any]:
