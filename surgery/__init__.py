@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from surgery.checkpoints.base_model import BaseModel
     from surgery.comparison import compare
     from surgery.conversion import convert
+    from surgery.hub.push import push
     from surgery.initialization import init
     from surgery.inspection import Inspection, inspect
     from surgery.merging import merge
     from surgery.reports.comparison_report import Comparison
     from surgery.reports.merge_report import MergeReport
+    from surgery.reports.push_report import PushReport
     from surgery.reports.report import Report
     from surgery.runtime.loading import load
+    from surgery.training.preparing import trainable
 
 __all__ = [
     "Adapter",
@@ -32,6 +35,7 @@ __all__ = [
     "Comparison",
     "Inspection",
     "MergeReport",
+    "PushReport",
     "Report",
     "__version__",
     "compare",
@@ -41,6 +45,8 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "push",
+    "trainable",
 ]
 
 __version__ = version("adapter-surgery")
@@ -51,6 +57,7 @@ _HOMES = {
     "Comparison": "surgery.reports.comparison_report",
     "Inspection": "surgery.inspection",
     "MergeReport": "surgery.reports.merge_report",
+    "PushReport": "surgery.reports.push_report",
     "Report": "surgery.reports.report",
     "compare": "surgery.comparison",
     "convert": "surgery.conversion",
@@ -59,6 +66,8 @@ _HOMES = {
     "inspect": "surgery.inspection",
     "load": "surgery.runtime.loading",
     "merge": "surgery.merging",
+    "push": "surgery.hub.push",
+    "trainable": "surgery.training.preparing",
 }
 
 

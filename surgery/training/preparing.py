@@ -1,0 +1,205 @@
+"""An adapter on its base model, ready for a trainer: the right class, its head, and what its type trains set free."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
+from surgery.checkpoints.base_model import BaseModel
+from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.fitting import with_place_for
+from surgery.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
+from surgery.merged_config import with_labels
+from surgery.methods.contents import contents_of, who
+from surgery.runtime.loading import fit_to_model, load, own_task
+from surgery.training.start import GradientSettings, load_model
+
+__all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
+
+ACTIVE = "default"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Prepared:
+    """What is trained.
+
+    Attributes:
+        adapter: the adapter under the names of the model's modules.
+        base: the base model's files, under the class that is trained.
+        model: the adapter on the loaded base; of its parameters those that train require a gradient.
+        names: of what trains, by name in the adapter's file -> by name in the model.
+    """
+
+    adapter: Adapter
+    base: BaseModel
+    model: PeftModel
+    names: dict[str, str]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by name in the adapter's file."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[inner] for name, inner in self.names.items()}
+
+
+def trainable(
+    adapter: str | Path | Adapter,
+    base: str | Path | nn.Module | None = None,
+    *,
+    task: str | None = None,
+    only: Sequence[str] = (),
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """Open an adapter on its base model for a trainer of one's own (TRL, Lightning, a plain loop).
+
+    The class is the one that the adapter was made for, with as many labels as its head has. What the adapter's type
+    trains requires a gradient, and the head and biases that it carries to train; nothing else does. The trained model
+    is saved with `save_pretrained`, as any PEFT model.
+
+    Args:
+        adapter: a folder, a Hub id, or an opened `Adapter`, of any type.
+        base: a folder, a Hub id, or a loaded model; default the base that the adapter names.
+        task: chooses the model class where `base` is not a model; default the task that the adapter was made for.
+        only: train these parts alone, by the last part of their names (`giva_s`, `lora_A`, `classifier`).
+        dtype: of the base in memory, float32 or bfloat16; the adapter is float32.
+        device: where the base is loaded.
+        trust_remote_code: run model code that comes with the base.
+
+    Raises:
+        AdapterError: the adapter does not fit the model, or nothing of it is called as `only` says.
+        CheckpointError: the base cannot be used.
+    """
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    if isinstance(base, nn.Module):
+        model = load(opened, base, is_trainable=True)
+        _keep_only(model, only)
+        return model
+    name = base if base is not None else opened.config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{who(opened)}: names no base model: give it with base")
+    return prepare(
+        opened, name, task=task, only=only, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).model
+
+
+def prepare(
+    adapter: Adapter,
+    base: str | Path,
+    *,
+    task: str | None = None,
+    only: Sequence[str] = (),
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """As `trainable`, with the base's files and the adapter as it is named in the model.
+
+    Raises:
+        AdapterError: it does not fit, or the task's head is neither in the base nor in the adapter.
+        CheckpointError: the base, its class for this task, or the dtype is not to be had.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"a base model is trained on in {' or '.join(DTYPES)}, not in {dtype}")
+    opened, heads = base_for(adapter, base, task, trust_remote_code)
+    _refuse_untrained_head(adapter, opened)
+    model = load_model(opened, GradientSettings(dtype=DTYPES[dtype], device=torch.device(device)), heads)
+    if adapter.peft_type == "FROD":
+        from surgery.converters.stock_frod import portable_frod
+
+        adapter = portable_frod(adapter, model)
+    fitted = fit_to_model(adapter, model)
+    peft_model = load(fitted, model, is_trainable=True)
+    _keep_only(peft_model, only)
+    names = {_file_name(name): name for name, p in peft_model.named_parameters() if p.requires_grad}
+    return Prepared(fitted, opened, peft_model, names)
+
+
+def base_for(
+    adapter: Adapter, base: str | Path, task: str | None, trust_remote_code: bool = False
+) -> tuple[BaseModel, dict[str, torch.Tensor]]:
+    """The base model under the class that an adapter is for.
+
+    Returns:
+        The base, and the heads by parameter where they are of another number of labels than the base's: what replaces
+        them while the base is loaded.
+    """
+    opened = BaseModel.open(base, task or own_task(adapter), trust_remote_code)
+    if adapter.peft_type == "FROD":  # read on the loaded model
+        return opened, {}
+    contents = contents_of(adapter)
+    if task is None:
+        opened = with_place_for(opened, adapter, contents, trust_remote_code)
+    heads = {name: adapter.tensors[key] for name, key in contents.carried.items() if name in opened.shapes}
+    config = with_labels(opened, heads)
+    if config is None:
+        return opened, {}
+    return opened.with_config(type(opened.config).from_dict(copy.deepcopy(config))), heads
+
+
+def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What requires a gradient, by its name in an adapter's file."""
+    return {_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _file_name(name: str) -> str:
+    """PEFT's name of a parameter without the adapter's name and the wrapper of a module that is saved whole."""
+    parts = name.split(".")
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
+        return ".".join(parts)
+    return ".".join(part for part in parts if part != ACTIVE)
+
+
+def _refuse_untrained_head(adapter: Adapter, base: BaseModel) -> None:
+    """Refuse a task whose head is drawn anew at every load: what was trained below it would be lost."""
+    if base.task is None or base.task.name not in HEAD_TASKS:
+        return
+    missing = [name for name in missing_modules(base) if name.partition(".")[0].endswith(HEAD_NAMES)]
+    lost = [name for name in missing if not any(key.startswith(f"{MODEL_PREFIX}{name}.") for key in adapter.tensors)]
+    if lost:
+        raise AdapterError(
+            f"{who(adapter)}: neither it nor the base model has the head {listing(lost, 2)} of {base.task.name}; make "
+            f"an adapter with one: surgery init --task {base.task.name}"
+        )
+
+
+def _keep_only(model: PeftModel, only: Sequence[str]) -> None:
+    """Freeze what is not called for.
+
+    Raises:
+        AdapterError: nothing trains, or something that was called for does not.
+    """
+    parameters = trained_parameters(model)
+    if not parameters:
+        raise AdapterError("nothing of this adapter trains")
+    if not only:
+        return
+    unknown = [part for part in only if not any(_is_part(name, part) for name in parameters)]
+    if unknown:
+        known = sorted(
+            {name.rpartition(".")[2] if ".lora_" not in name else name.split(".")[-2] for name in parameters}
+        )
+        raise AdapterError(f"nothing that trains is called {listing(unknown)}; there are {listing(known)}")
+    for name, parameter in parameters.items():
+        if not any(_is_part(name, part) for part in only):
+            parameter.requires_grad_(False)
+
+
+def _part(name: str) -> str:
+    """The short name of a parameter: `lora_A` of `...lora_A.weight`, `classifier` of `classifier.weight`."""
+    return name.split(".")[-2 if name.endswith((".weight", ".bias")) else -1]
+
+
+def _is_part(name: str, part: str) -> bool:
+    return part in name.removeprefix(MODEL_PREFIX).split(".")
