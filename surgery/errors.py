@@ -12,6 +12,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "DataError",
+    "HubError",
     "MethodError",
     "OutputError",
     "SurgeryError",
@@ -47,6 +48,10 @@ class DataError(SurgeryError):
 
 class OutputError(SurgeryError):
     """The output cannot be written where it was asked for."""
+
+
+class HubError(SurgeryError):
+    """Something cannot be pushed: the Hub refuses it or cannot be reached, or it holds what should stay private."""
 
 
 class WrongBaseError(SurgeryError, ValueError):

@@ -1,0 +1,147 @@
+"""`surgery push`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.output import note, show_json
+from surgery.errors import listing
+from surgery.reports.tables import human_bytes, summary, table
+
+if TYPE_CHECKING:
+    from surgery.reports.push_report import PushReport
+
+
+@click.command("push")
+@click.argument("folder")
+@click.argument("repo", metavar="ORG/NAME")
+@click.option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="Hub id of the base model. [default: what the adapter names, where it is one]",
+)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made where there is none. [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--commit-message", metavar="TEXT", help="Title of the commit.")
+@click.option("--license", metavar="ID", help="The adapter's licence, as the Hub calls it; for the card.")
+@click.option(
+    "--token",
+    metavar="TOKEN",
+    help="Hub token; - reads it from standard input. [default: HF_TOKEN, or the stored login]",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, show files and card; no connection is opened.")
+@common_options()
+def command(
+    folder: str, repo: str, token: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> None:
+    """Publish an adapter on the Hugging Face Hub.
+
+    FOLDER is checked first and not changed. ORG/NAME gets it as one commit, with a model card; a card of your own is
+    kept, and ours stands in it between two markers. Paths of this machine and tokens are not published. Nothing is
+    committed where the Hub has it all already.
+
+    \b
+    Examples:
+      surgery push small/ org/small --base-model org/base
+      surgery push small/ org/small --private --dry-run
+    """
+    set_verbosity(verbose, quiet)
+    token = _taken(token)
+    from surgery.hub.push import push
+
+    with _progress(wanted=not quiet and not as_json) as progress:
+        report = push(folder, repo, token=token, progress=progress, **options)
+    if as_json:
+        show_json(report.to_dict())
+        return
+    if not quiet:
+        _show(report)
+    click.echo(report.out if report.out is not None else human_bytes(sum(file.bytes for file in report.files)))
+
+
+def _show(report: PushReport) -> None:
+    """The plan, and what came of it, on stderr: stdout gets the address alone, or, of a dry run, the card too."""
+    for line in report.notes:
+        note(f"Note: {line}")
+    if report.left_out:
+        note(f"Note: not published: {listing(report.left_out, 6)}")
+    visible = {True: "private", False: "public", None: "private or public as it is, or as the Hub's default"}
+    where = f"{report.repo}, branch {report.revision or 'main'}"
+    lines = [
+        ("adapter", f"{report.title} ({report.peft_type}), {report.modules:,} layers"),
+        ("base", report.base),
+        ("to", f"{where} ({visible[report.private]})"),
+    ]
+    if report.dry_run:
+        lines.append(("dry run", "nothing sent"))
+    elif report.unchanged:
+        lines.append(("unchanged", "the Hub has all of it already; no commit was made"))
+    else:
+        lines.append(("commit", f"{report.commit} in {report.seconds:.1f} s"))
+    plan = [[file.path, human_bytes(file.bytes)] for file in report.files]
+    text = f"{summary(lines)}\n\n{table(['file', 'size'], plan, right=(1,))}\n"
+    if not report.dry_run:
+        note(text)
+        return
+    click.echo(f"{text}\nREADME.md:\n")
+    click.echo("\n".join(f"  {line}".rstrip() for line in report.card.splitlines()) + "\n")
+
+
+def _taken(token: str | None) -> str | None:
+    """The token of `--token`, taken off the list of processes."""
+    if token is None:
+        return None
+    if token == "-":
+        return sys.stdin.readline().strip() or None
+    _wipe_argument(token)
+    note("Warning: --token leaves the token in the shell's history; HF_TOKEN and `hf auth login` do not")
+    return token
+
+
+def _wipe_argument(secret: str) -> None:
+    """Overwrite a secret in this process's arguments, which every user of the machine can read."""
+    sys.argv[:] = [argument.replace(secret, "***") for argument in sys.argv]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc: another system
+        # Where the arguments lie in memory: fields 48 and 49; the name in field 2 may hold spaces.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+        arguments, wanted = ctypes.string_at(start, end - start), secret.encode()
+        position = arguments.find(wanted)
+        while position >= 0:
+            ctypes.memset(start + position, ord("*"), len(wanted))
+            position = arguments.find(wanted, position + len(wanted))
+
+
+@contextlib.contextmanager
+def _progress(wanted: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar of bytes on stderr, on a terminal only. By Xet the Hub's client sends, and shows bars of its own."""
+    from huggingface_hub import utils
+
+    if wanted and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc="push", unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+            def move(done: int, total: int, what: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(what, refresh=False)
+                bar.update(done - bar.n)
+
+            yield move
+        return
+    shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield None
+    finally:
+        if shown:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]

@@ -1,0 +1,283 @@
+"""Checks of an adapter folder before it is published, reading it piece by piece: memory is that of a layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+
+from surgery.catalogue import method_for_type
+from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.checkpoints.foreign import foreign_format
+from surgery.checkpoints.packing import is_packed
+from surgery.checkpoints.rewriting import DTYPES, Tensor, file_bytes, read_header
+from surgery.checkpoints.tensor_files import read_tensor
+from surgery.errors import AdapterError, CheckpointError, HubError, listing
+from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
+from surgery.memory import release_freed
+from surgery.methods.contents import contents_of, refuse_unreadable
+from surgery.methods.stock import STOCK
+
+__all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter"]
+
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+BASE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern})(?:@(?P<revision>[\w./-]+))?")
+# A layer of more bytes is not decomposed for the picture.
+MOST_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One changed layer: its shape, norm and ranks, where its file says them without the base model."""
+
+    module: str
+    shape: tuple[int, int]
+    rank: int | None
+    norm: float
+    rank_95: int | None
+    rank_99: int | None
+
+
+@dataclass
+class Checked:
+    """An adapter folder that may be published.
+
+    Attributes:
+        folder: where it lies.
+        config: `adapter_config.json`, as it is on the disk.
+        provenance: `surgery.json`, or an empty dictionary.
+        card: `README.md`, or None.
+        base: the Hub id of its base model.
+        revision: the revision of the base model, or None.
+        modules: number of layers that it changes.
+        parameters: numbers that a trainer would train, heads included.
+        bytes: size of `adapter_model.safetensors`.
+        carried: what it brings whole: parameter -> shape.
+        layers: the changed layers that could be measured.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    card: str | None
+    base: str
+    revision: str | None
+    modules: int
+    parameters: int
+    bytes: int
+    carried: dict[str, tuple[int, ...]]
+    layers: list[Measured] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peft_type(self) -> str:
+        """The adapter's PEFT type."""
+        return str(self.config["peft_type"])
+
+
+def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
+    """Check that a folder is complete, that its tensors are finite and agree with its configuration.
+
+    Args:
+        folder: an adapter folder.
+        base_model: the Hub id of its base model, `ORG/NAME` or `ORG/NAME@REVISION`, in place of what it names.
+
+    Raises:
+        AdapterError: a file is missing or broken, a tensor is not finite, PEFT would not use a tensor, or the
+            configuration is not that of the tensors.
+        HubError: the base model that the adapter names is no Hub id.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder; give the folder of an adapter")
+    opened = Adapter.open(folder)  # maps the file, and reads of it only what is packed
+    base, revision = base_model_id(folder, opened.config, base_model)
+    weights = folder / WEIGHTS_FILE
+    header = read_header(weights).tensors
+    kind = opened.peft_type
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterError(f"{folder / CONFIG_FILE}: PEFT type {kind} is known neither to PEFT nor to surgery")
+    found = foreign_format(header)
+    if found:
+        raise AdapterError(f"{weights}: {found}")
+    _refuse_not_finite(weights, header)
+    packed = opened if is_packed(opened.config) else None
+    changed, carried = _sorted(opened)
+    _check_targets(folder, opened.config, changed, carried)
+    checked = Checked(
+        folder=folder,
+        config=opened.config,
+        provenance=opened.provenance,
+        card=opened.card,
+        base=base,
+        revision=revision,
+        modules=len(changed),
+        parameters=_trainable(opened, changed, carried),
+        bytes=weights.stat().st_size,
+        carried=carried,
+    )
+    del opened  # and with it the mapping of the file
+    try:
+        refuse_unreadable(Adapter(checked.config, {}))
+    except AdapterError as error:
+        checked.notes.append(f"its layers are not checked one by one: {_reason(error)}")
+        return checked
+    for module, layer in _layers(checked, changed, header, packed):
+        measured = _checked_layer(layer, module)
+        if measured is not None:
+            checked.layers.append(measured)
+    return checked
+
+
+def base_model_id(folder: Path, config: Mapping[str, Any], given: str | None) -> tuple[str, str | None]:
+    """The Hub id and revision of an adapter's base model.
+
+    Raises:
+        HubError: the one given is no Hub id, or none is given and the one that the adapter names is none.
+    """
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    name = given if given is not None else str(named or "")
+    match = BASE_ID.fullmatch(name)
+    if given is not None:
+        if match is None:
+            raise HubError(f"--base-model {given}: is no Hub id (ORG/NAME, or ORG/NAME@REVISION)")
+        return match["repo"], match["revision"]
+    if match is None or _is_local(folder, name):
+        # The place itself stays out of the message: it may end in a log that is published.
+        what = f"{Path(name).name!r} on a disk" if named else "no base model"
+        raise HubError(f"{folder}: names {what}, not a Hub id; say which model it is with --base-model ORG/NAME")
+    return match["repo"], match["revision"] or revision
+
+
+def _is_local(folder: Path, name: str) -> bool:
+    return Path(name).exists() or (folder.parent / name).exists()
+
+
+def _reason(error: AdapterError) -> str:
+    return str(error).removeprefix("the adapter: ")
+
+
+def _refuse_not_finite(path: Path, header: Mapping[str, Tensor]) -> None:
+    """Read every number, without mapping the file: mapped pages would count as memory of this process."""
+    for name, tensor in header.items():
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise AdapterError(f"{path}: {name} is {tensor.dtype}, which torch does not know")
+        try:
+            for piece in file_bytes(path, tensor):
+                values = torch.frombuffer(bytearray(piece), dtype=dtype)
+                if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+                    raise AdapterError(f"{path}: {name} holds NaN or Inf: the training diverged, or the file is broken")
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from None
+    release_freed()
+
+
+def _sorted(adapter: Adapter) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """The layers that an adapter changes, by the names of their tensors, and what it brings whole with its shape."""
+    prefixes = _prefixes(adapter.peft_type)
+    changed, carried = [], {}
+    for module, tensors in adapter.modules.items():
+        if not module:
+            continue
+        if prefixes and any(short.startswith(prefixes) for short in tensors):
+            changed.append(module)
+            continue
+        for short, tensor in tensors.items():
+            name = f"{module}.{short}"
+            if ".modules_to_save." not in f".{name}" and ".original_module." not in f".{name}":
+                carried[name.replace(".base_layer.", ".")] = tuple(tensor.shape)
+    return changed, carried
+
+
+def _prefixes(peft_type: str) -> tuple[str, ...]:
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type)
+    return (prefix,) if prefix else ()
+
+
+def _check_targets(
+    folder: Path, config: Mapping[str, Any], changed: list[str], carried: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that PEFT would not use: it ignores those of layers that the configuration does not name."""
+    if not changed and _prefixes(str(config["peft_type"])):
+        raise AdapterError(f"{folder / WEIGHTS_FILE}: changes no layer: none of its tensors is {config['peft_type']}'s")
+    lost = [module for module in changed if not _is_target(module, config)]
+    if lost:
+        raise AdapterError(
+            f"{folder}: {WEIGHTS_FILE} has tensors for {listing(lost, 3)}, which {CONFIG_FILE} does not name as "
+            "target: PEFT would ignore them"
+        )
+    names = [f".{name}" for name in carried]
+    for module in config.get("modules_to_save") or ():
+        if not any(f".{module}." in name or name.endswith(f".{module}") for name in names):
+            raise AdapterError(f"{folder}: {CONFIG_FILE} lists {module} in modules_to_save, {WEIGHTS_FILE} lacks it")
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear" or config.get("target_parameters"):
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    # An adapter on embeddings or fused layers keeps its tensors one level deeper.
+    plain = module.removesuffix(".base_layer")
+    return any(plain == target or plain.endswith(f".{target}") for target in targets)
+
+
+def _trainable(adapter: Adapter, changed: list[str], carried: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers that train: what a method of ours names; everything of a type that we only read."""
+    method = method_for_type(adapter.peft_type)
+    names = set(method.trainable_names) if method is not None else None
+    modules = adapter.modules
+    return sum(
+        tensor.numel()
+        for module in changed
+        for short, tensor in modules[module].items()
+        if names is None or short in names
+    ) + sum(math.prod(shape) for shape in carried.values())
+
+
+def _layers(
+    checked: Checked, changed: list[str], header: Mapping[str, Tensor], packed: Adapter | None
+) -> Iterator[tuple[str, Adapter]]:
+    """Each layer as an adapter of its own, its tensors read when it is asked for."""
+    shared = [name for name in header if not name.startswith(MODEL_PREFIX)]
+    names = list(packed.tensors) if packed is not None else list(header)
+    by_layer = Adapter(checked.config, {name: torch.empty(0, device="meta") for name in names}).modules
+    weights = checked.folder / WEIGHTS_FILE
+    for module in changed:
+        own = [f"{MODEL_PREFIX}{module}.{short}" for short in by_layer[module]]
+        if packed is not None:
+            yield module, Adapter(checked.config, {name: packed.tensors[name] for name in own})
+        elif sum(header[name].size for name in [*own, *shared]) <= MOST_BYTES:
+            yield module, Adapter(checked.config, {name: read_tensor(weights, name) for name in [*own, *shared]})
+        release_freed()
+
+
+def _checked_layer(layer: Adapter, module: str) -> Measured | None:
+    """Check one layer, and measure its change where the file alone says what it is.
+
+    Raises:
+        AdapterError: it lacks tensors, or they do not fit each other or the configuration.
+    """
+    stock = STOCK.get(layer.peft_type)
+    if stock is not None and any(short in stock.refused for short in layer.modules[module]):
+        return None  # PEFT reads it, we do not
+    contents_of(layer)
+    try:
+        delta = layer.delta(module)
+    except AdapterError:  # it depends on the base model
+        return None
+    factors = delta.factors()
+    rank = None if factors is None else int(factors[1].shape[0])
+    if not has_cheap_spectrum(delta):
+        return Measured(module, delta.shape, rank, float(delta.norm()), None, None)
+    values = singular_values(delta)
+    norm = float(values.square().sum().sqrt())
+    return Measured(module, delta.shape, rank, norm, effective_rank(values, 0.95), effective_rank(values, 0.99))

@@ -1,0 +1,106 @@
+"""What must not leave the machine: tokens, and paths of its disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import HubError
+
+__all__ = ["machine_folders", "quiet_logs", "redacted", "refuse_private", "without_paths"]
+
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
+# Addresses of storage services carry their own password.
+SIGNATURE = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
+CREDENTIALS = re.compile(r"(https?://)[^\s/@'\"]+@")
+# Two components at least: a single slash or </b> is no path. What follows a colon or a slash belongs to a URL.
+ABSOLUTE = re.compile(r"(?<![\w.:/<\\-])(?:~/|/)(?:[\w.+@~=-]+/)+[\w.+@~=-]*|\b[A-Za-z]:\\[^\s\"']+")
+# Homes of any machine, for text that was written on another one.
+HOMES = re.compile(r"(?<![\w.:/-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\Users\\")
+LOGGERS = ("huggingface_hub", "httpx2", "httpx", "httpcore", "httpcore2")
+
+
+def redacted(text: str, token: str | None = None) -> str:
+    """A message without tokens, without the signatures of addresses, and without names and passwords in them."""
+    if token:
+        text = text.replace(token, "***")
+    text = CREDENTIALS.sub(r"\1", TOKEN.sub("***", text))
+    return SIGNATURE.sub(r"\1", text)
+
+
+def without_paths(value: Any) -> Any:
+    """A JSON value in which every absolute path is replaced by its last component."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    whole = value.removeprefix("file://")
+    if len(Path(whole).parts) > 2 and Path(whole).is_absolute() and "\n" not in whole:
+        return Path(whole).name
+    return ABSOLUTE.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
+
+
+def machine_folders(folder: Path) -> list[str]:
+    """The folders whose names would tell about this machine: home, the working directory, and where an adapter lies."""
+    known = [Path.home(), Path.cwd(), folder.resolve(), folder.absolute().parent]
+    return sorted({str(path) for path in known if len(path.parts) > 1}, key=len, reverse=True)
+
+
+def refuse_private(name: str, text: str, folders: list[str]) -> None:
+    """Refuse a text that holds a token or a path of this machine.
+
+    Args:
+        name: of the file, for the message.
+        text: what is in it.
+        folders: `machine_folders`.
+
+    Raises:
+        HubError: it does; the message names the line, and does not repeat a token.
+    """
+    paths = re.compile("|".join([*(rf"(?<![\w.:-]){re.escape(path)}(?![\w.-])" for path in folders), HOMES.pattern]))
+    for number, line in enumerate(text.splitlines(), 1):
+        if TOKEN.search(line):
+            raise HubError(f"{name}, line {number}: holds what looks like a Hub token; take it out, and revoke it")
+        found = paths.search(line)
+        if found is not None:
+            raise HubError(f"{name}, line {number}: holds a path of a machine ({found[0]}); take it out")
+
+
+class _Redaction(logging.Filter):
+    """Redacts what libraries log."""
+
+    def __init__(self, token: str | None) -> None:
+        super().__init__()
+        self.token = token
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage(), self.token), None
+        return True
+
+
+@contextlib.contextmanager
+def quiet_logs(token: str | None) -> Iterator[None]:
+    """While the block runs, what the Hub's client logs is redacted, and only shown under `-v`."""
+    shown = logging.getLogger().isEnabledFor(logging.INFO)
+    redaction = _Redaction(token)
+    # A filter of a logger does not see what its children log; one of a handler does.
+    handlers = [*logging.getLogger().handlers, *(h for name in LOGGERS for h in logging.getLogger(name).handlers)]
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    for handler in handlers:
+        handler.addFilter(redaction)
+    for name in LOGGERS if not shown and not os.environ.get("HF_DEBUG") else ():
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(redaction)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
