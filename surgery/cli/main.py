@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "surgery.cli.inspect",
     "merge": "surgery.cli.merge",
     "methods": "surgery.cli.methods",
+    "push": "surgery.cli.push",
 }
 INTERRUPTED, TERMINATED = 130, 143
 
