@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import needs_base
@@ -20,13 +18,10 @@ from surgery.heads import HEAD_TASKS, missing_modules
 from surgery.linalg.delta import Delta
 from surgery.linalg.threads import one_torch_thread
 from surgery.merged_config import with_labels
-from surgery.methods.base import OwnMethod, Role
 from surgery.methods.contents import Contents, contents_of, who
-from surgery.methods.deltas import own_config, own_delta, short_names, stock_delta
 from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
-from surgery.methods.stock import STOCK
-from surgery.sites import Site
+from surgery.sites import Site, role_by_name
 
 __all__ = ["Layer", "Pair", "Side", "WithBias", "bits_equal"]
 
@@ -69,39 +64,21 @@ class Side:
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
     changes: ChangesOnBase | None = None  # with a base
 
-    @cached_property
-    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The adapter's tensors by layer and short name."""
-        return self.adapter.modules
-
     def delta(self, layer: Layer, weight: torch.Tensor | None) -> Delta | None:
         """Its change of a layer, or None where it has none."""
         name = self.names.get(layer.module)
         if name is None:
             return None
         if self.changes is None:
-            return self._from_file(name)
+            with one_torch_thread():  # conversions and checks, bound by memory
+                return self.adapter.delta(name)
         assert layer.site is not None and weight is not None
         return self.changes.delta(layer.site, weight)
-
-    def _from_file(self, name: str) -> Delta:
-        """What `Adapter.delta` gives, which checks the whole file again for every layer."""
-        with one_torch_thread():  # conversions and checks, bound by memory
-            return self._read(name)
-
-    def _read(self, name: str) -> Delta:
-        if self.adapter.peft_type in STOCK:
-            return stock_delta(self.adapter, name, self.modules[name], None)
-        method = method_for_type(self.adapter.peft_type)
-        if not isinstance(method, OwnMethod) or method.names(Role.BASE, shared=True):
-            return self.adapter.delta(name)
-        config = own_config(self.adapter, method)
-        return own_delta(method, config, short_names(method, self.modules[name]), None, name)
 
     def bias(self, layer: Layer) -> torch.Tensor | None:
         """What the bias of LoRA's B (`lora_bias`) adds to the layer's output, `(out,)`, or None."""
         name = self.names.get(layer.module)
-        parts = self.modules[name] if name is not None else {}
+        parts = self.adapter.layer(name) if name is not None else {}
         if name is None or BIAS_NAME not in parts:
             return None
         return parts[BIAS_NAME].float() * scaling_of(self.adapter.config, name, parts["lora_A.weight"].shape[0])
@@ -280,7 +257,7 @@ def _by_name(a: Side, b: Side) -> Pair:
             name = rename(parameter)
             side.carried[name if name in a.contents.carried else parameter] = side.adapter.tensors[key]
     names = dict.fromkeys([*a.names, *b.names])
-    return _checked(a, b, None, [Layer(name, *_role_of(name)) for name in names], False)
+    return _checked(a, b, None, [Layer(name, *role_by_name(name)) for name in names], False)
 
 
 def _renaming(ours: Collection[str], theirs: Collection[str]) -> Callable[[str], str]:
@@ -338,15 +315,6 @@ def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
             "choose the class of model with --task"
         )
     return {str(place): side.adapter.tensors[side.contents.carried[name]] for name, place in places.items()}
-
-
-def _role_of(module: str) -> tuple[str, int | None]:
-    """Role and block by the name alone: the first number in it is the block's index."""
-    parts = module.split(".")
-    position = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    if position is None:
-        return module, None
-    return ".".join([*parts[:position], "*", *parts[position + 1 :]]), int(parts[position])
 
 
 def _base_notes(a: Side, b: Side, base: BaseModel | None) -> list[str]:

@@ -21,7 +21,7 @@ from surgery.linalg.delta import Delta
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.methods.contents import Contents, contents_of
 from surgery.methods.on_base import ChangesOnBase
-from surgery.sites import Site, linear_sites, unsupported_modules
+from surgery.sites import Site, linear_sites, role_by_name, unsupported_modules
 
 __all__ = ["InspectedRole", "InspectedSite", "Inspection", "inspect"]
 
@@ -196,7 +196,7 @@ def _adapter(
     changes = _Changes(adapter, contents, base, trust_remote_code)
     modules, unread = adapter.modules, {}
     for name in contents.modules:
-        role, layer = _role_of(name)
+        role, layer = role_by_name(name)
         entry = _site(name, role, layer, None, {short: Tensor.like(t) for short, t in modules[name].items()})
         found.sites.append(entry)
         try:
@@ -304,15 +304,6 @@ def _site(
 def _dtype(tensor: Tensor) -> str:
     known = DTYPES.get(tensor.dtype)
     return tensor.dtype if known is None else str(known).removeprefix("torch.")
-
-
-def _role_of(module: str) -> tuple[str, int | None]:
-    """Role and block of a module by its name alone: the first number in it is the block's index."""
-    parts = module.split(".")
-    position = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    if position is None:
-        return module, None
-    return ".".join([*parts[:position], "*", *parts[position + 1 :]]), int(parts[position])
 
 
 def _measure(entry: InspectedSite, delta: Delta, spectra: bool) -> None:

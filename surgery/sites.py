@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.errors import TargetError, listing
 
-__all__ = ["Site", "linear_sites", "select_sites", "site_of", "target_modules", "unsupported_modules"]
+__all__ = ["Site", "linear_sites", "role_by_name", "select_sites", "site_of", "target_modules", "unsupported_modules"]
 
 ALL_LINEAR = "all-linear"
 
@@ -77,6 +77,15 @@ def site_of(model: nn.Module, name: str, module: nn.Module) -> Site:
         role = ".".join([*parts[:index], "*", *parts[index + 1 :]])
         role = role.removeprefix(f"{prefix}.") if prefix else role
     return Site(name, key, role, layer, int(out_features), int(in_features), isinstance(module, Conv1D))
+
+
+def role_by_name(module: str) -> tuple[str, int | None]:
+    """Role and block of a module where there is no model to ask: the first number in its name is the block's index."""
+    parts = module.split(".")
+    position = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if position is None:
+        return module, None
+    return ".".join([*parts[:position], "*", *parts[position + 1 :]]), int(parts[position])
 
 
 def linear_sites(model: nn.Module) -> list[Site]:

@@ -58,6 +58,7 @@ class Adapter:
         self.provenance = dict(provenance or {})
         self.card = card
         self.folder = folder
+        self._sorted = _Names([])
 
     @classmethod
     def open(cls, adapter: str | Path) -> Adapter:
@@ -113,13 +114,28 @@ class Adapter:
         LoRA's short names have two parts, `lora_A.weight`. Tensors that sit above the model (VeRA's projections) are
         under the empty module name.
         """
-        result: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            inside = name.startswith(MODEL_PREFIX)
-            stem = name.removeprefix(MODEL_PREFIX if inside else TUNER_PREFIX)
-            module, short = _split_name(stem)
-            result.setdefault(module, {})[short] = tensor
-        return result
+        return {module: self.layer(module) for module in self._names.by_module}
+
+    def layer(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors of one module by short name, as in `modules`, without a look at the others; empty for none."""
+        return {short: self.tensors[name] for short, name in self._names.by_module.get(module, {}).items()}
+
+    def holders(self, short: str) -> list[str]:
+        """The modules that have a tensor of this short name, in the file's order."""
+        return self._names.holders.get(short, [])
+
+    @property
+    def foreign(self) -> str | None:
+        """Which other tool's format the names are (see `foreign_format`), or None for PEFT's."""
+        return self._names.foreign
+
+    @property
+    def _names(self) -> _Names:
+        # Sorted once for all layers, and anew where a caller has added tensors or taken some away.
+        listed = list(self.tensors)
+        if listed != self._sorted.listed:
+            self._sorted = _Names(listed)
+        return self._sorted
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
         """The weight change of one layer, as a structured operator (see `surgery.methods.deltas.delta_of`).
@@ -171,6 +187,21 @@ class Adapter:
             (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
             _verify(partial, self.config, weights, str(folder))
             return (partial / WEIGHTS_FILE).stat().st_size
+
+
+class _Names:
+    """The names of a file's tensors: by module and short name, and the modules by the short names that they have."""
+
+    def __init__(self, listed: list[str]) -> None:
+        self.listed = listed
+        self.by_module: dict[str, dict[str, str]] = {}
+        self.holders: dict[str, list[str]] = {}
+        for name in listed:
+            stem = name.removeprefix(MODEL_PREFIX if name.startswith(MODEL_PREFIX) else TUNER_PREFIX)
+            module, short = _split_name(stem)
+            self.by_module.setdefault(module, {})[short] = name
+            self.holders.setdefault(short, []).append(module)
+        self.foreign = foreign_format(listed)
 
 
 def _without_config(folder: Path) -> str:

@@ -5,6 +5,7 @@ The reading is strict: what cannot be read exactly is refused by name, here and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ import torch
 
 from surgery.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.foreign import foreign_format
 from surgery.errors import AdapterError, listing
 from surgery.methods.base import OwnMethod
 from surgery.methods.lora import refuse_variants
@@ -28,6 +28,8 @@ Tensors = Mapping[str, torch.Tensor]
 VERA_NAMES = frozenset({"vera_lambda_b", "vera_lambda_d"})
 VERA_SHARED = frozenset({"vera_A", "vera_B"})
 TOKENS = "token_adapter."
+# So many numbers are checked at a time.
+NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,8 @@ def refuse_unreadable(adapter: Adapter) -> None:
         )
     if kind == "LORA":
         refuse_variants(adapter.config, name)
-    found = foreign_format(adapter.tensors)
-    if found:
-        raise AdapterError(f"{name}: {found}")
+    if adapter.foreign is not None:
+        raise AdapterError(f"{name}: {adapter.foreign}")
 
 
 def with_shared(adapter: Adapter, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -173,8 +174,15 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
             f"{name} is {tensor.dtype}, not floating point: a quantised adapter is not read; give it in float32 or "
             "half precision"
         )
-    if not bool(torch.isfinite(tensor.float()).all()):
+    if not _is_finite(tensor):
         raise AdapterError(f"{name} holds NaN or Inf: the training diverged, or the file is broken")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite; some at a time, so that a large head is not copied whole."""
+    # Extremes show NaN as well as Inf, and need no mask.
+    parts = tensor.detach().reshape(-1).split(NUMBERS) if tensor.numel() else ()
+    return all(math.isfinite(float(end)) for part in parts for end in torch.aminmax(part.float()))
 
 
 def _check_shared(adapter: Adapter, names: Iterable[str]) -> None:

@@ -38,11 +38,10 @@ def delta_of(adapter: Adapter, module: str, weight: torch.Tensor | None = None) 
             are broken, or needs the weight.
     """
     refuse_unreadable(adapter)
-    modules = adapter.modules
-    parts = modules.get(module)
-    if not module or parts is None:
+    parts = adapter.layer(module)
+    if not module or not parts:
         raise AdapterError(
-            f"the adapter changes no module {module!r}; it has {listing(sorted(filter(None, modules)), 4)}"
+            f"the adapter changes no module {module!r}; it has {listing(sorted(filter(None, adapter.modules)), 4)}"
         )
     if adapter.peft_type in STOCK:
         return stock_delta(adapter, module, parts, weight)
@@ -51,11 +50,12 @@ def delta_of(adapter: Adapter, module: str, weight: torch.Tensor | None = None) 
     assert method is not None
     if isinstance(method, OwnMethod):
         return _own_delta(adapter, method, module, weight)
-    if "vera_A" not in modules.get("", {}):
+    above = adapter.layer("")
+    if "vera_A" not in above:
         raise AdapterError("the VeRA adapter stores no projections; open it with surgery.load")
     if weight is None:
         raise AdapterError(f"{module}: a VeRA file does not say how wide the layer is; give its base weight")
-    return method.delta(None, in_float32({**parts, **modules[""]}, weight.device), weight)
+    return method.delta(None, in_float32({**parts, **above}, weight.device), weight)
 
 
 def stock_delta(adapter: Adapter, module: str, parts: Tensors, weight: torch.Tensor | None) -> Delta:
@@ -113,23 +113,22 @@ def _own_delta(adapter: Adapter, method: OwnMethod, module: str, weight: torch.T
         raise AdapterError(f"the weight change of {method.info.title} needs the base weight")
     whole = weight.float() if weight is not None else None
     device = whole.device if whole is not None else torch.device("cpu")
-    modules = adapter.modules
-    tensors = short_names(method, modules[module], device)
+    tensors = short_names(method, adapter.layer(module), device)
     for name in method.names(Role.BASE, shared=True):
         if name not in tensors:
-            tensors[name] = short_names(method, modules[_owner(method, modules, module)], device)[name]
+            tensors[name] = short_names(method, adapter.layer(_owner(adapter, method, module)), device)[name]
     return own_delta(method, config, tensors, whole, module)
 
 
-def _owner(method: OwnMethod, modules: dict[str, Tensors], module: str) -> str:
+def _owner(adapter: Adapter, method: OwnMethod, module: str) -> str:
     """The module that stores what `module` shares: its name differs in one number, the block's, and it fits."""
     first = method.names(Role.BASE, shared=True)[0]
-    width = modules[module][f"{method.prefix}{method.names(Role.KEPT)[0]}"].shape[0]
+    stored = f"{method.prefix}{first}"
+    width = adapter.layer(module)[f"{method.prefix}{method.names(Role.KEPT)[0]}"].shape[0]
     parts = module.split(".")
-    for candidate, tensors in modules.items():
+    for candidate in adapter.holders(stored):
         others = candidate.split(".")
-        base = tensors.get(f"{method.prefix}{first}")
-        if base is None or base.shape[0] != width or len(parts) != len(others):
+        if len(parts) != len(others) or adapter.layer(candidate)[stored].shape[0] != width:
             continue
         different = [(a, b) for a, b in zip(parts, others, strict=True) if a != b]
         if len(different) == 1 and all(text.isdigit() for text in different[0]):

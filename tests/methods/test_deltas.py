@@ -10,7 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
+from surgery.checkpoints import adapter as adapter_module
+from surgery.checkpoints.adapter import MODEL_PREFIX
 from surgery.errors import AdapterError
+from surgery.methods import contents
+from surgery.methods.contents import contents_of
 from tests.models import load_base
 from tests.test_initialization import perturb
 
@@ -76,3 +80,58 @@ def test_what_cannot_be_said_is_refused(llama: Path, tmp_path: Path) -> None:
     get_peft_model(load_base(llama), config).save_pretrained(tmp_path / "dora")
     with pytest.raises(AdapterError, match="DoRA"):
         surgery.Adapter.open(tmp_path / "dora").delta(name)
+
+
+def many_layers(count: int) -> surgery.Adapter:
+    """A LoRA on one linear of each of many blocks."""
+    tensors = {}
+    for index in range(count):
+        for name, shape in (("A", (1, 3)), ("B", (2, 1))):
+            tensors[f"{MODEL_PREFIX}blocks.{index}.fc.lora_{name}.weight"] = torch.full(shape, 1.0 + index)
+    return surgery.Adapter({"peft_type": "LORA", "r": 1, "lora_alpha": 2}, tensors)
+
+
+def test_names_are_sorted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work for one layer does not grow with the others: reading all of them is linear."""
+    split: list[str] = []
+    real = adapter_module._split_name
+    monkeypatch.setattr(adapter_module, "_split_name", lambda stem: split.append(stem) or real(stem))
+    adapter = many_layers(50)
+    for module in contents_of(adapter).modules:
+        adapter.delta(module)
+    assert len(split) == 100
+
+
+def test_tensors_that_a_caller_changes_are_seen() -> None:
+    adapter = many_layers(3)
+    assert float(adapter.delta("blocks.1.fc").dense()[0, 0]) == 2 * 2 * 2
+    first = f"{MODEL_PREFIX}blocks.1.fc.lora_A.weight"
+    adapter.tensors[first] = torch.full((1, 3), 7.0)
+    assert float(adapter.delta("blocks.1.fc").dense()[0, 0]) == 7 * 2 * 2
+    adapter.tensors[first] = torch.full((1, 3), float("nan"))
+    with pytest.raises(AdapterError, match="NaN"):
+        adapter.delta("blocks.1.fc")
+    # As many tensors as before, under other names.
+    adapter.tensors[f"{MODEL_PREFIX}blocks.1.fc.lora_magnitude_vector"] = adapter.tensors.pop(first)
+    with pytest.raises(AdapterError, match="DoRA"):
+        adapter.delta("blocks.1.fc")
+    adapter.tensors = {name: t for name, t in adapter.tensors.items() if ".1." not in name}
+    assert set(adapter.modules) == {"blocks.0.fc", "blocks.2.fc"}
+    with pytest.raises(AdapterError, match="no module"):
+        adapter.delta("blocks.1.fc")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_numbers_that_are_not_finite_are_found_anywhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "NUMBERS", 7)
+    for shape in ((), (0, 3), (5,), (7, 3), (4, 2, 5)):
+        clean = torch.ones(shape).to(dtype)
+        assert contents._is_finite(clean)
+        for place in {0, clean.numel() // 2, clean.numel() - 1} if clean.numel() else ():
+            bad_values = (
+                (float("nan"),) if dtype == torch.float8_e4m3fn else (float("nan"), float("inf"), -float("inf"))
+            )
+            for value in bad_values:
+                bad = torch.ones(shape).reshape(-1)
+                bad[place] = value
+                assert not contents._is_finite(bad.to(dtype).reshape(shape)), (shape, place, value)
