@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import CheckpointError
+from surgery.hub.private import redacted
 
 __all__ = ["local_folder"]
 
-# A Hub id is `org/name`, optionally with `@revision`. A bare name is taken for a folder: nearly always it is one.
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# `org/name`, a folder in it, and a revision. A bare name is taken for a folder: nearly always it is one.
+HUB_ID = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<inside>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?/?(?:@(?P<revision>[\w./-]+))?"
+)
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
 
 def local_folder(name: str) -> Path:
-    """The folder called `name`, or a local copy of the Hub repository called `name`.
+    """The folder called `name`, or a local copy of the Hub repository called `name`, or of a folder in it.
 
-    A folder on disk wins over a Hub id. `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+    A folder on disk wins over a Hub id: `org/name`, `org/name@revision`, `org/name/sub/folder@revision`. `HF_HOME`,
+    `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured; what is in the cache is used where the Hub cannot be
+    reached.
 
     Raises:
         CheckpointError: there is no such folder, and no such repository can be had.
@@ -33,29 +39,67 @@ def local_folder(name: str) -> Path:
     match = HUB_ID.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder (a Hub model is named ORG/NAME)")
-    return _download(match["repo"], match["revision"])
+    return _download(name, match["repo"], match["inside"], match["revision"])
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(name: str, repo: str, inside: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    start = f"{inside}/" if inside is not None else ""
+    wanted = [f"{start}{pattern}" for pattern in WANTED_FILES]
+    # A pattern's star matches slashes too: without this, every checkpoint in a repository would come along.
+    unwanted = [f"{start}*/*"]
+    # What the client raises without an answer; which HTTP library it uses depends on its version.
+    failures: Any = (*(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"), OSError, ValueError)
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+    except failures as error:
+        raise CheckpointError(f"{name}: {_reason(error, revision)}") from None
+    if inside is not None and not (folder / inside).is_dir():
+        raise CheckpointError(f"{name}: {repo} has no folder {inside} with a model or an adapter")
+    return folder / inside if inside is not None else folder
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """What keeps a repository from being had, and what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED_FILES))
-    except GatedRepoError:
-        reason = "the repository is gated; accept its terms on the Hub and set HF_TOKEN"
-    except RepositoryNotFoundError:
-        reason = "no such folder, and no such repository on the Hub (a private one needs HF_TOKEN)"
-    except RevisionNotFoundError:
-        reason = f"the repository has no revision {revision!r}"
-    except LocalEntryNotFoundError:
-        reason = "no such folder, and the Hub repository is neither in the local cache nor reachable"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"the Hub cannot be reached ({type(error).__name__})"
-    raise CheckpointError(f"{repo}: {reason}")
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    partly = "only partly" if type(error).__name__ == "IncompleteSnapshotError" else "not"
+    found = next(
+        (
+            reason
+            for kind, reason in (
+                (GatedRepoError, "the repository is gated; accept its terms on the Hub and set HF_TOKEN"),
+                (
+                    RepositoryNotFoundError,
+                    "no such folder, and no such repository on the Hub (a private one needs HF_TOKEN)",
+                ),
+                (RevisionNotFoundError, f"the repository has no revision {revision!r}"),
+            )
+            if isinstance(cause, kind)
+        ),
+        None,
+    )
+    if found is not None:
+        return found
+    if isinstance(error, ValueError):  # of the client's checks of names
+        return " ".join(str(error).split())
+    if status == 401:
+        return "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"
+    if status is not None:
+        return f"the Hub answers {status}; try again later"
+    if constants.is_offline_mode():
+        return f"no such folder, and the Hub repository is {partly} in the local cache, and HF_HUB_OFFLINE is set"
+    return (
+        f"no such folder, and the Hub cannot be reached at {redacted(constants.ENDPOINT)} ({type(cause).__name__}); "
+        f"the repository is {partly} in the local cache"
+    )
