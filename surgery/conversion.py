@@ -248,6 +248,7 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
         "base": shared.label,
         "data": shared.data_name,
         "task": source.adapter.provenance.get("task"),
+        "labels": source.adapter.provenance.get("labels"),
     }
     return Adapter(config, {**source.carried, **result.tensors}, provenance)
 
