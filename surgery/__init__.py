@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from surgery.reports.report import Report
     from surgery.runtime.loading import load
     from surgery.training.preparing import trainable
+    from surgery.training.train import train
+    from surgery.training.train_report import TrainReport
 
 __all__ = [
     "Adapter",
@@ -37,6 +39,7 @@ __all__ = [
     "MergeReport",
     "PushReport",
     "Report",
+    "TrainReport",
     "__version__",
     "compare",
     "convert",
@@ -46,6 +49,7 @@ __all__ = [
     "load",
     "merge",
     "push",
+    "train",
     "trainable",
 ]
 
@@ -59,6 +63,7 @@ _HOMES = {
     "MergeReport": "surgery.reports.merge_report",
     "PushReport": "surgery.reports.push_report",
     "Report": "surgery.reports.report",
+    "TrainReport": "surgery.training.train_report",
     "compare": "surgery.comparison",
     "convert": "surgery.conversion",
     "errors": "surgery.errors",
@@ -67,6 +72,7 @@ _HOMES = {
     "load": "surgery.runtime.loading",
     "merge": "surgery.merging",
     "push": "surgery.hub.push",
+    "train": "surgery.training.train",
     "trainable": "surgery.training.preparing",
 }
 

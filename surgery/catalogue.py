@@ -7,6 +7,7 @@ once. The formulas are in one module per method, named in `module`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,11 @@ __all__ = [
     "OWN_TYPES",
     "TASK_TABLE",
     "MethodInfo",
+    "method_for_config",
     "method_for_type",
     "method_info",
     "method_named",
+    "training_rate",
 ]
 
 
@@ -60,6 +63,7 @@ class MethodInfo:
         rank: default rank, or None for a method without one.
         alpha: default `alpha`; None stands for "equal to the rank" where the method has one.
         learning_rate: the published setting, or None where we know of none for all tasks.
+        training_rate: what `surgery train` takes: the published setting, or the best of a sweep (docs/training.md).
         reads_weights: its start depends on the values of the base weights.
         reads_gradients: its start depends on the gradient of a loss, so on data.
     """
@@ -76,6 +80,7 @@ class MethodInfo:
     rank: int | None = None
     alpha: float | None = None
     learning_rate: float | None = None
+    training_rate: float = 1e-3
     reads_weights: bool = True
     reads_gradients: bool = False
 
@@ -109,6 +114,7 @@ METHODS: dict[str, MethodInfo] = {
             paper="arXiv 2310.11454",
             options=frozenset({"rank", "store_bases"}),
             rank=256,
+            training_rate=4e-3,
             reads_weights=False,
         ),
         MethodInfo(
@@ -123,6 +129,7 @@ METHODS: dict[str, MethodInfo] = {
             options=frozenset({"rank", "store_bases", "variant", "split"}) | DATA_OPTIONS,
             rank=8,
             learning_rate=1e-2,
+            training_rate=1e-2,
             reads_weights=False,
             reads_gradients=True,
         ),
@@ -140,6 +147,7 @@ METHODS: dict[str, MethodInfo] = {
             stores="A0, B0: Gaussian, or their seed",
             options=_RANKED,
             learning_rate=2e-5,
+            training_rate=2e-5,
             reads_weights=False,
             **_INILORA,
         ),
@@ -149,6 +157,7 @@ METHODS: dict[str, MethodInfo] = {
             stores="A0, B0: Kaiming-normal, or their seed",
             options=_RANKED,
             learning_rate=2e-5,
+            training_rate=2e-5,
             reads_weights=False,
             **_INILORA,
         ),
@@ -182,6 +191,26 @@ METHODS: dict[str, MethodInfo] = {
 OWN_TYPES: dict[str, str] = {
     info.peft_type: info.module for info in METHODS.values() if info.peft_type not in {"LORA", "VERA"}
 }
+
+
+# What `surgery train` takes for the types that stock PEFT makes.
+STOCK_RATES = {"LORA": 5e-4}
+STOCK_RATE = 1e-3
+
+
+def method_for_config(config: Mapping[str, Any]) -> MethodInfo | None:
+    """The row of the method that made an adapter, by its `adapter_config.json`; None for none of ours."""
+    peft_type, variant = config.get("peft_type"), config.get("variant")
+    rows = [info for info in METHODS.values() if info.peft_type == peft_type]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    return next((info for info in rows if variant is not None and info.name.endswith(f"-{variant}")), rows[0])
+
+
+def training_rate(config: Mapping[str, Any]) -> float:
+    """The learning rate that `surgery train` takes for an adapter, by its `adapter_config.json`."""
+    info = method_for_config(config)
+    return info.training_rate if info is not None else STOCK_RATES.get(str(config.get("peft_type")), STOCK_RATE)
 
 
 def method_info(name: str) -> MethodInfo:

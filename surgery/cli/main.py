@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": "surgery.cli.merge",
     "methods": "surgery.cli.methods",
     "push": "surgery.cli.push",
+    "train": "surgery.cli.train",
 }
 INTERRUPTED, TERMINATED = 130, 143
 

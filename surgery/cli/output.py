@@ -24,14 +24,14 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, wanted: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+def progress_bar(label: str, wanted: bool, unit: str = "weight") -> Iterator[Callable[[int, int, str], None] | None]:
     """A progress bar on stderr, on a terminal only; gives the callback that moves it."""
     if not wanted or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=label, unit="weight", leave=False, file=sys.stderr) as bar:
+    with tqdm(desc=label, unit=unit, leave=False, file=sys.stderr) as bar:
 
         def move(done: int, total: int, what: str) -> None:
             bar.total = total

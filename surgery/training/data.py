@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError, listing
 
-__all__ = ["DATA_TASKS", "Examples", "batches", "labels_in", "read_examples"]
+__all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_in", "read_examples"]
 
 IGNORED = -100  # transformers' mark for positions that a loss leaves out
 DEFAULT_LENGTH = 512
@@ -70,10 +70,16 @@ def batches(examples: Examples, size: int, rank: int = 0, processes: int = 1) ->
         yield {**_collated(chosen, examples.padding, longest), "share": count / examples.total}
 
 
+def collated(features: Sequence[Features], padding: Mapping[str, int]) -> Features:
+    """Samples as one batch, filled up to the longest of them."""
+    longest = {name: max(len(each[name]) for each in features) for name in features[0] if name in padding}
+    return _collated(features, padding, longest)
+
+
 def read_examples(
     path: str | Path,
     base: BaseModel,
-    samples: int,
+    samples: int | None,
     max_length: int | None = None,
     seed: int = 0,
     labelled: bool = True,
@@ -84,7 +90,7 @@ def read_examples(
         path: a `.jsonl`, `.json`, `.txt`, `.csv` or `.parquet` file; for images also a folder of folders, one for
             each class.
         base: the model, which brings tokenizer or image processor and whose task says how rows are read.
-        samples: how many, drawn at random; all where the file has fewer.
+        samples: how many, drawn at random; all where the file has fewer; None takes all, in the file's order.
         max_length: tokens of the longest sample, which is cut there.
         seed: of the drawing, and of the masks of masked language modelling.
         labelled: whether a loss is wanted. If not, classes need no labels (those that are there are kept), and a bare
@@ -96,7 +102,7 @@ def read_examples(
     encoder = _encoder(base, max_length, seed, labelled)
     rows = _read(Path(path), wants_images=isinstance(encoder, _Images))
     encoder.check(rows.column_names, str(path))
-    chosen = rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
+    chosen = rows if samples is None else rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
     encoder.see_all(rows, str(path))
     features, counts = [], []
     for index, row in enumerate(chosen):
@@ -109,7 +115,7 @@ def read_examples(
     if not features:
         raise DataError(f"{path}: none of {len(chosen)} samples has anything to learn from")
     notes = encoder.notes(len(chosen))
-    if len(rows) < samples:
+    if samples is not None and len(rows) < samples:
         notes.append(f"the data has {len(rows)} samples, {samples} were asked for: all of them are used")
     if empty:
         notes.append(f"{empty} samples have no token to learn from and are left out")

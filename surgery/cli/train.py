@@ -1,0 +1,150 @@
+"""`surgery train`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.catalogue import TASK_TABLE
+from surgery.cli.main import INTERRUPTED, TERMINATED
+from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.output import note, progress_bar, show_json
+from surgery.reports.tables import human_bytes, summary, table
+
+if TYPE_CHECKING:
+    from surgery.training.evaluation import Evaluation
+    from surgery.training.train_report import TrainReport
+
+
+@click.command("train")
+@click.argument("adapter")
+@click.option("--base", metavar="MODEL", required=True, help="Its base model: a folder or a Hub id.")
+@click.option("--data", metavar="FILE", required=True, help=".jsonl, .txt, .csv or .parquet; for images also a folder.")
+@click.option("--eval-data", metavar="FILE", help="Evaluate on this, before and after.  [default: the first of --data]")
+@click.option("--teacher", metavar="ADAPTER", help="Learn to answer as this adapter does; no labels are needed.")
+@click.option("--steps", type=int, default=200, show_default=True, metavar="N", help="Optimizer steps.")
+@click.option("--lr", type=float, metavar="LR", help="Learning rate.  [default: the method's, see surgery methods]")
+@click.option("--resume", is_flag=True, help="Go on with a training of OUT that was interrupted or killed.")
+@click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <adapter>-trained]")
+@click.option("--batch-size", type=int, default=32, show_default=True, metavar="N", help="Samples of a step.")
+@click.option("--accumulate", type=int, default=1, show_default=True, metavar="N", help="Run a step in N parts.")
+@click.option("--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]")
+@click.option(
+    "--schedule", default="linear", show_default=True, metavar="NAME", help="Of the rate: linear, cosine, constant, ..."
+)
+@click.option("--warmup", type=float, default=0.0, metavar="F", help="Share of the steps in which the rate rises.")
+@click.option("--only", multiple=True, metavar="PART", help="Train this alone: giva_s, lora_A, classifier. Repeatable.")
+@click.option("--hidden-weight", type=float, metavar="W", help="Teacher: weight of the hidden states.  [default: 1]")
+@click.option("--cache-teacher", is_flag=True, help="Teacher: keep up to 1 GiB of its answers for later epochs.")
+@click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints.  [default: a tenth of them]")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice instead of holding them.")
+@click.option(
+    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: the adapter's]"
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the base in memory; the adapter trains in float32.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--dry-run", is_flag=True, help="Check everything; train and write nothing.")
+@click.option("--force", is_flag=True, help="Replace OUT where it exists, and an unfinished training of it.")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
+@common_options()
+def command(
+    adapter: str,
+    out: str | None,
+    teacher: str | None,
+    hidden_weight: float | None,
+    cache_teacher: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Train an adapter, or let it learn from another one.
+
+    What the adapter's type trains is trained, and the heads that it carries; all else stays as it is. The training
+    is transformers' Trainer; under torchrun or accelerate launch several processes share each batch. Ctrl-C and
+    SIGTERM end it after the step at hand: the adapter is saved, and --resume goes on.
+
+    \b
+    Examples:
+      surgery train start/ --base model/ --data train.jsonl --eval-data test.jsonl
+      surgery train small/ --base model/ --data texts.txt --teacher lora/ --steps 300
+    """
+    if teacher is None and (hidden_weight is not None or cache_teacher):
+        raise click.UsageError("--hidden-weight and --cache-teacher belong to a training with --teacher")
+    set_verbosity(verbose, quiet)
+    from surgery.training.interruption import TrainingInterrupted
+    from surgery.training.train import train
+
+    folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-trained"
+    given: dict[str, Any] = {**options, "cache_teacher": cache_teacher}
+    if hidden_weight is not None:
+        given["hidden_weight"] = hidden_weight
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one speaks
+    with progress_bar("train", wanted=not quiet and not as_json, unit="step") as progress:
+        try:
+            _, report = train(adapter, out=folder, teacher=teacher, progress=progress, **given)
+        except TrainingInterrupted as stopped:
+            if first:
+                note(f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; --resume goes on.")
+            click.get_current_context().exit(TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED)
+    if not first:
+        return
+    if as_json:
+        show_json(report.to_dict())
+    elif quiet:
+        click.echo(report.out if report.out is not None else human_bytes(report.bytes))
+    else:
+        _show(report)
+
+
+def _show(report: TrainReport) -> None:
+    for line in report.notes:
+        note(f"Note: {line}")
+    rows = [_row(name, found) for name, found in (("before", report.before), ("after", report.after)) if found]
+    if rows:
+        used = [index for index in range(len(HEADER)) if index == 0 or any(row[index] != "-" for row in rows)]
+        cells = [[row[index] for index in used] for row in rows]
+        click.echo(table([HEADER[index] for index in used], cells, right=range(1, len(used))) + "\n")
+    what = "the teacher's answers" if report.teacher is not None else "the data"
+    where = "held-out data" if report.evaluated_on == "eval_data" else "samples that were trained on"
+    lines = [
+        ("adapter", f"{report.peft_type}, {report.modules:,} layers, on {report.base} as {report.model_class}"),
+        ("trained", f"{report.trainable_parameters:,} parameters: {', '.join(report.trained)}"),
+        ("learnt from", f"{what}: {report.samples:,} samples, {report.batch_size} a step"),
+        ("steps", f"{report.steps_done:,} of {report.steps:,} at a learning rate of {report.learning_rate:g}"),
+        ("evaluated on", f"{report.before.items:,} items of {where}" if report.before is not None else "-"),
+        ("file", human_bytes(report.bytes)),
+        ("time", f"{report.seconds:.2f} s on {report.device}" + _pace(report)),
+        ("dry run", "nothing trained, nothing written") if report.dry_run else ("written", str(report.out)),
+    ]
+    click.echo(summary([line for line in lines if line[1] != "-"]))
+
+
+HEADER = ["", "loss", "accuracy", "perplexity", "KL to the teacher", "agreement"]
+
+
+def _row(name: str, found: Evaluation) -> list[str]:
+    def number(value: float | None, form: str = ".4g") -> str:
+        return "-" if value is None else format(value, form)
+
+    accuracy = found.value if found.score == "accuracy" else None
+    perplexity = found.value if found.score == "perplexity" else None
+    return [
+        name, number(found.loss), number(accuracy, ".2%"), number(perplexity), number(found.kl),
+        number(found.agreement, ".2%"),
+    ]  # fmt: skip
+
+
+def _pace(report: TrainReport) -> str:
+    return "" if report.seconds_per_step is None else f", {report.seconds_per_step:.3f} s a step"

@@ -1,0 +1,131 @@
+"""transformers' `Trainer` on an adapter: checkpoints that can be trusted, a stop at the end of a step, distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from surgery.errors import MethodError
+from surgery.training.data import Features, collated
+from surgery.training.distillation import Teacher, divergence
+from surgery.training.fidelity import arguments
+from surgery.training.interruption import Interruption
+
+__all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]
+
+COMPLETE = "complete"
+CHECKPOINT = "checkpoint-"
+# Under this name a batch holds the numbers of its samples.
+SAMPLE = "sample"
+# (steps done, steps to do, what the loss is)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes batches of samples, each filled up to its longest."""
+
+    padding: Mapping[str, int]
+
+    def __call__(self, features: Sequence[Features]) -> Features:
+        return collated(features, self.padding)
+
+
+class AdapterTrainer(Trainer):
+    """The stock `Trainer`; a checkpoint that a kill cut short is not taken for one."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{CHECKPOINT}{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+
+
+class DistillingTrainer(AdapterTrainer):
+    """Learns a teacher's answers: KL divergence of the predictions, and the layers' hidden states.
+
+    Dropout is off: the teacher's answers are without, and what is learnt is to match them.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, teacher: Teacher, hidden_weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.hidden_weight = teacher, hidden_weight
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        samples = inputs.pop(SAMPLE)
+        model.eval()
+        features = arguments(self.teacher.body, inputs)
+        answers = self.teacher.answers(features, samples)
+        output = model(**features, output_hidden_states=True)
+        apart = divergence(model, output, features, answers)
+        loss = self.hidden_weight * apart.hidden
+        if apart.kl is not None:
+            loss = loss + apart.kl
+        return (loss, output) if return_outputs else loss
+
+
+class Watch(TrainerCallback):
+    """Stops where it is told to, refuses a loss that is not finite, and tells how far a training is.
+
+    Args:
+        stop: says when to stop.
+        lr: the learning rate, for the advice.
+        progress: called after each step.
+    """
+
+    def __init__(self, stop: Interruption, lr: float, progress: Progress | None) -> None:
+        self.stop, self.lr, self.progress = stop, lr, progress
+        self.loss = ""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, self.loss)
+        if self.stop.arrived():
+            control.should_training_stop = control.should_save = True
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        self.loss = f"loss {loss:.4g}"
+        if not math.isfinite(loss):
+            raise MethodError(
+                f"the loss is {loss} at step {state.global_step}: the learning rate {self.lr:g} is too high for this "
+                "adapter and data; nothing was written"
+            )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end; None where there is none."""
+    found = {int(path.name.removeprefix(CHECKPOINT)): path for path in folder.glob(f"{CHECKPOINT}*") if _whole(path)}
+    return found[max(found)] if found else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    return checkpoint.name.removeprefix(CHECKPOINT).isdigit() and (checkpoint / COMPLETE).is_file()
+
+
+def silence(trainer: Trainer) -> None:
+    """Leave printing to whoever called: results go to stdout, and only results."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def random_state(seed: int) -> None:
+    """The random state that a stock `Trainer` starts with."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    torch.manual_seed(seed)

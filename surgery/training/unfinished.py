@@ -1,0 +1,112 @@
+"""The hidden folder of a training that is not finished: its options and its checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoints.atomic import check_output
+from surgery.errors import MethodError, OutputError
+from surgery.training.trainer import last_checkpoint
+
+__all__ = ["Unfinished"]
+
+OPTIONS_FILE = "run.json"
+
+
+class Unfinished:
+    """A training's folder beside its output.
+
+    Args:
+        out: the output; its name with a dot before and `.unfinished` after it names the folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.absolute().parent / f".{out.absolute().name}.unfinished"
+        self._lock: int | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a training has begun and not ended."""
+        return (self.folder / OPTIONS_FILE).is_file()
+
+    def check(self, resume: bool, force: bool) -> None:
+        """Check that the output may be written, before any work is done.
+
+        Raises:
+            OutputError: it may not, or an unfinished training would be lost.
+        """
+        if resume and self.exists:
+            return  # what is in the output is this training's own
+        check_output(self.out, force)
+        if self.exists and not force:
+            step = self.step
+            raise OutputError(
+                f"{self.out}: a training of it was not finished ({step} steps are kept); go on with it (--resume), or "
+                "start again (--force)"
+            )
+
+    @property
+    def step(self) -> int:
+        """The step of the last checkpoint; 0 where there is none."""
+        found = last_checkpoint(self.folder)
+        return int(found.name.rpartition("-")[2]) if found is not None else 0
+
+    def begin(self, options: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+        """Make the folder, or take it over.
+
+        Args:
+            options: all that decides what comes out.
+            resume: go on with what is there.
+
+        Returns:
+            What was noted of the training that goes on; empty where one starts.
+
+        Raises:
+            MethodError: the training that is to go on had other options.
+            OutputError: another process is at it, or the folder cannot be written.
+        """
+        noted: dict[str, Any] = {}
+        if self.exists and resume:
+            noted = json.loads((self.folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+            changed = [name for name, value in options.items() if noted["options"].get(name) != value]
+            if changed:
+                was = ", ".join(f"{name} {noted['options'].get(name)!r}, now {options[name]!r}" for name in changed)
+                raise MethodError(f"{self.out}: the training that is to go on had other options ({was})")
+        try:
+            if not noted and self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{self.out}: another training is writing it") from None
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be written ({error.strerror or error})") from None
+        if not noted:
+            self.note({"options": dict(options)})
+        return noted
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Write down what a resumed training needs to know, whole or not at all."""
+        path = self.folder / OPTIONS_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(values), encoding="utf-8")
+        partial.replace(path)
+
+    def remove(self) -> None:
+        """Remove the folder: the training is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let others go on with it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
