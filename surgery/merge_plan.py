@@ -17,6 +17,7 @@ from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.merged_config import (
     check_untied,
+    class_names,
     raw_config,
     tied_groups,
     untied_config,
@@ -103,7 +104,7 @@ class MergePlan:
         sites = sites_on_base(adapter, base, contents.modules)
         replaced = _replaced(adapter, base, contents.carried)
         shifts = _shifts(adapter, base, sites)
-        config = with_class(base, with_labels(base, replaced))
+        config = with_class(base, with_labels(base, replaced, class_names(adapter)))
         adapted = {*shifts, *(site.parameter for site in sites)}
         untied = wants_untying(base, replaced, adapted)
         target = base
@@ -154,6 +155,18 @@ class MergePlan:
     def figures(self) -> list[MergedSite]:
         """What was done to each layer, in the model's order."""
         return [self._figures[site] for site in self.sites]
+
+    @property
+    def reshaped(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of the base's files that get another shape: a head of another number of labels."""
+        sources = self.base.sources
+        return {
+            key: self.shape_of(parameter)
+            for parameter in self.replaced
+            if parameter not in self.added and sources[parameter].converter is None
+            for key, _ in sources[parameter].keys
+            if self.shape_of(parameter) != self.base.shapes[parameter]
+        }
 
     @property
     def _changed(self) -> list[str]:

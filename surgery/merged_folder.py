@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,15 @@ class MergedFolder:
                 raise CheckpointError(f"{parameter} is read from another tensor")
 
     def _planned(self, header: Header) -> dict[str, Tensor]:
-        return {name: self._cast(tensor) for name, tensor in header.tensors.items()}
+        reshaped = self.plan.reshaped
+        return {name: self._as_written(tensor, reshaped.get(name)) for name, tensor in header.tensors.items()}
 
-    def _cast(self, tensor: Tensor) -> Tensor:
+    def _as_written(self, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         cast = self.dtype is not None and tensor.dtype in FLOATS
-        return tensor.cast(self.dtype) if cast and self.dtype is not None else tensor
+        dtype = self.dtype if cast else DTYPES.get(tensor.dtype)
+        if dtype is None or not (cast or shape):
+            return tensor
+        return replace(tensor, shape=shape or tensor.shape).cast(dtype)
 
     def _added(self) -> dict[str, Tensor]:
         """Entries of the parameters that have no tensor in the base's files, in the dtype of most of it."""

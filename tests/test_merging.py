@@ -20,8 +20,9 @@ from surgery import merged_folder
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError, SurgeryError, WrongBaseError
 from tests.command_line import contents, invoke
 from tests.methods.test_stock import randomise
-from tests.models import edit_tensors, llama_config, load_base, model_inputs, output, relative_difference, spread
+from tests.models import build, edit_tensors, llama_config, load_base, model_inputs, output, relative_difference, spread
 from tests.test_initialization import perturb
+from tests.texts import save_tokenizer, text_rows, write_rows
 
 TARGETS = {
     "bert": ["query", "dense"],
@@ -40,6 +41,33 @@ STOCK: dict[str, peft.PeftConfig] = {
     "vera": peft.VeraConfig(r=5),
     "vera from its seed": peft.VeraConfig(r=5, save_projection=False),
 }
+
+
+OWN_LABELS = ["bad", "fair", "good"]
+# Class, targets, and what is saved whole, of models with a head; RoBERTa's and ViT's are of another build than BERT's.
+HEADS: dict[str, tuple[str, list[str], list[str]]] = {
+    "bert": ("BertForSequenceClassification", ["query", "dense"], ["classifier"]),
+    "roberta": ("RobertaForSequenceClassification", ["query"], ["classifier"]),
+    "llama": ("LlamaForSequenceClassification", ["q_proj"], ["score"]),
+    "vit": ("ViTForImageClassification", ["q_proj"], ["classifier"]),
+}
+
+
+def with_own_head(kind: str, folder: Path) -> tuple[str, Path, list[str]]:
+    """A sharded model with a head of three named labels: its class, folder, and layers to adapt."""
+    name, targets, _ = HEADS[kind]
+    if kind == "roberta":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        config: Any = tf.RobertaConfig(vocab_size=61, max_position_embeddings=40, **sizes)
+    else:
+        config = build(kind).config
+    config.id2label, config.label2id = dict(enumerate(OWN_LABELS)), {name: i for i, name in enumerate(OWN_LABELS)}
+    config.pad_token_id = 0
+    torch.manual_seed(3)
+    model = getattr(tf, name)(config)
+    spread(model)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return name, folder, targets
 
 
 def dtype_of(kind: str) -> torch.dtype:
@@ -268,6 +296,63 @@ class TestWholeTensors:
         merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         assert merged.config.num_labels == labels
         assert relative_difference(outputs(merged, "bert"), outputs(live, "bert")) < 2e-5
+
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    @pytest.mark.parametrize("labels", [2, 7])
+    @pytest.mark.parametrize("kind", HEADS)
+    def test_a_head_of_another_number_of_labels_than_the_bases_own(
+        self, kind: str, labels: int, dtype: str | None, tmp_path: Path
+    ) -> None:
+        name, base, targets = with_own_head(kind, tmp_path / "base")
+        model_class = getattr(tf, name)
+        live = get_peft_model(
+            model_class.from_pretrained(base, num_labels=labels, ignore_mismatched_sizes=True),
+            peft.LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS", modules_to_save=list(HEADS[kind][2])),
+        )
+        randomise(live)
+        live.save_pretrained(tmp_path / "lora")
+        report = surgery.merge(tmp_path / "lora", base, tmp_path / "merged", dtype=dtype)
+        assert not report.added and all(part in " ".join(report.replaced) for part in HEADS[kind][2])
+        merged = model_class.from_pretrained(tmp_path / "merged", dtype="auto")
+        assert merged.config.num_labels == labels
+        assert merged.config.id2label == {index: f"LABEL_{index}" for index in range(labels)}
+        expected, found = (outputs(model, kind) for model in (live, merged.float()))
+        assert found.shape == (2, labels)
+        assert relative_difference(found, expected) < (2e-5 if dtype is None else 5e-2)
+        size = sum(tensor.nbytes for file in report.files for tensor in load_file(tmp_path / "merged" / file).values())
+        index = tmp_path / "merged" / "model.safetensors.index.json"
+        assert json.loads(index.read_text())["metadata"]["total_size"] == size
+        # A control: the base's own head is another.
+        assert model_class.from_pretrained(base).config.id2label == dict(enumerate(OWN_LABELS))
+
+    @pytest.mark.parametrize("labels", [["bad", "good"], ["bad", "fair", "good", "so so"], [0, 2, 4]])
+    def test_the_names_of_classes_reach_the_merged_configuration(
+        self, labels: list[Any], model_folder, tmp_path: Path
+    ) -> None:
+        """Through `surgery init` on named labels, training by PEFT, conversion and merge."""
+        base = shutil.copytree(model_folder("bert"), tmp_path / "base")
+        save_tokenizer(base)
+        rows = [{**row, "label": labels[i % len(labels)]} for i, row in enumerate(text_rows(8))]
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        surgery.init(base, "giva", tmp_path / "start", rank=2, data=data, task="seq-cls", target=["query", "value"])
+        live = surgery.load(tmp_path / "start", base, is_trainable=True).eval()
+        randomise(live)
+        live.save_pretrained(tmp_path / "trained")
+        bare = surgery.merge(tmp_path / "trained", base, tmp_path / "unnamed")
+        assert bare.model_class == "BertForSequenceClassification"
+        shutil.copy(tmp_path / "start" / "surgery.json", tmp_path / "trained")
+        surgery.convert(tmp_path / "trained", "lora", tmp_path / "converted", dtype="float32")
+        named = [str(label) for label in labels]
+        expected = dict(enumerate(named)) if labels != [0, 2, 4] else {i: f"LABEL_{i}" for i in range(5)}
+        for adapter in ("trained", "converted"):
+            surgery.merge(tmp_path / adapter, base, tmp_path / f"merged {adapter}", force=True)
+            merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / f"merged {adapter}")
+            assert merged.config.id2label == expected
+            assert merged.config.label2id == {name: index for index, name in expected.items()}
+            assert relative_difference(outputs(merged, "bert"), outputs(live, "bert")) < 2e-5
+        # A control: without surgery.json nobody knows them.
+        unnamed = tf.AutoConfig.from_pretrained(tmp_path / "unnamed")
+        assert unnamed.id2label == {index: f"LABEL_{index}" for index in expected}
 
     def test_an_adapter_of_the_bare_model_on_a_model_with_a_head(self, model_folder, tmp_path: Path) -> None:
         bare = load_base(model_folder("llama")).model
