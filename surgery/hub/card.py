@@ -5,6 +5,7 @@ Our part of the text sits between two markers and is written anew by every push;
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -179,11 +180,15 @@ def _is_template(text: str) -> bool:
     """Whether a text is the card that PEFT writes into every folder, with nothing filled in."""
     if text.count(UNFILLED) < 20:
         return False
+    versions = re.compile(r"### Framework versions|- PEFT [\w.+]+|\s*")
+    return all(line in _template() or versions.fullmatch(line) for line in text.splitlines())
+
+
+@functools.cache
+def _template() -> frozenset[str]:
     from huggingface_hub import ModelCard, ModelCardData
 
-    template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
-    versions = re.compile(r"### Framework versions|- PEFT [\w.+]+|\s*")
-    return all(line in template or versions.fullmatch(line) for line in text.splitlines())
+    return frozenset(ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
 def _block(checked: Checked, repo: str, revision: str | None, picture: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,11 +118,11 @@ class Upload:
         if info is None:
             if target.create_pr:
                 raise HubError(f"{target.repo}: no such repository to open a pull request in; push without --create-pr")
-            self._make_repo()
+            self._asked(self._make_repo)
             info = self._info(None)
             if info is None:
-                raise HubError(f"{target.repo}: was made, but cannot be seen by {self.user}")
-        elif target.private and not info.private:
+                raise HubError(f"{target.repo}: is taken, and {self.user} cannot see it")
+        if target.private and not info.private:
             raise HubError(
                 f"{target.repo}: is there already, and public; --private is for new repositories: change that on the "
                 "Hub, or push without --private"
@@ -136,7 +137,7 @@ class Upload:
         if info is None:
             if self.target.create_pr:
                 raise HubError(f"{self.target.repo}: no branch {branch} to open a pull request against")
-            self._asked(lambda: self.api.create_branch(self.target.repo, branch=branch))
+            self._asked(lambda: self.api.create_branch(self.target.repo, branch=branch, exist_ok=True))
             self.made_branch = True
             info = self._info(branch)
         if info is not None:
@@ -152,9 +153,12 @@ class Upload:
             return None
 
     def _make_repo(self) -> None:
-        target = self.target
-        self._asked(lambda: self.api.create_repo(target.repo, private=target.private or None, exist_ok=False))
-        self.made_repo = True
+        try:
+            self.api.create_repo(self.target.repo, private=self.target.private or None, exist_ok=False)
+            self.made_repo = True
+        except HfHubHTTPError as error:
+            if _status(error) != 409:  # there by now: somebody else's, or ours, and the answer was lost
+                raise
 
     def _undo(self) -> None:
         """Leave the Hub as it was: what this push made and nobody wrote to goes."""
@@ -271,12 +275,13 @@ class Upload:
         repo, status, who = self.target.repo, _status(error), self.user or "this account"
         if status is None and isinstance(error, (HTTP_ERROR, ConnectionError)):
             return self._unreachable(error)
+        if isinstance(error, json.JSONDecodeError):
+            return HubError(f"{repo}: the Hub's answer cannot be read; nothing was pushed, push again later")
         said = redacted(" ".join(str(getattr(error, "server_message", None) or "").split()), self.target.token)
         reasons = {
             None: redacted(" ".join(str(error).split()), self.target.token),
             401: "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN",
             403: f"{who} may not write there ({said or 'forbidden'})",
-            409: f"is taken, and {who} cannot see it",
             412: "has changed while this push ran; nothing was pushed, push again",
             429: "the Hub asks to slow down (429); nothing was pushed, push again later",
         }
@@ -353,6 +358,8 @@ def _once_more(error: BaseException) -> float | None:
     if any(part in _address(error) for part in ("/preupload/", "/objects/batch", "/store/", "/resolve/")):
         return None
     status = _status(error)
+    if isinstance(error, json.JSONDecodeError):  # a page for people, as servers in trouble send it
+        return 1.0
     if status is None:
         return 1.0 if isinstance(error, HTTP_ERROR) and not isinstance(error, HfHubHTTPError) else None
     if status not in BUSY:
@@ -363,5 +370,5 @@ def _once_more(error: BaseException) -> float | None:
 
 def _once_more_pr(error: BaseException) -> float | None:
     """As `_once_more`, but what may have opened a pull request is not repeated."""
-    lost = _status(error) is None and "/commit/" in _address(error)
+    lost = isinstance(error, json.JSONDecodeError) or (_status(error) is None and "/commit/" in _address(error))
     return None if lost else _once_more(error)

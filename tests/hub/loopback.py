@@ -148,6 +148,8 @@ class Hub:
         self.tokens_seen.clear()
         self.faults.clear()
         self.part_size = None
+        for path in self.folder.iterdir():
+            path.unlink()
 
     def answer(self, pattern: str, status: int, times: int = 1, **headers: str) -> None:
         """Answer matching requests with a status and nothing else."""
@@ -234,6 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    # Head and body of an answer are written one after the other; without this the second waits for 40 ms.
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
@@ -466,7 +470,9 @@ class _Handler(BaseHTTPRequestHandler):
                     "verify": {"href": f"{self.hub.url}/verify"},
                 }
             objects.append(entry)
-        self._found(repo, write=True)
+        if self._user() is None:
+            raise _Refused(401, message="log in to upload")
+        self._found(repo)
         self._json({"transfer": "basic", "objects": objects})
 
     def _upload(self, oid: str, size: int) -> dict[str, Any]:
