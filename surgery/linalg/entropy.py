@@ -30,6 +30,7 @@ LOW = 1 << 16  # a state is at least this, and below 2^32
 # Fewer numbers for a lane cost bytes for states, more cost steps.
 NUMBERS_PER_LANE = 16384
 MOST_LANES = 4096
+PART = 1 << 16  # numbers that are prepared at a time
 # Numbers beyond are escapes, coded in 16 bits each, as is what lies beyond five widths.
 WIDEST_ALPHABET = 2047
 ESCAPE_BITS = PRECISION + 16
@@ -60,29 +61,31 @@ def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> 
         raise ValueError(f"{numbers.size} numbers, but {table.size} in the segments")
     if numbers.size and int(numbers.min()) < -LARGEST:
         raise ValueError(f"a number is below {-LARGEST}")
-    escaped = np.abs(numbers) > tables.reach[table]
-    cell = table * tables.width + np.where(escaped, tables.escape[table], numbers + tables.reach[table])
     lanes = lanes_for(numbers.size)
-    states = np.full(lanes, LOW, dtype=np.uint64)
+    # Whole numbers below 2^53 are exact in float64, and so is the floor of what two of them below 2^32 divide to;
+    # processors divide these side by side, which they do not for integers.
+    states = np.full(lanes, float(LOW))
     words: list[NDArray[np.uint16]] = []
-    for start in reversed(range(0, numbers.size, lanes)):
-        cells = cell[start : start + lanes]
-        frequency = tables.frequency[cells]
-        state = states[: cells.size]
-        full = np.flatnonzero(state >= frequency << np.uint64(32 - PRECISION))
-        if full.size:
-            words.append(state[full].astype(np.uint16))  # the low half
-            state[full] >>= np.uint64(16)
-        quotient = state // frequency
-        # The state becomes quotient * TOTAL + remainder + start of the symbol's slots.
-        state += quotient * (np.uint64(TOTAL) - frequency) + tables.first[cells]
-    words.append(np.zeros(0, dtype=np.uint16))
-    escapes = numbers[escaped]
+    escapes: list[Numbers] = []
+    for part in reversed(_parts_of(numbers.size, lanes)):
+        cells, escaped = tables.cells(numbers[part], table[part])
+        escapes.append(numbers[part][escaped])
+        for start in reversed(range(0, cells.size, lanes)):
+            cell = cells[start : start + lanes]
+            frequency = tables.frequency.take(cell)
+            state = states[: cell.size]
+            full = np.flatnonzero(state >= frequency * 2.0 ** (32 - PRECISION))
+            if full.size:
+                high, low = np.divmod(state[full].astype(np.uint32), LOW)
+                words.append(low.astype(np.uint16))
+                state[full] = high
+            # It becomes quotient * TOTAL + remainder + start of the symbol's slots.
+            state += np.floor(state / frequency) * (TOTAL - frequency) + tables.first.take(cell)
     parts = [
-        np.array([escapes.size], dtype="<u4"),
+        np.array([sum(map(len, escapes))], dtype="<u4"),
         states.astype("<u4"),
-        escapes.astype("<i2"),
-        np.concatenate(words[::-1]).astype("<u2"),
+        np.concatenate([np.zeros(0, np.int16), *escapes[::-1]]).astype("<i2"),
+        np.concatenate([np.zeros(0, np.uint16), *words[::-1]]).astype("<u2"),
     ]
     return np.frombuffer(b"".join(part.tobytes() for part in parts), dtype=np.uint8)
 
@@ -102,31 +105,43 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
     """
     tables = _Tables(classes)
     table = tables.of_numbers(lengths)
-    states, escapes, words = _parts(data, table.size)
-    lanes, used = states.size, 0
-    symbols = np.empty(table.size, dtype=np.int16)
-    for start in range(0, table.size, lanes):
-        tables_here = table[start : start + lanes]
-        state = states[: tables_here.size]
-        slot = state & np.uint64(TOTAL - 1)
-        symbol = tables.lookup[(tables_here << PRECISION) + slot.astype(np.int32)]
-        symbols[start : start + lanes] = symbol
-        cells = tables_here * tables.width + symbol
-        state[:] = tables.frequency[cells] * (state >> np.uint64(PRECISION)) + slot - tables.first[cells]
-        empty = np.flatnonzero(state < LOW)
-        if empty.size:
-            read = words[used : used + empty.size]
-            if read.size < empty.size:
-                raise ValueError("the coded numbers are cut short")
-            state[empty] = (state[empty] << np.uint64(16)) | read
-            used += empty.size
+    states, escapes, words = _read(data, table.size)
+    lanes, used, escaped = states.size, 0, 0
+    numbers = np.empty(table.size, dtype=np.int16)
+    for part in _parts_of(table.size, lanes):
+        here = table[part]
+        slots, cells = here.astype(np.intp) << PRECISION, here.astype(np.intp) * tables.width
+        symbols = np.empty(here.size, dtype=np.int16)
+        for start in range(0, here.size, lanes):
+            end = min(start + lanes, here.size)
+            state = states[: end - start]
+            slot = state & (TOTAL - 1)
+            symbol = tables.lookup.take(slots[start:end] + slot)
+            symbols[start:end] = symbol
+            cell = cells[start:end] + symbol
+            state >>= PRECISION
+            state *= tables.whole_frequency.take(cell)
+            state += slot - tables.whole_first.take(cell)
+            empty = np.flatnonzero(state < LOW)
+            if empty.size:
+                read = words[used : used + empty.size]
+                if read.size < empty.size:
+                    raise ValueError("the coded numbers are cut short")
+                state[empty] = (state[empty] << 16) | read
+                used += empty.size
+        escapes_here = np.flatnonzero(symbols == tables.escape[here])
+        values = escapes[escaped : escaped + escapes_here.size]
+        symbols -= tables.reach[here]
+        # What has a symbol is no escape; -32768 has no magnitude in int16 and is negative here.
+        if values.size < escapes_here.size or (np.abs(values) <= tables.reach[here[escapes_here]]).any():
+            raise ValueError("the coded numbers are damaged")
+        symbols[escapes_here] = values
+        escaped += values.size
+        numbers[part] = symbols
     # Encoding began with these states: whatever does not lead back to them is damaged.
-    escaped = symbols == tables.escape[table]
-    if used != words.size or not (states == LOW).all() or int(escaped.sum()) != escapes.size:
+    if used != words.size or not (states == LOW).all() or escaped != escapes.size:
         raise ValueError("the coded numbers are damaged")
-    symbols -= tables.reach[table].astype(np.int16)
-    symbols[escaped] = escapes
-    return symbols
+    return numbers
 
 
 def class_bits(largest: int) -> NDArray[np.float64]:
@@ -167,7 +182,13 @@ def lanes_for(count: int) -> int:
     return max(1, min(MOST_LANES, count // NUMBERS_PER_LANE))
 
 
-def _parts(data: Bytes, count: int) -> tuple[NDArray[np.uint64], Numbers, NDArray[np.uint64]]:
+def _parts_of(count: int, lanes: int) -> list[slice]:
+    """Whole steps of all lanes, few enough that what is in between stays in the cache."""
+    size = max(PART // lanes, 1) * lanes
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _read(data: Bytes, count: int) -> tuple[NDArray[np.int64], Numbers, NDArray[np.int64]]:
     """States, escapes and words."""
     lanes, raw = lanes_for(count), data.tobytes()
     head = 4 + 4 * lanes
@@ -176,9 +197,9 @@ def _parts(data: Bytes, count: int) -> tuple[NDArray[np.uint64], Numbers, NDArra
     escapes = int(np.frombuffer(raw, "<u4", 1)[0])
     if escapes > min(count, (len(raw) - head) // 2):
         raise ValueError("the coded numbers are damaged")
-    states = np.frombuffer(raw, "<u4", lanes, 4).astype(np.uint64)
+    states = np.frombuffer(raw, "<u4", lanes, 4).astype(np.int64)
     numbers = np.frombuffer(raw, "<i2", escapes, head).astype(np.int16)
-    return states, numbers, np.frombuffer(raw, "<u2", -1, head + 2 * escapes).astype(np.uint64)
+    return states, numbers, np.frombuffer(raw, "<u2", -1, head + 2 * escapes).astype(np.int64)
 
 
 class _Tables:
@@ -187,7 +208,9 @@ class _Tables:
     Attributes:
         reach: by table, the largest magnitude that has a symbol; the symbol of a number is `number + reach`.
         escape: by table, the symbol of all other numbers.
+        width: symbols that a table has room for.
         frequency, first: by `table * width + symbol`, slots of the symbol and the first of them.
+        whole_frequency, whole_first: the same as integers.
         lookup: by `table * TOTAL + slot`, the symbol.
     """
 
@@ -196,23 +219,32 @@ class _Tables:
             raise ValueError("a class is not known")
         used = sorted({int(which) for which in classes})
         lists = [_frequencies(which) for which in used]
-        self.of_segments = np.searchsorted(np.array(used, dtype=np.int32), np.array(classes, dtype=np.int32))
-        self.escape = np.array([len(frequencies) - 1 for frequencies in lists], dtype=np.int32)
+        self._of_segments = np.searchsorted(np.array(used, dtype=np.int32), np.array(classes, dtype=np.int32))
+        self.escape = np.array([len(frequencies) - 1 for frequencies in lists], dtype=np.int16)
         self.reach = (self.escape - 1) // 2
         self.width = int(self.escape.max(initial=0)) + 1
-        padded = np.zeros((len(used), self.width), dtype=np.uint64)
+        padded = np.zeros((len(used), self.width), dtype=np.int64)
         for row, frequencies in zip(padded, lists, strict=True):
             row[: len(frequencies)] = frequencies
-        self.frequency = padded.reshape(-1)
-        self.first = (np.cumsum(padded, 1, dtype=np.uint64) - padded).reshape(-1)
+        self.whole_frequency = padded.reshape(-1)
+        self.whole_first = (np.cumsum(padded, 1) - padded).reshape(-1)
+        self.frequency, self.first = self.whole_frequency.astype(np.float64), self.whole_first.astype(np.float64)
         symbols = [np.repeat(np.arange(len(each), dtype=np.int16), each) for each in lists]
         self.lookup = np.concatenate([np.zeros(0, dtype=np.int16), *symbols])
 
-    def of_numbers(self, lengths: Sequence[int]) -> NDArray[np.int32]:
+    def of_numbers(self, lengths: Sequence[int]) -> NDArray[np.uint8]:
         """The table of every number."""
-        if len(lengths) != len(self.of_segments):
-            raise ValueError(f"{len(lengths)} segments, but {len(self.of_segments)} classes")
-        return np.repeat(self.of_segments.astype(np.int32), lengths)
+        if len(lengths) != len(self._of_segments):
+            raise ValueError(f"{len(lengths)} segments, but {len(self._of_segments)} classes")
+        return np.repeat(self._of_segments.astype(np.uint8), lengths)
+
+    def cells(self, numbers: Numbers, table: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Where the symbols of numbers are in `frequency`, and which numbers are escapes."""
+        reach = self.reach[table]
+        escaped = np.flatnonzero(np.abs(numbers) > reach)
+        symbols = numbers + reach
+        symbols[escaped] = self.escape[table[escaped]]
+        return table * np.intp(self.width) + symbols, escaped
 
 
 @cache
