@@ -202,10 +202,11 @@ def _block(checked: Checked, repo: str, revision: str | None, picture: str | Non
 def _what(checked: Checked) -> str:
     title, paper, change = method_of(checked)
     where = f"`{checked.base}`" + (f" at revision `{checked.revision}`" if checked.revision else "")
-    lines = [f"A {title} adapter for {where}: PEFT type `{checked.peft_type}`, {checked.modules:,} layers changed."]
+    changed = f"{checked.modules:,} layers changed" if checked.modules else "a learnt prompt"
+    lines = [f"A {title} adapter for {where}: PEFT type `{checked.peft_type}`, {changed}."]
     lines += [f"Each weight W becomes W + dW with `dW = {change}`."] if change else []
     lines += [f"{title}: {_cited(paper)}."] if paper else []
-    heads = sorted({name.rpartition(".")[0] for name in checked.carried})
+    heads = sorted({name.rpartition(".")[0] for name in checked.carried} - {""})
     lines += [f"It brings {', '.join(f'`{head}`' for head in heads[:4])} whole."] if heads else []
     return "\n".join(lines)
 

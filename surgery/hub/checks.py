@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from surgery.catalogue import method_for_type
-from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.rewriting import DTYPES, Tensor, file_bytes, read_header
@@ -103,12 +104,12 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
     kind = opened.peft_type
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{folder / CONFIG_FILE}: PEFT type {kind} is known neither to PEFT nor to surgery")
-    found = foreign_format(header)
+    found = foreign_format(header) if _prefix(kind) else None  # a learnt prompt has names of its own
     if found:
         raise AdapterError(f"{weights}: {found}")
     _refuse_not_finite(weights, header)
     packed = opened if is_packed(opened.config) else None
-    changed, carried = _sorted(opened)
+    changed, carried = _sorted(opened, _prefix(kind))
     _check_targets(folder, opened.config, changed, carried)
     checked = Checked(
         folder=folder,
@@ -179,34 +180,41 @@ def _refuse_not_finite(path: Path, header: Mapping[str, Tensor]) -> None:
     release_freed()
 
 
-def _sorted(adapter: Adapter) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """The layers that an adapter changes, by the names of their tensors, and what it brings whole with its shape."""
-    prefixes = _prefixes(adapter.peft_type)
-    changed, carried = [], {}
-    for module, tensors in adapter.modules.items():
-        if not module:
+def _sorted(adapter: Adapter, prefix: str) -> tuple[dict[str, list[str]], dict[str, tuple[int, ...]]]:
+    """The layers that an adapter changes, with the names of their tensors, and what it brings whole with its shape."""
+    changed: dict[str, list[str]] = {}
+    carried = {}
+    for name, tensor in adapter.tensors.items():
+        parts = name.removeprefix(MODEL_PREFIX).split(".")
+        position = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
+        if position is not None and name.startswith(MODEL_PREFIX):
+            changed.setdefault(".".join(parts[:position]), []).append(name)
+        elif _is_above(name) or {"modules_to_save", "original_module"} & set(parts):
             continue
-        if prefixes and any(short.startswith(prefixes) for short in tensors):
-            changed.append(module)
-            continue
-        for short, tensor in tensors.items():
-            name = f"{module}.{short}"
-            if ".modules_to_save." not in f".{name}" and ".original_module." not in f".{name}":
-                carried[name.replace(".base_layer.", ".")] = tuple(tensor.shape)
+        elif position is None:
+            carried[".".join(part for part in parts if part != "base_layer")] = tuple(tensor.shape)
     return changed, carried
 
 
-def _prefixes(peft_type: str) -> tuple[str, ...]:
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type)
-    return (prefix,) if prefix else ()
+def _is_above(name: str) -> bool:
+    """Whether a tensor is one for all layers."""
+    return name.startswith(TUNER_PREFIX) and not name.startswith(MODEL_PREFIX)
+
+
+def _prefix(peft_type: str) -> str:
+    """What the names of a type's tensors start with; nothing for a learnt prompt."""
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], PromptLearningConfig):
+        return ""
+    return str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, ""))
 
 
 def _check_targets(
-    folder: Path, config: Mapping[str, Any], changed: list[str], carried: Mapping[str, tuple[int, ...]]
+    folder: Path, config: Mapping[str, Any], changed: Collection[str], carried: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Refuse tensors that PEFT would not use: it ignores those of layers that the configuration does not name."""
-    if not changed and _prefixes(str(config["peft_type"])):
-        raise AdapterError(f"{folder / WEIGHTS_FILE}: changes no layer: none of its tensors is {config['peft_type']}'s")
+    kind = str(config["peft_type"])
+    if not changed and _prefix(kind):
+        raise AdapterError(f"{folder / WEIGHTS_FILE}: changes no layer: none of its tensors is {kind}'s")
     lost = [module for module in changed if not _is_target(module, config)]
     if lost:
         raise AdapterError(
@@ -230,29 +238,23 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
     return any(plain == target or plain.endswith(f".{target}") for target in targets)
 
 
-def _trainable(adapter: Adapter, changed: list[str], carried: Mapping[str, tuple[int, ...]]) -> int:
+def _trainable(adapter: Adapter, changed: Mapping[str, list[str]], carried: Mapping[str, tuple[int, ...]]) -> int:
     """Numbers that train: what a method of ours names; everything of a type that we only read."""
     method = method_for_type(adapter.peft_type)
     names = set(method.trainable_names) if method is not None else None
-    modules = adapter.modules
+    own = [name for tensors in changed.values() for name in tensors]
     return sum(
-        tensor.numel()
-        for module in changed
-        for short, tensor in modules[module].items()
-        if names is None or short in names
+        adapter.tensors[name].numel() for name in own if names is None or name.rpartition(".")[2] in names
     ) + sum(math.prod(shape) for shape in carried.values())
 
 
 def _layers(
-    checked: Checked, changed: list[str], header: Mapping[str, Tensor], packed: Adapter | None
+    checked: Checked, changed: Mapping[str, list[str]], header: Mapping[str, Tensor], packed: Adapter | None
 ) -> Iterator[tuple[str, Adapter]]:
     """Each layer as an adapter of its own, its tensors read when it is asked for."""
-    shared = [name for name in header if not name.startswith(MODEL_PREFIX)]
-    names = list(packed.tensors) if packed is not None else list(header)
-    by_layer = Adapter(checked.config, {name: torch.empty(0, device="meta") for name in names}).modules
+    shared = [name for name in header if _is_above(name)]
     weights = checked.folder / WEIGHTS_FILE
-    for module in changed:
-        own = [f"{MODEL_PREFIX}{module}.{short}" for short in by_layer[module]]
+    for module, own in changed.items():
         if packed is not None:
             yield module, Adapter(checked.config, {name: packed.tensors[name] for name in own})
         elif sum(header[name].size for name in [*own, *shared]) <= MOST_BYTES:
