@@ -131,7 +131,7 @@ def _merged(head: dict[str, Any], checked: Checked, license: str | None) -> dict
     tags = [tags] if isinstance(tags, str) else list(tags)
     ours = [f"base_model:adapter:{checked.base}", method_of(checked)[0].lower(), "transformers"]
     # PEFT names the base by its place on the disk, in a tag too.
-    kept = [str(tag) for tag in tags if not str(tag).startswith("base_model:")]
+    kept = [str(tag) for tag in tags if str(tag) in ours or not str(tag).startswith("base_model:")]
     merged = {**without_paths(head), "base_model": checked.base, "base_model_relation": "adapter"}
     merged["library_name"] = "peft"
     if license is not None:

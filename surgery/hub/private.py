@@ -53,24 +53,28 @@ def machine_folders(folder: Path) -> list[str]:
     return sorted({str(path) for path in known if len(path.parts) > 1}, key=len, reverse=True)
 
 
-def refuse_private(name: str, text: str, folders: list[str]) -> None:
+def refuse_private(name: str, text: str, folders: list[str], original: str = "") -> None:
     """Refuse a text that holds a token or a path of this machine.
 
     Args:
         name: of the file, for the message.
-        text: what is in it.
+        text: what is to be published.
         folders: `machine_folders`.
+        original: what the user's file holds, whose lines are counted.
 
     Raises:
         HubError: it does; the message names the line, and does not repeat a token.
     """
     paths = re.compile("|".join([*(rf"(?<![\w.:-]){re.escape(path)}(?![\w.-])" for path in folders), HOMES.pattern]))
-    for number, line in enumerate(text.splitlines(), 1):
-        if TOKEN.search(line):
-            raise HubError(f"{name}, line {number}: holds what looks like a Hub token; take it out, and revoke it")
-        found = paths.search(line)
-        if found is not None:
-            raise HubError(f"{name}, line {number}: holds a path of a machine ({found[0]}); take it out")
+    lines = original.splitlines()
+    for line in text.splitlines():
+        token, path = TOKEN.search(line), paths.search(line)
+        if token is None and path is None:
+            continue
+        where = f"{name}, line {lines.index(line) + 1}" if line in lines else name
+        if token is not None:
+            raise HubError(f"{where}: holds what looks like a Hub token; take it out, and revoke it")
+        raise HubError(f"{where}: holds a path of a machine ({path[0] if path else ''}); take it out")
 
 
 class _Redaction(logging.Filter):
