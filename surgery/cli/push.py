@@ -54,8 +54,8 @@ def command(
       surgery push small/ org/small --base-model org/base
       surgery push small/ org/small --private --dry-run
     """
-    set_verbosity(verbose, quiet)
     token = _taken(token)
+    set_verbosity(verbose, quiet)
     from surgery.hub.push import push
 
     with _progress(wanted=not quiet and not as_json) as progress:

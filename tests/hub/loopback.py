@@ -1,8 +1,8 @@
 """A hub on 127.0.0.1: as much of the Hub's HTTP interface as huggingface_hub, peft and transformers use.
 
 Repositories live in memory, large files on the disk. Faults are ordered per request: an answer of another status, a
-connection that breaks off, or a call to make before the request is served. Run as a program it prints its address and
-serves until its standard input ends.
+connection that breaks off, or a call to make before the request is served. Run as a program, with the size of parts
+where files come in parts, it prints its address and serves until its standard input ends.
 """
 
 from __future__ import annotations
@@ -572,5 +572,6 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
 
 if __name__ == "__main__":
     with Hub() as hub:
+        hub.part_size = int(sys.argv[1]) if len(sys.argv) > 1 else None
         print(hub.url, flush=True)
         sys.stdin.read()
