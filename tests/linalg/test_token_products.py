@@ -88,7 +88,7 @@ SHAPES = [
 @pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize(("count", "rows", "columns", "rank", "expected"), SHAPES)
 def test_each_road(count: int, rows: int, columns: int, rank: int, expected: str, decay: float, road) -> None:
-    check(tokens(count, rows, columns, decay), rank)
+    check(tokens(count, rows, columns, decay), rank, 0.995 if decay else 0.99)  # noise has no leading directions
     assert road() == [expected]
 
 
