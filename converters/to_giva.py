@@ -3,96 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.packing import CODES, FACTORS, PLAIN, SCALES, WIDTHS
+from surgery.checkpoints.packing import CODES, FACTORS, PLAIN, SCALES
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.converters.changes import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.errors import MethodError
-from surgery.linalg.fixed_width import rounded_columns
-from surgery.linalg.metric import MetricSVD
+from surgery.linalg.compress import Compressed, DoesNotFit, Goal, Moment, compress
+from surgery.reports.tables import human_bytes
 
 __all__ = ["to_giva"]
 
 SCALE_BYTES = 4
+# Of codes that nothing limits, where only a rank is asked for: what is left of it is what counts then.
+BITS_AT_RANK = 8
+
+Parts = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # module -> B (out, r), A (r, in), s (r,)
 
 
 def to_giva(source: Source, request: Request) -> Result:
     """A GiVA adapter `diag(o) B diag(s) A` with o = 1, which is not stored, and packed factors.
 
-    With 16 or 32 bits B and A are floats, with fewer integers; `auto` takes the width whose ranks and rounding together
-    lose least.
-    Layers that keep nothing leave the target list.
+    The factors are integers, as large in each column as its weight is worth; `bits` limits them. With 16 or 32 bits
+    they are floats, as they are where nothing may be lost. Layers that keep nothing leave the target list.
 
     Raises:
-        MethodError: the budget is below what must be carried along, or keeps no layer.
+        MethodError: the budget is below what must be carried along, or keeps no layer, or asks for what codes of so few
+            bits cannot hold.
     """
     changes = changes_of(source, request)
+    exact = request.budget.energy == 1 or request.budget.max_error == 0
+    bits = 32 if request.bits == "auto" and exact else request.bits
+    if bits in PLAIN:
+        return _plain(source, request, changes, int(bits))
+    # The file has its layers in the order of their names; a layer's description starts from that of the one before.
+    changes = sorted(changes, key=lambda change: change.module)
+    coded = _coded(source, request, changes, None if bits == "auto" else int(bits))
+    parts: Parts = {}
+    mean_bits, sizes = {}, {}
+    for change, factors, spent in zip(changes, coded.layers, coded.bits, strict=True):
+        if factors.rank:
+            B, A = (torch.from_numpy(codes).float() for codes in (factors.B, factors.A))
+            parts[change.module] = B, A.contiguous(), torch.from_numpy(factors.s).float()
+            mean_bits[change.module] = spent / (B.numel() + A.numel())
+            sizes[change.module] = round(spent / 8)
+    if not parts:
+        raise MethodError("nothing is kept of any layer: the adapter changes nothing, or the budget is too small")
+    return _result(parts, bits, mean_bits, sizes)
+
+
+def _coded(source: Source, request: Request, changes: list[Change], bits: int | None) -> Compressed:
+    """The changes as integers, within the request's budget."""
+    budget, metric, progress = request.budget, request.metric, request.progress
+
+    def moments(index: int) -> tuple[Moment, Moment]:
+        if metric is None:
+            return None, None
+        full = metric.full(changes[index])
+        return full.C, full.F
+
+    def fixed(limit: int) -> int:
+        codes = torch.empty(limit, dtype=torch.uint8, device="meta")
+        return file_bytes({**source.carried, f"{TUNER_PREFIX}{CODES}": codes}) - limit
+
+    limit = budget.bytes(request.source_bytes)
+    if budget.rank is not None:
+        bits = bits or BITS_AT_RANK
+    try:
+        return compress(
+            [(change.B, change.A) for change in changes],
+            Goal(None if limit is None else max(limit - fixed(limit), 1), budget.max_error, budget.energy, budget.rank),
+            bits=bits,
+            metric=moments,
+            progress=None if progress is None else lambda done, whole: progress(done, whole, "coding"),
+        )
+    except DoesNotFit as error:
+        if not error.enough:
+            raise MethodError("nothing is kept of any layer: the adapter changes nothing") from None
+        enough = error.enough + fixed(error.enough)
+        raise MethodError(
+            f"a file of {human_bytes(limit or 0)} is too small: {enough} bytes hold what must be carried and something "
+            "of the change"
+        ) from None
+    except ValueError:
+        wider = "leave out --bits, or store plain numbers with --bits 32" if bits else "use --bits 32"
+        raise MethodError(f"codes of {bits or 'any'} bits lose more than that: {wider}") from None
+
+
+def _plain(source: Source, request: Request, changes: list[Change], bits: int) -> Result:
+    """Factors as floats, of ranks for the budget."""
     svds = {change.module: decomposed(change, request) for change in changes}
-    if request.bits != "auto":
-        return _made(source, request, changes, svds, int(request.bits)).result()
-    tried = []
-    for bits in WIDTHS:
-        try:
-            tried.append(_made(source, request, changes, svds, bits))
-        except MethodError:  # the budget does not hold one direction at this width
-            continue
-    if not tried:
-        return _made(source, request, changes, svds, WIDTHS[0]).result()  # says what would be enough
-    return min(tried, key=lambda made: made.lost).result()
-
-
-@dataclass
-class _Made:
-    """Factors `B (out, r)`, `A (r, in)` and `s (r,)` by module, and the squared error in the metric."""
-
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    bits: int
-    lost: float
-
-    def result(self) -> Result:
-        """As an adapter."""
-        sizes = {
-            module: (B.numel() + A.numel()) * self.bits // 8 + 2 * s.numel()
-            for module, (B, A, s) in self.factors.items()
-        }
-        return _result(self.factors, self.bits, dict.fromkeys(self.factors, float(self.bits)), sizes)
-
-
-def _made(source: Source, request: Request, changes: list[Change], svds: dict[str, MetricSVD], bits: int) -> _Made:
-    """Ranks for the budget at one width, and the factors rounded to it."""
     numbers = {change.module: sum(change.shape) for change in changes}
     spectra = Spectra(
         {module: svd.S for module, svd in svds.items()},
-        {module: -(-count * bits // 8) + SCALE_BYTES for module, count in numbers.items()},
+        {module: count * bits // 8 + SCALE_BYTES for module, count in numbers.items()},
         dict.fromkeys(numbers, 0),
     )
 
     def size(ranks: Mapping[str, int]) -> int:
         count = sum(numbers[module] * rank for module, rank in ranks.items())
-        name, dtype = (FACTORS, PLAIN[bits]) if bits in PLAIN else (CODES, torch.uint8)
-        length = count if bits in PLAIN else -(-count * bits // 8)
         planned = {
-            f"{TUNER_PREFIX}{name}": torch.empty(length, dtype=dtype, device="meta"),
+            f"{TUNER_PREFIX}{FACTORS}": torch.empty(count, dtype=PLAIN[bits], device="meta"),
             f"{TUNER_PREFIX}{SCALES}": torch.empty(sum(ranks.values()), device="meta"),
         }
         return file_bytes({**source.carried, **planned})
 
     ranks = spectra.ranks(request, size)
-    made = _Made({}, bits, 0.0)
+    parts: Parts = {}
     for change in changes:
-        svd, rank = svds[change.module], ranks[change.module]
-        if rank:
-            B, A = svd.cut(change.B, change.A, rank)
-            made.factors[change.module] = _floats(B, A, PLAIN[bits]) if bits in PLAIN else _integers(B, A, bits)
-        if bits not in PLAIN:
-            made.lost += _lost(change, request, made.factors.get(change.module))
-    return made
+        if rank := ranks[change.module]:
+            B, A = svds[change.module].cut(change.B, change.A, rank)
+            parts[change.module] = _floats(B, A, PLAIN[bits])
+    sizes = {module: (B.numel() + A.numel()) * bits // 8 + SCALE_BYTES * len(s) for module, (B, A, s) in parts.items()}
+    return _result(parts, bits, dict.fromkeys(parts, float(bits)), sizes)
 
 
 def _floats(B: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,32 +128,13 @@ def _floats(B: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     return (B / in_B).to(dtype).float(), (A / in_A[:, None]).to(dtype).float(), in_B * in_A
 
 
-def _integers(B: torch.Tensor, A: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integer factors, and the scale of each rank."""
-    codes_B, steps_B = rounded_columns(B, bits)
-    codes_A, steps_A = rounded_columns(A.T, bits)
-    return codes_B.float(), codes_A.T.contiguous().float(), (steps_B * steps_A).float()
-
-
-def _lost(change: Change, request: Request, made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None) -> float:
-    """`tr(R^T F R C)` of what is missing of one layer; with data in the metric of the whole model."""
-    B, A = change.B.double(), change.A.double()
-    if made is not None:
-        B = torch.cat([B, -made[0].double() * made[2].double()], 1)
-        A = torch.cat([A, made[1].double()])
-    if request.metric is None:
-        return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0))
-    full = request.metric.full(change)
-    return float(((B.T @ full.F.double() @ B) * (A @ full.C.double() @ A.T)).sum().clamp_min(0))
-
-
 def _result(
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    factors: Parts,
     bits: int | str,
     mean_bits: dict[str, float],
     sizes: dict[str, int],
 ) -> Result:
-    """The adapter of these `B (out, r)`, `A (r, in)` and `s (r,)` by module."""
+    """The adapter of these factors."""
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for module, (B, A, s) in factors.items():

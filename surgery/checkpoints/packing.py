@@ -1,33 +1,36 @@
 """GiVA adapters in few bits: all layers' integer factors in one coded tensor, and back.
 
-A packed file holds `base_model.giva_codes` (uint8: the integers of all layers, each in the configuration's `bits`, B's
-columns before A's rows) and `base_model.giva_s` (all layers' s), in the order of the configuration's `packed`, which
-names the layers and says `[out, in, rank]` of each. `o` is in the file where it is not all ones. In memory every layer
-has its `giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA adapter. With 16 or 32 bits the factors are plain
-floats, all in one `base_model.giva_factors`.
+A packed file holds `base_model.giva_codes` (uint8: the integers and scales of all layers, entropy-coded, see
+`surgery.linalg.coded`), in the order of the names in the configuration's `packed`, which says `[out, in, rank]` of each
+layer. Scales that are on no grid, since they have been trained, are in `base_model.giva_s` instead, and `o` is in the
+file where it is not all ones. In memory every layer has its `giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA
+adapter. With 16 or 32 `bits` the factors are plain floats, all in one `base_model.giva_factors`, beside `giva_s`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgery.errors import AdapterError
-from surgery.linalg.fixed_width import pack, unpack
+from surgery.linalg.coded import CodedFactors, decode_factors, encode_factors, grid_of
+from surgery.linalg.entropy import LARGEST
 
-__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "WIDTHS", "is_packed", "packed", "unpacked"]
+__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "is_packed", "packed", "unpacked"]
 
 CODES, FACTORS, SCALES = "giva_codes", "giva_factors", "giva_s"
 PLAIN = {16: torch.float16, 32: torch.float32}
-WIDTHS = (2, 3, 4, 8)
 PARTS = ("giva_A", "giva_B", "giva_s", "giva_o")
 # More numbers than any adapter has: a configuration that asks for them is damaged.
 MOST_NUMBERS = 1 << 36
 
 Tensors = dict[str, torch.Tensor]
+Shape = tuple[int, int, int]  # out, in, rank
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # B, A, s
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -48,41 +51,33 @@ def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above
         AdapterError: a factor is not of whole numbers, or not of the shape that the configuration says.
     """
     rest = dict(tensors)
-    segments: list[torch.Tensor] = []
-    scales = []
+    layers = []
     for module, shape in _layers(config):
-        out_features, in_features, rank = shape
-        A, B, s = (rest.pop(f"{inside}{module}.{name}") for name in PARTS[:3])
-        if tuple(A.shape) != (rank, in_features) or tuple(B.shape) != (out_features, rank):
+        A, B, s = (rest.pop(f"{inside}{module}.{name}").detach().cpu().float() for name in PARTS[:3])
+        if tuple(A.shape) != (shape[2], shape[1]) or tuple(B.shape) != (shape[0], shape[2]):
             found = f"{tuple(B.shape)} and {tuple(A.shape)}"
             raise AdapterError(f"{module}: has factors {found}, the configuration says {shape}")
-        plain = config.get("bits") in PLAIN
-        columns = [*B.detach().cpu().float().T, *A.detach().cpu().float()]
-        segments += columns if plain else [_whole(module, each) for each in columns]
-        scales.append(s.detach().to("cpu", torch.float32).reshape(-1))
+        layers.append((module, B, A, s.reshape(-1)))
         o = rest.get(f"{inside}{module}.{PARTS[3]}")
         if o is not None and bool((o == 1).all()):
             del rest[f"{inside}{module}.{PARTS[3]}"]
+    scales = torch.cat([s for *_, s in layers])
     if config.get("bits") in PLAIN:
-        rest[f"{above}{FACTORS}"] = torch.cat(segments).to(PLAIN[config["bits"]])
-    else:
-        rest[f"{above}{CODES}"] = _coded([segment.numpy() for segment in segments], config.get("bits"))
-    rest[f"{above}{SCALES}"] = _narrowest(torch.cat(scales))
+        numbers = [part.reshape(-1) for _, B, A, _ in layers for part in (B.T, A)]
+        rest[f"{above}{FACTORS}"] = torch.cat(numbers).to(PLAIN[config["bits"]])
+        rest[f"{above}{SCALES}"] = _narrowest(scales)
+        return rest
+    grid = grid_of(scales.double().numpy())
+    if grid is None:
+        rest[f"{above}{SCALES}"] = _narrowest(scales)
+    coded = [
+        CodedFactors(
+            _whole(module, B), _whole(module, A), (s if grid is not None else torch.ones_like(s)).double().numpy()
+        )
+        for module, B, A, s in layers
+    ]
+    rest[f"{above}{CODES}"] = torch.from_numpy(encode_factors(coded, grid or 0).copy())
     return rest
-
-
-def _coded(segments: list[np.ndarray[Any, Any]], bits: Any) -> torch.Tensor:
-    try:
-        return torch.from_numpy(pack(np.concatenate(segments), _width(bits)))
-    except ValueError as error:
-        raise AdapterError(f"the factors cannot be packed: {error}") from None
-
-
-def _width(bits: Any) -> int:
-    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in WIDTHS:
-        known = ", ".join(map(str, WIDTHS))
-        raise AdapterError(f"packed factors of {bits!r} bits are not known here: {known} are")
-    return bits
 
 
 def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
@@ -92,48 +87,53 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], abo
         AdapterError: the codes are damaged, or do not fit the configuration.
     """
     rest = dict(tensors)
-    plain = config.get("bits") in PLAIN
-    try:
-        stored = rest.pop(f"{above}{FACTORS if plain else CODES}")
-        scales = rest.pop(f"{above}{SCALES}").float()
-    except KeyError as error:
-        raise AdapterError(f"the file lacks {error.args[0]}, which its configuration says it has") from None
     layers = _layers(config)
-    lengths = [n for _, (height, width, rank) in layers for n in [height] * rank + [width] * rank]
-    if sum(lengths) > MOST_NUMBERS or scales.numel() != sum(rank for _, (_, _, rank) in layers):
+    if sum((height + width) * rank for _, (height, width, rank) in layers) > MOST_NUMBERS:
+        raise AdapterError("packed: the layers of the configuration have more numbers than any adapter")
+    wanted = [FACTORS, SCALES] if config.get("bits") in PLAIN else [CODES]
+    for name in wanted:
+        if f"{above}{name}" not in rest:
+            raise AdapterError(f"the file lacks {above}{name}, which its configuration says it has")
+    stored, scales = rest.pop(f"{above}{wanted[0]}"), rest.pop(f"{above}{SCALES}", None)
+    shapes = [shape for _, shape in layers]
+    ranks = [rank for *_, rank in shapes]
+    if scales is not None and scales.numel() != sum(ranks):
         raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the layers of the configuration")
-    numbers = (
-        _plain(stored, sum(lengths), above) if plain else _decoded(stored, sum(lengths), config.get("bits"), above)
-    )
-    start = first = 0
-    for module, (height, width, rank) in layers:
-        middle, end = start + height * rank, start + (height + width) * rank
+    factors = _plain(stored, shapes, above) if wanted[0] == FACTORS else _decoded(stored, shapes, above)
+    trained = scales.float().reshape(-1).split(ranks) if scales is not None else [None] * len(layers)
+    for (module, (height, _, _)), (B, A, s), own in zip(layers, factors, trained, strict=True):
         name = f"{inside}{module}."
-        rest[f"{name}{PARTS[1]}"] = numbers[start:middle].reshape(rank, height).T.contiguous()
-        rest[f"{name}{PARTS[0]}"] = numbers[middle:end].reshape(rank, width).clone()
-        rest[f"{name}{PARTS[2]}"] = scales[first : first + rank].clone()
+        rest[f"{name}{PARTS[0]}"], rest[f"{name}{PARTS[1]}"] = A, B
+        rest[f"{name}{PARTS[2]}"] = s if own is None else own.clone()
         rest.setdefault(f"{name}{PARTS[3]}", torch.ones(height))
-        start, first = end, first + rank
     return rest
 
 
-def _plain(stored: torch.Tensor, count: int, above: str) -> torch.Tensor:
+def _plain(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Iterator[Factors]:
+    count = sum((height + width) * rank for height, width, rank in shapes)
     if not stored.is_floating_point() or stored.numel() != count or not bool(torch.isfinite(stored).all()):
         raise AdapterError(f"{above}{FACTORS}: does not hold the numbers of the layers that the configuration names")
-    return stored.float().reshape(-1)
+    numbers, start = stored.float().reshape(-1), 0
+    for height, width, rank in shapes:
+        middle, end = start + height * rank, start + (height + width) * rank
+        B, A = numbers[start:middle].reshape(rank, height).T, numbers[middle:end].reshape(rank, width)
+        yield B.contiguous(), A.clone(), torch.ones(rank)
+        start = end
 
 
-def _decoded(stored: torch.Tensor, count: int, bits: Any, above: str) -> torch.Tensor:
+def _decoded(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Iterator[Factors]:
     if stored.dtype != torch.uint8:
         raise AdapterError(f"{above}{CODES}: is {stored.dtype}, expected bytes")
     try:
-        found = unpack(stored.contiguous().cpu().numpy().reshape(-1), count, _width(bits))
+        layers = decode_factors(stored.contiguous().cpu().numpy().reshape(-1), shapes)
     except ValueError as error:
         raise AdapterError(f"{above}{CODES}: {error}") from None
-    return torch.from_numpy(found.astype(np.float32))
+    for layer in layers:
+        B, A = (torch.from_numpy(codes.astype(np.float32)) for codes in (layer.B, layer.A))
+        yield B, A, torch.from_numpy(layer.s.astype(np.float32))
 
 
-def _layers(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+def _layers(config: Mapping[str, Any]) -> list[tuple[str, Shape]]:
     found = []
     entries = config.get("packed")
     for module, shape in entries.items() if isinstance(entries, Mapping) else ():
@@ -144,11 +144,11 @@ def _layers(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]
     return sorted(found)
 
 
-def _whole(module: str, values: torch.Tensor) -> torch.Tensor:
+def _whole(module: str, values: torch.Tensor) -> NDArray[np.int16]:
     rounded = values.round()
-    if not torch.equal(values, rounded):
+    if not torch.equal(values, rounded) or float(rounded.abs().max()) > LARGEST:
         raise AdapterError(f"{module}: its factors are not whole numbers any more, and cannot be packed")
-    return rounded.to(torch.int16)
+    return rounded.to(torch.int16).numpy()
 
 
 def _narrowest(scales: torch.Tensor) -> torch.Tensor:

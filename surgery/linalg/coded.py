@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from surgery.linalg.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, encode
 
-__all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "rounded_scales"]
+__all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "grid_of", "rounded_scales"]
 
 HEAD = 8
 FINEST_SCALES = 9
+LARGEST_EXPONENT = 63
+OFF_GRID = 1e-3  # what a scale in float32 may lie off its grid, in steps of it
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,20 @@ class CodedFactors:
 def rounded_scales(s: NDArray[np.float64], fineness: int) -> NDArray[np.float64]:
     """Positive scales rounded to `2^(i / 2^fineness)`."""
     return _scales(np.rint(np.log2(s) * 2**fineness), fineness)
+
+
+def grid_of(s: NDArray[np.float64]) -> int | None:
+    """The coarsest fineness of a grid that has all of these scales, told from float32; None where none has."""
+    if bool((s <= 0).any()) or not bool(np.isfinite(s).all()):
+        return None
+    exponents = np.log2(s)
+    if bool((np.abs(exponents) > LARGEST_EXPONENT).any()):
+        return None
+    for fineness in range(FINEST_SCALES + 1):
+        steps = exponents * 2**fineness
+        if bool((np.abs(steps - np.rint(steps)) < OFF_GRID).all()):
+            return fineness
+    return None
 
 
 def code_bits(codes: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
@@ -82,9 +98,9 @@ def encode_factors(layers: Sequence[CodedFactors], fineness: int) -> NDArray[np.
     of_B, of_A = np.concatenate([np.zeros((2, 0), np.uint8), *classes], 1)
     exponent = np.concatenate([np.zeros(0), *exponents])
     whole = np.rint(exponent)
-    if not 0 <= fineness <= FINEST_SCALES or bool((np.abs(exponent - whole) > 1e-3).any()):
+    if not 0 <= fineness <= FINEST_SCALES or bool((np.abs(exponent - whole) > OFF_GRID).any()):
         raise ValueError("the scales are not on their grid")
-    if bool((np.abs(whole) > 63 * 2**fineness).any()):
+    if bool((np.abs(whole) > LARGEST_EXPONENT * 2**fineness).any()):
         raise ValueError("a scale is too large or too small to be coded")
     described = [_differences(values.astype(np.int64), ranks) for values in (of_B, of_A, whole)]
     kinds = [int(code_bits(values[:, None])[0][0]) for values in described]
@@ -120,7 +136,9 @@ def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
     described = decode(data[HEAD:middle], [count] * 3, kinds).reshape(3, count)
     of_B, of_A, exponents = (_sums(values, ranks) for values in described)
     classes = np.concatenate([of_B, of_A])
-    if bool(((classes < 0) | (classes >= CLASSES)).any()) or bool((np.abs(exponents) > 63 * 2**fineness).any()):
+    if bool(((classes < 0) | (classes >= CLASSES)).any()) or bool(
+        (np.abs(exponents) > LARGEST_EXPONENT * 2**fineness).any()
+    ):
         raise ValueError("the description of the ranks is damaged")
     numbers = decode(data[middle:], _lengths(shapes), _by_layer(of_B, of_A, ranks))
     scales = _scales(exponents, fineness)

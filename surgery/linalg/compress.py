@@ -1,8 +1,8 @@
-"""A whole model's low-rank weight changes in a given number of bytes.
+"""A whole model's low-rank weight changes in a given number of bytes, or at a given error.
 
 The error of a layer is `tr(R^T F R C)` for what R its change loses, with the second moments C of its inputs and F of
 the gradients at its output; that of the model is the sum. One number, the squared error that coding may leave in each
-coded number, rules ranks, bits and layers together (see `rounding`); it is searched for the budget.
+coded number, rules ranks, bits and layers together (see `rounding`); it is searched for the goal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from surgery.linalg.entropy import lanes_for
 from surgery.linalg.feedback import Curvature
 from surgery.linalg.rounding import LIMITS, Coded, Factors, code_layer, spectrum_of
 
-__all__ = ["Compressed", "Metric", "Moment", "compress"]
+__all__ = ["Compressed", "DoesNotFit", "Goal", "Metric", "Moment", "compress"]
 
 Moment = torch.Tensor | None
 # By layer, C (in, in) of the inputs and F (out, out) of the gradients at the output; None is the identity.
@@ -29,15 +29,49 @@ Metric = Callable[[int], tuple[Moment, Moment]]
 Progress = Callable[[int, int], None]
 
 PASSES = 6
+MOST_PASSES = 12  # where an error is searched for
 SAMPLE = 16
 # Two passes this close, as a share of the budget, are mixed layer by layer instead of searching on.
 NEAR = 0.03
+# An error as it is reckoned leaves out what the noise of both factors may have in common with directions that were cut.
+RECKONING = 0.01
 HEAD_BYTES = 28
 # What classes cost by their tables, over what they cost by formula.
 EXCESS = 1.0015
 COARSEST, FINEST = 3, 9
 # A scale's rounding may add this share of the error that there is anyway.
 SCALE_SHARE = 0.02
+# Where a search for what does fit begins.
+SMALL = 64
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What coding is to reach: one of these, with as few bytes, or as little error, as that takes.
+
+    Attributes:
+        size: bytes of the coded data, at most.
+        error: relative error over all layers together, at most; rounding included.
+        energy: share of its energy that every layer keeps, at least; rounding included.
+        rank: of every layer, as far as it has so many; nothing is saved on the codes.
+    """
+
+    size: int | None = None
+    error: float | None = None
+    energy: float | None = None
+    rank: int | None = None
+
+
+class DoesNotFit(ValueError):
+    """A budget holds nothing of any layer.
+
+    Attributes:
+        enough: bytes that do hold something; 0 where there is no change to hold.
+    """
+
+    def __init__(self, enough: int) -> None:
+        super().__init__(f"so few bytes hold nothing of any layer; {enough} do")
+        self.enough = enough
 
 
 @dataclass(frozen=True)
@@ -67,7 +101,7 @@ class Compressed:
 
 def compress(
     layers: Sequence[Factors],
-    budget: int,
+    goal: Goal,
     *,
     bits: int | None = None,
     metric: Metric | None = None,
@@ -75,13 +109,13 @@ def compress(
     restored: float = 1.0,
     progress: Progress | None = None,
 ) -> Compressed:
-    """Code all layers so that the error is least and the bytes are no more than a budget.
+    """Code all layers so that a goal is reached at the least cost in error, or in bytes.
 
     Nothing is random. Layers are worked on one at a time; of the metric, only r x r matrices outlive a layer.
 
     Args:
         layers: `B (out, r)` and `A (r, in)` of each, of any floating dtype, on the CPU.
-        budget: bytes for all of it.
+        goal: what to reach.
         bits: 2, 3, 4 or 8: limits codes to `2^bits - 1` values; None does not.
         metric: the moments of a layer by its number; asked for in every pass. None is the identity for all.
         damping: share of their mean diagonal that is added to the moments, against what a finite sample leaves out.
@@ -90,11 +124,17 @@ def compress(
         progress: called after each layer of a pass; how many passes it takes is not known before.
 
     Raises:
-        ValueError: the budget does not even hold the description of an empty model, or `bits` is none of these.
+        DoesNotFit: the goal's size holds nothing.
+        ValueError: codes of so few bits do not reach the goal, or `bits` is none of these.
     """
     if bits not in LIMITS:
         raise ValueError(f"codes have 2, 3, 4 or 8 bits, not {bits}")
-    return _Search(layers, bits, metric or (lambda index: (None, None)), damping, restored, progress).fill(budget)
+    search = _Search(layers, bits, metric or (lambda index: (None, None)), damping, restored, progress)
+    if goal.size is not None:
+        return search.fill(goal.size)
+    if goal.rank is not None:
+        return search.at_rank(goal.rank)
+    return search.keeping(goal.energy) if goal.energy is not None else search.within(goal.error or 0.0)
 
 
 class _Search:
@@ -118,49 +158,127 @@ class _Search:
             self._tell()
 
     def fill(self, budget: int) -> Compressed:
-        """Code at one D after another, until two results lie close on either side of the budget; mix these two."""
+        """As little error as a budget allows.
+
+        Raises:
+            DoesNotFit: it holds nothing.
+        """
+        found = self._filled(budget)
+        if found is not None:
+            return found
+        if self._whole == 0:
+            raise DoesNotFit(0)
+        enough = SMALL
+        while (found := self._filled(enough)) is None or enough <= budget:
+            enough *= 2
+        raise DoesNotFit(int(found.data.size))
+
+    def within(self, error: float) -> Compressed:
+        """As few bytes as a relative error over all layers together allows."""
+        share = error**2
+        grid = self._fineness(share)
+        return self._result(self._losing(list(self.all), share * self._whole, grid), grid)
+
+    def keeping(self, energy: float) -> Compressed:
+        """As few bytes as a share of its energy that every layer keeps allows."""
+        share = 1 - energy
+        grid = self._fineness(share)
+        layers = [self._losing([i], share * float(self.spectra[i].energy.sum()), grid)[0] for i in self.all]
+        return self._result(layers, grid)
+
+    def at_rank(self, rank: int) -> Compressed:
+        """The leading directions of every layer, as exactly as the codes can tell them."""
+        least = self._least()
+        return self._result([self._coded(i, least, FINEST, rank) for i in self.all], FINEST)
+
+    def _filled(self, budget: int) -> Compressed | None:
+        """Code at one D after another, until one result fills the budget or two lie close on either side; mix these."""
         below, above, fineness = [self._nothing(index) for index in self.all], None, 0
-        excess, goal = self._excess(budget), float(budget)
+        excess, goal, margin, drift = self._excess(budget), float(budget), NEAR / 5, 0.0
         for _ in range(PASSES):
             D = self._noise_for(goal / excess)
-            grid = self._fineness(D)
+            grid = self._fineness(self._planned_loss(D))
             found = [self._coded(index, D, grid) for index in self.all]
-            fineness, size = max(fineness, grid), _bytes(found)
+            fineness, size = max(fineness, grid), _bytes(found) + drift
+            if size <= budget:
+                made = self._result(found, fineness)
+                drift += made.data.size - size
+                size = made.data.size
+                if budget >= size and (size > (1 - NEAR / 10) * budget or self._least() >= D):
+                    return made if any(made.bits) else None
             if size <= budget:
                 below = found
             else:
                 above = found
-            full = size <= budget and (size > (1 - NEAR / 10) * budget or self._least() >= D)
-            if full or (above is not None and _bytes(above) - _bytes(below) < NEAR * budget):
+            if above is not None and _bytes(above) - _bytes(below) < NEAR * budget:
                 break
             excess = size / self._planned(D)
+            # What is still to be found lies on the other side of the budget, if not by so much then by twice as much.
             kept = any(layer.factors.rank for layer in below)
-            goal = budget * (1 + NEAR / 5 if above is None else 1.0 if kept else 1 - NEAR / 5)
-        return self._written(below, above or below, budget, fineness)
+            goal = budget * (1 + margin if above is None else 1.0 if kept else 1 - margin)
+            margin *= 2
+        return self._mixed(below, above or below, budget, drift, fineness)
 
-    def _written(self, below: list[Coded], above: list[Coded], budget: int, fineness: int) -> Compressed:
+    def _mixed(
+        self, below: list[Coded], above: list[Coded], budget: int, drift: float, fineness: int
+    ) -> Compressed | None:
         """What is within the budget, with as many layers of what is beyond it as fit."""
-        limit = budget
+        limit = budget - drift
         while True:
-            if _bytes(below) > limit:
-                below, above = [self._nothing(index) for index in self.all], below
             layers = _exchanged(below, above, limit)
-            data = encode_factors([layer.factors for layer in layers], fineness)
-            if data.size <= budget:
-                break
             if not any(layer.factors.rank for layer in layers):
-                raise ValueError(f"{budget} bytes do not hold the description of an empty model, {data.size} bytes")
-            limit -= data.size - budget
+                return None
+            made = self._result(layers, fineness)
+            if made.data.size <= budget:
+                return made
+            limit -= made.data.size - budget
+
+    def _losing(self, indices: list[int], allowed: float, grid: int) -> list[Coded]:
+        """Layers that lose no more than this together, in few bytes.
+
+        Raises:
+            ValueError: the finest codes lose more.
+        """
+        best: list[Coded] | None = None
+        allowed *= 1 - RECKONING
+        goal, within, beyond = allowed, 0.0, math.inf  # planned losses: to try, that did, that did not
+        for _ in range(MOST_PASSES):
+            D = self._noise_losing(goal, indices)
+            found = [self._coded(index, D, grid) for index in indices]
+            lost = sum(layer.error for layer in found)
+            if lost <= allowed:
+                best = found if best is None or _bytes(found) < _bytes(best) else best
+                within = goal
+            elif self._least() >= D:
+                break
+            else:
+                beyond = goal
+            if (1 - NEAR) * allowed <= lost <= allowed or beyond < (1 + NEAR / 3) * within:
+                break
+            goal *= min(max((1 - NEAR / 3) * allowed / max(lost, 1e-300), 0.25), 4.0)
+            if not within < goal < beyond:
+                goal = math.sqrt(within * beyond)
+        if best is None:
+            raise ValueError("the finest codes there are lose more than that")
+        return best
+
+    def _result(self, layers: list[Coded], fineness: int) -> Compressed:
         return Compressed(
-            data,
+            encode_factors([layer.factors for layer in layers], fineness),
             [layer.factors for layer in layers],
             [layer.error for layer in layers],
             [float(spectrum.energy.sum()) for spectrum in self.spectra],
             [layer.bits for layer in layers],
         )
 
-    def _coded(self, index: int, D: float, fineness: int) -> Coded:
-        rank = self.spectra[index].plan(D, self.bits)[0]
+    @property
+    def _whole(self) -> float:
+        """Energy of all layers."""
+        return sum(float(spectrum.energy.sum()) for spectrum in self.spectra)
+
+    def _coded(self, index: int, D: float, fineness: int, rank: int | None = None) -> Coded:
+        planned = self.spectra[index].plan(D, self.bits)[0]
+        rank = planned if rank is None else min(rank, len(self.spectra[index].energy))
         coded = None
         if rank:
             coded = code_layer(
@@ -195,17 +313,31 @@ class _Search:
         """A D below which nothing changes any more."""
         return 1e-9 * min((float(s.variance[:, 0].min()) for s in self.spectra if s.energy.size), default=1.0)
 
+    def _planned_loss(self, D: float) -> float:
+        """Share of the whole energy that is lost, by the plan."""
+        lost = sum(spectrum.plan(D, self.bits)[2] for spectrum in self.spectra)
+        return lost / self._whole if self._whole > 0 else 0.0
+
     def _noise_for(self, size: float) -> float:
-        """The D at which the plan takes so many bytes."""
+        """The least D at which the plan takes no more bytes."""
+        return self._boundary(lambda D: self._planned(D) <= size)[1]
+
+    def _noise_losing(self, lost: float, indices: Sequence[int]) -> float:
+        """The largest D at which the plan loses no more of these layers."""
+        spectra = [self.spectra[index] for index in indices]
+        return self._boundary(lambda D: sum(each.plan(D, self.bits)[2] for each in spectra) > lost)[0]
+
+    def _boundary(self, holds: Callable[[float], bool]) -> tuple[float, float]:
+        """Two values of D close to each other: what does not hold at the first holds at the second, and above."""
         least = self._least()
-        if self._planned(least) <= size:
-            return least
+        if holds(least):
+            return least, least
         low = math.log(least)
         high = math.log(max((float(s.energy[0]) for s in self.spectra if s.energy.size), default=1.0))
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._planned(math.exp(middle)) <= size else (middle, high)
-        return math.exp(high)
+            low, high = (low, middle) if holds(math.exp(middle)) else (middle, high)
+        return math.exp(low), math.exp(high)
 
     def _excess(self, budget: int) -> float:
         """What layers take over what was planned, by some of them where there are many."""
@@ -217,13 +349,11 @@ class _Search:
         taken = sum(self._coded(index, D, FINEST).bits for index in sample)
         return taken / planned if taken else 1.0
 
-    def _fineness(self, D: float) -> int:
-        """How finely scales are rounded: as finely as their error is to be small beside the others."""
-        whole = sum(float(spectrum.energy.sum()) for spectrum in self.spectra)
-        lost = sum(spectrum.plan(D, self.bits)[2] for spectrum in self.spectra)
-        if not 0 < lost <= whole:
+    def _fineness(self, share: float) -> int:
+        """How finely scales are rounded: as finely as their error is to be small beside a loss of this share."""
+        if not 0 < share <= 1:
             return FINEST
-        step = math.sqrt(12 * SCALE_SHARE * lost / whole) / math.log(2)  # of a binary logarithm
+        step = math.sqrt(12 * SCALE_SHARE * share) / math.log(2)  # of a binary logarithm
         return min(max(math.ceil(-math.log2(step)), COARSEST), FINEST)
 
     def _tell(self) -> None:

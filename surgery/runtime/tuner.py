@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from surgery.catalogue import OWN_TYPES, method_for_type
-from surgery.checkpoints.packing import SCALES, is_packed, packed, unpacked
+from surgery.checkpoints.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.runtime.attachment import Attachment
@@ -114,9 +114,9 @@ class AdapterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Refuse a file that does not hold this adapter's tensors: PEFT alone would ignore that."""
         attachment = attachment_of(model, adapter_name)
-        scales = next((key for key in state_dict if key in {SCALES, f"base_model.{SCALES}"}), None)
-        if scales is not None and is_packed(config.to_dict()):
-            above = scales.removesuffix(SCALES)
+        whole = next((key for key in state_dict if key.removeprefix("base_model.") in {CODES, FACTORS}), None)
+        if whole is not None and is_packed(config.to_dict()):
+            above = "base_model." if whole.startswith("base_model.") else ""
             state_dict = unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else "")
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
