@@ -9,6 +9,7 @@ a small linear system, and is rounded itself, with feedback of errors and with t
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from surgery.linalg.coded import CodedFactors, code_bits, rounded_scales
 from surgery.linalg.entropy import WIDTHS, class_bits
-from surgery.linalg.feedback import Curvature, RoundingRule
+from surgery.linalg.feedback import Curvature, Integers, Rounding, RoundingRule, rounded
 from surgery.linalg.metric import metric_svd
 
-__all__ = ["LIMITS", "Coded", "Factors", "Spectrum", "code_layer", "spectrum_of"]
+__all__ = ["LIMITS", "Coded", "Factors", "LayerCoder", "Spectrum", "code_layer", "code_layers", "spectrum_of"]
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r), A (r, in)
 Curves = tuple[Curvature, Curvature]  # of the inputs, of the outputs
@@ -99,109 +100,168 @@ def code_layer(
     fineness: int = 9,
     restored: float = 1.0,
 ) -> Coded | None:
-    """Round the leading `rank` directions of a layer.
+    """Code one layer: see `LayerCoder` and `code_layers`."""
+    coder = LayerCoder(layer, spectrum, curves, rank, D, bits=bits, fineness=fineness, restored=restored)
+    return code_layers([coder])[0]
+
+
+def code_layers(coders: Sequence[LayerCoder]) -> list[Coded | None]:
+    """Code several layers, rounding them side by side.
+
+    Returns:
+        Of each layer the sweep that cost least in error and bits; None if nothing but zeros is left.
+    """
+    results: list[Coded | None] = [None] * len(coders)
+    running = [(index, coder.sweeps()) for index, coder in enumerate(coders)]
+    answers: list[Integers | None] = [None] * len(coders)
+    while running:
+        waiting, tasks = [], []
+        for (index, sweeps), answer in zip(running, answers, strict=True):
+            try:
+                tasks.append(sweeps.send(answer))
+                waiting.append((index, sweeps))
+            except StopIteration as end:
+                results[index] = end.value
+        running, answers = waiting, list(rounded(tasks))
+    return results
+
+
+class LayerCoder:
+    """One layer at one D.
+
+    The change is `B A^T` with both factors scaled so that errors of B and of A count alike. In turn each factor is the
+    best one for the other as it is rounded (a small linear system), and is rounded itself.
 
     Args:
         layer: `B (out, r)` and `A (r, in)`.
         spectrum: of this layer, from `spectrum_of`.
         curves: the moments of the inputs and of the gradients at the outputs.
-        rank: at least 1.
+        rank: how many of the leading directions, at least 1.
         D: squared error in each number.
         bits: limits the codes.
         fineness: how many scales there are to the octave, as a binary logarithm.
         restored: see `surgery.linalg.compress.compress`.
-
-    Returns:
-        The sweep that cost least in error and bits; None if nothing but zeros is left.
-    """
-    return _LayerCoder(layer, spectrum, curves, rank, D, bits, fineness).best(restored)
-
-
-class _LayerCoder:
-    """One layer at one D.
-
-    The change is `W_B W_A` with both factors scaled so that errors of B and of A count alike. In turn each factor is
-    the best one for the other as it is rounded (a small linear system), and is rounded itself.
     """
 
     def __init__(
         self,
         layer: Factors,
         spectrum: Spectrum,
-        curves: tuple[Curvature, Curvature],
+        curves: Curves,
         rank: int,
         D: float,
-        bits: int | None,
-        fineness: int,
+        *,
+        bits: int | None = None,
+        fineness: int = 9,
+        restored: float = 1.0,
     ) -> None:
-        self.inputs, self.outputs = curves
+        inputs, outputs = curves
         root = torch.from_numpy(spectrum.energy[:rank] ** 0.25)
-        self.B = layer[0].double() @ spectrum.left[:, :rank] * root
-        self.A = root[:, None] * (spectrum.right[:rank] @ layer[1].double())
-        self.energy, self.price, self.fineness = float(spectrum.energy.sum()), 2 * math.log(2) * D, fineness
-        self.kept = float(spectrum.energy[:rank].sum())
+        B = layer[0].double() @ (spectrum.left[:, :rank] * root)
+        A = layer[1].double().T @ (spectrum.right[:rank].T * root)
+        self.energy, self.price = float(spectrum.energy.sum()), 2 * math.log(2) * D
+        self.fineness, self.restored = fineness, restored
         strength = spectrum.energy[:rank] ** 0.5
         least, _ = LIMITS[bits]
         self.largest = LARGEST_CODE if bits is None else 2 ** (bits - 1) - 1
         step_B, step_A = (
             np.maximum(np.sqrt(12 * D / (strength * curve.pivot)), least * columns.square().mean(0).sqrt().numpy())
-            for curve, columns in ((self.outputs, self.B), (self.inputs, self.A.T))
+            for curve, columns in ((outputs, B), (inputs, A))
         )
         # The product is what is stored.
-        self.steps = step_B, rounded_scales(step_B * step_A, fineness) / step_B
+        self.B_side = _Side(outputs, B, step_B)
+        self.A_side = _Side(inputs, A, rounded_scales(step_B * step_A, fineness) / step_B)
 
-    def best(self, restored: float) -> Coded | None:
-        """The sweep that cost least in error and bits; None if nothing but zeros is left."""
-        found: list[tuple[float, Coded]] = []
-        A = self.A
-        class_B: NDArray[np.uint8] | None = None
-        class_A: NDArray[np.uint8] | None = None
-        step_B, step_A = self.steps
+    def sweeps(self) -> Generator[Rounding, Integers | None, Coded | None]:
+        """Asks for roundings, and returns the best sweep."""
+        best, least = None, math.inf
+        B, A = self.B_side, self.A_side
         for _ in range(SWEEPS):
-            G = self.inputs.product(A.T, A.T)
-            targets = self.B @ self.inputs.product(self.A.T, A.T) @ _inverse(G)
-            codes_B = self._rounded(self.outputs, targets, G, step_B, class_B)
-            kept = codes_B.any(0)
-            codes_B, step_B, step_A = codes_B[:, kept], step_B[kept], step_A[kept]
-            B = torch.from_numpy(codes_B * step_B)
-            G = self.outputs.product(B, B)
-            targets = (_inverse(G) @ self.outputs.product(B, self.B) @ self.A).T
-            codes_A = self._rounded(self.inputs, targets, G, step_A, None if class_A is None else class_A[kept])
-            kept = codes_A.any(0)
-            codes_B, codes_A, step_B, step_A = codes_B[:, kept], codes_A[:, kept], step_B[kept], step_A[kept]
-            if not kept.any():
-                break
-            A = torch.from_numpy((codes_A * step_A).T)
-            (class_B, bits_B), (class_A, bits_A) = code_bits(codes_B), code_bits(codes_A)
-            s, error = self._scaled(codes_B, codes_A, step_B * step_A, restored)
-            factors = CodedFactors(codes_B.astype(np.int16), codes_A.T.astype(np.int16), s)
-            bits = float(bits_B.sum() + bits_A.sum()) + RANK_BITS * len(s)
-            found.append((error + self.price * bits, Coded(factors, bits, error)))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+            for side, other in ((B, A), (A, B)):
+                codes = yield self._task(side, other)
+                assert codes is not None
+                kept = side.take(codes)
+                if not kept.any():
+                    return best
+                other.keep(kept)
+            coded = self._coded()
+            cost = coded.error + self.price * coded.bits
+            if cost < least:
+                best, least = coded, cost
+        return best
 
-    def _rounded(
-        self, curve: Curvature, targets: torch.Tensor, G: torch.Tensor, step: Matrix, classes: NDArray[np.uint8] | None
-    ) -> NDArray[np.int32]:
-        aims = targets.numpy() / step
+    def _task(self, side: _Side, other: _Side) -> Rounding:
+        """Round what is best for the other factor as it is."""
+        targets = side.whole if other.codes is None else side.whole @ (other.cross @ _inverse(other.gram))
+        aims = (targets.numpy() / side.steps).astype(np.float32)
+        classes = side.classes
         if classes is None:
             deviation = np.sqrt((aims**2).mean(0)).clip(1e-9)
             classes = np.rint(4 * np.log2(deviation) + 12).clip(0, WIDTHS - 1).astype(np.uint8)
         reach = min(self.largest, 2 * int(np.abs(aims).max(initial=0)) + 7)
-        rule = RoundingRule(G.diagonal().numpy() * step**2, self.price * class_bits(reach)[:, classes])
-        return curve.rounded(aims, rule).astype(np.int32)
+        weights = other.gram.diagonal().numpy() * side.steps**2
+        return Rounding(side.curve, aims, RoundingRule(weights, self.price * class_bits(reach)[:, classes]))
 
-    def _scaled(
-        self, codes_B: NDArray[np.int32], codes_A: NDArray[np.int32], s: Matrix, restored: float
-    ) -> tuple[Matrix, float]:
+    def _coded(self) -> Coded:
         """The scales, and the error with them."""
-        B, A = torch.from_numpy(codes_B.astype(np.float64)), torch.from_numpy(codes_A.astype(np.float64))
-        cross = (self.outputs.product(self.B, B) * self.inputs.product(self.A.T, A)).sum(0).numpy()
-        own = (self.outputs.product(B, B) * self.inputs.product(A, A)).numpy()
+        B, A = self.B_side, self.A_side
+        assert B.codes is not None and A.codes is not None
+        s = B.steps * A.steps
+        # Shares of the ranks in what the whole and the coded change have in common, and in the coded one's energy.
+        cross, own = (B.cross * A.cross).sum(0).numpy() / s, (B.gram * A.gram).numpy() / s / s[:, None]
         projection = float(cross @ s)
         if projection > 0:
-            gain = min(self.energy / projection, MOST_RESTORED) ** restored
+            gain = min(self.energy / projection, MOST_RESTORED) ** self.restored
             s = rounded_scales(s * gain, self.fineness)
-        return s, max(self.energy - 2 * float(cross @ s) + float(s @ own @ s), 0.0)
+        error = max(self.energy - 2 * float(cross @ s) + float(s @ own @ s), 0.0)
+        factors = CodedFactors(B.codes.astype(np.int16), A.codes.T.astype(np.int16), s)
+        return Coded(factors, float(B.bits.sum() + A.bits.sum()) + RANK_BITS * len(s), error)
+
+
+class _Side:
+    """One factor, whole and as it is rounded.
+
+    Attributes:
+        curve: how its errors count.
+        whole: float64 `(n, rank)`.
+        steps: `(r,)`, as codes and all below for the ranks that are left.
+        codes: float32 `(n, r)`; None before they are rounded: then the whole factor stands for them.
+        classes, bits: of the codes' columns, `(r,)`.
+        cross: `whole^T H rounded`, `(rank, r)`.
+        gram: `rounded^T H rounded`, `(r, r)`.
+    """
+
+    def __init__(self, curve: Curvature, whole: torch.Tensor, steps: Matrix) -> None:
+        self.curve, self.whole, self.steps = curve, whole, steps
+        self.codes: Integers | None = None
+        self.classes: NDArray[np.uint8] | None = None
+        self.bits: Matrix = np.zeros(0)
+        self.cross = self.gram = curve.product(whole, whole)
+
+    def take(self, codes: Integers) -> NDArray[np.bool_]:
+        """Take codes; ranks that have none but zeros are left out.
+
+        Returns:
+            Which ranks are left, `(r,)`.
+        """
+        kept = np.asarray(codes.any(0))
+        self.codes, self.steps = codes[:, kept], self.steps[kept]
+        self.classes, self.bits = code_bits(self.codes.astype(np.int16))
+        columns = torch.from_numpy(self.codes * self.steps)
+        weighed = self.curve.times(columns)
+        self.cross, self.gram = self.whole.T @ weighed, columns.T @ weighed
+        return kept
+
+    def keep(self, kept: NDArray[np.bool_]) -> None:
+        """Leave out ranks that the other factor leaves out."""
+        if kept.all():
+            return
+        chosen = torch.from_numpy(np.flatnonzero(kept))
+        self.steps = self.steps[kept]
+        self.gram = self.gram[chosen][:, chosen]
+        self.cross = self.cross[:, chosen]
+        if self.codes is not None and self.classes is not None:
+            self.codes, self.classes, self.bits = self.codes[:, kept], self.classes[kept], self.bits[kept]
 
 
 def _inverse(G: torch.Tensor) -> torch.Tensor:
