@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -73,10 +74,11 @@ def make_card(
     Raises:
         HubError: the existing card has metadata that is no YAML mapping, or one marker without the other.
     """
-    head, text = _split(existing or "")
+    existing = _with_base_id(existing or "", checked)
+    head, text = _split(existing)
     merged = _merged(head, checked, license)
     block = f"{BEGIN}\n{_block(checked, repo, revision, picture)}\n{END}"
-    matter = FRONT_MATTER.match(existing or "")
+    matter = FRONT_MATTER.match(existing)
     kept = matter is not None and merged == head
     front = matter[0] if matter is not None and kept else f"---\n{_dumped(merged)}---\n"
     return f"{front}\n{_with_block(text, block, repo).strip()}\n"
@@ -155,6 +157,12 @@ def _task(checked: Checked) -> str | None:
 
 
 # Text
+
+
+def _with_base_id(card: str, checked: Checked) -> str:
+    """A card with the base model's Hub id wherever a trainer has written its place on the disk."""
+    named = str(checked.config.get("base_model_name_or_path") or "").rstrip("/")
+    return card.replace(named, checked.base) if len(Path(named).parts) > 2 and Path(named).is_absolute() else card
 
 
 def _markers(text: str) -> tuple[int | None, int | None]:

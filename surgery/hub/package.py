@@ -106,9 +106,7 @@ def refuse_private_files(files: list[PlannedFile], folder: Path) -> None:
     folders = machine_folders(folder)
     for file in files:
         if file.path.endswith(TEXTS):
-            original = folder / file.path
-            written = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
-            refuse_private(file.path, file.text(), folders, written)
+            refuse_private(file.path, file.text(), folders, folder / file.path)
     metadata = read_header(folder / WEIGHTS_FILE).metadata
     refuse_private(f"{WEIGHTS_FILE} (its metadata)", json.dumps(metadata, indent=0), folders)
 

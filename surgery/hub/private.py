@@ -53,28 +53,36 @@ def machine_folders(folder: Path) -> list[str]:
     return sorted({str(path) for path in known if len(path.parts) > 1}, key=len, reverse=True)
 
 
-def refuse_private(name: str, text: str, folders: list[str], original: str = "") -> None:
+def refuse_private(name: str, text: str, folders: list[str], original: Path | None = None) -> None:
     """Refuse a text that holds a token or a path of this machine.
 
     Args:
         name: of the file, for the message.
         text: what is to be published.
         folders: `machine_folders`.
-        original: what the user's file holds, whose lines are counted.
+        original: the user's file, whose lines are counted.
 
     Raises:
         HubError: it does; the message names the line, and does not repeat a token.
     """
     paths = re.compile("|".join([*(rf"(?<![\w.:-]){re.escape(path)}(?![\w.-])" for path in folders), HOMES.pattern]))
-    lines = original.splitlines()
-    for line in text.splitlines():
-        token, path = TOKEN.search(line), paths.search(line)
-        if token is None and path is None:
-            continue
-        where = f"{name}, line {lines.index(line) + 1}" if line in lines else name
-        if token is not None:
-            raise HubError(f"{where}: holds what looks like a Hub token; take it out, and revoke it")
-        raise HubError(f"{where}: holds a path of a machine ({path[0] if path else ''}); take it out")
+    token, path = TOKEN.search(text), paths.search(text)
+    if token is not None:
+        where = _line(name, text, token.start(), original)
+        raise HubError(f"{where}: holds what looks like a Hub token; take it out, and revoke it")
+    if path is not None:
+        where = _line(name, text, path.start(), original)
+        raise HubError(f"{where}: holds a path of a machine ({path[0]}); take it out")
+
+
+def _line(name: str, text: str, position: int, original: Path | None) -> str:
+    """The file and, where the user's own has it, the line."""
+    end = text.find("\n", position)
+    line = text[text.rfind("\n", 0, position) + 1 : end if end >= 0 else None].rstrip("\r")
+    if original is None or not original.is_file():
+        return name
+    lines = original.read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"{name}, line {lines.index(line) + 1}" if line in lines else name
 
 
 class _Redaction(logging.Filter):

@@ -145,6 +145,15 @@ def test_a_users_text_and_metadata_are_kept() -> None:
     assert own_text(card) == own_text(OWN) == "# Sonnets\n\nTrained on sonnets."
 
 
+def test_the_place_of_the_base_model_becomes_its_id() -> None:
+    """A trainer's card names the base by its folder."""
+    text = "A fine-tuned version of [/data/llama](https://host//data/llama), not of data/llama.\n"
+    card = make_card(checked(config={"base_model_name_or_path": "/data/llama/"}), REPO, existing=text)
+    assert f"[{BASE}](https://host/{BASE}), not of data/llama." in card
+    card = make_card(checked(config={"base_model_name_or_path": "llama"}), REPO, existing=text)
+    assert text.strip() in card
+
+
 def test_our_part_is_refreshed_where_it_stands() -> None:
     first = make_card(checked(), REPO, existing=OWN)
     moved = first.replace("Trained on sonnets.\n\n", "").rstrip() + "\n\nTrained on sonnets.\n"

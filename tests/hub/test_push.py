@@ -259,6 +259,15 @@ def test_a_repository_that_somebody_used_meanwhile_stays(hub: Hub, adapter: Path
     assert set(hub.files(REPO)) == {"note.txt"}
 
 
+def test_an_interrupted_push_leaves_the_hub_as_it_was(hub: Hub, adapter: Path) -> None:
+    def interrupt(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        push(adapter, progress=interrupt)
+    assert hub.repos == {} and hub.count("POST .*/commit/") == 0
+
+
 def test_a_pull_request_is_not_opened_twice(hub: Hub, adapter: Path, waits: list[float]) -> None:
     hub.repo(REPO)
     hub.drop_answer("POST .*/commit/")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 
 import surgery
@@ -15,6 +16,7 @@ from surgery.hub.resolve import local_folder
 from tests.command_line import invoke
 from tests.hub.conftest import make_adapter
 from tests.hub.loopback import OWNER, STRANGER, Hub
+from tests.models import load_base, model_inputs, output
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -127,6 +129,21 @@ def test_a_socket_that_leads_off_the_machine_is_refused(hub: Hub, monkeypatch, w
     monkeypatch.setattr(constants, "ENDPOINT", "http://192.0.2.1")
     with pytest.raises(AssertionError, match=r"off this machine was tried: 192\.0\.2\.1"):
         local_folder("org/name")
+
+
+def test_load_takes_an_id_and_finds_its_base(hub: Hub, llama: Path, tmp_path: Path, monkeypatch) -> None:
+    """And again when the Hub is gone: offline, and merely unreachable."""
+    adapter = make_adapter("giva", llama, tmp_path / "made")
+    (adapter / "plot.png").write_bytes(b"picture")
+    hub.publish("bases/llama", llama)
+    surgery.push(adapter, "org/small", base_model="bases/llama@main")
+    inputs = model_inputs("llama")
+    expected = output(surgery.load(adapter, load_base(llama)).eval(), inputs)
+    assert torch.equal(output(surgery.load("org/small").eval(), inputs), expected)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert torch.equal(output(surgery.load("org/small").eval(), inputs), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(output(surgery.load("org/small").eval(), inputs), expected)
 
 
 def test_every_command_takes_ids(hub: Hub, llama: Path, tmp_path: Path, monkeypatch) -> None:
