@@ -23,7 +23,7 @@ from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
 from surgery.sites import Site, role_by_name
 
-__all__ = ["Layer", "Pair", "Side", "WithBias", "bits_equal"]
+__all__ = ["Layer", "Pair", "Side", "WithBias"]
 
 # A layer's base weight `(out, in)`, float32, on the device of the work.
 WeightOf = Callable[[Site], torch.Tensor]
@@ -113,7 +113,7 @@ class Pair:
 
     def __init__(self, a: Side, b: Side, base: BaseModel | None, layers: Sequence[Layer], relabelled: bool) -> None:
         self.a, self.b, self.base, self.layers, self.relabelled = a, b, base, list(layers), relabelled
-        self.same = _same(a.adapter, b.adapter)
+        self.same = a.adapter.same_as(b.adapter)
         self.notes = [*_base_notes(a, b, base), *_one_sided(a, b, self.layers)]
 
     @classmethod
@@ -231,20 +231,6 @@ class Pair:
     def _body(self) -> str:
         assert self.base is not None
         return f"{self.base.model.base_model_prefix}."
-
-
-def bits_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are the same to the last bit, NaN included."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    one, two = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
-    return torch.equal(one, two)
-
-
-def _same(one: Adapter, two: Adapter) -> bool:
-    if one.config != two.config or one.tensors.keys() != two.tensors.keys():
-        return False
-    return all(bits_equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
 
 
 def _by_name(a: Side, b: Side) -> Pair:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter
+from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.tensor_files import file_bytes
-from surgery.compared_pair import Layer, Pair, Side, WithBias, bits_equal
+from surgery.compared_pair import Layer, Pair, Side, WithBias
 from surgery.devices import resolve_device
 from surgery.errors import MethodError
 from surgery.linalg.delta import Delta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,40 +12,48 @@ from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.converters.changes import Source
 from surgery.converters.request import Result
 from surgery.linalg.delta import Delta
+from surgery.linalg.threads import one_torch_thread
 from surgery.reports.convert_report import ConvertedSite
 
 __all__ = ["converted_sites", "largest_difference", "overall"]
 
 # (module) -> C (in, in), or None without data
 InputMoments = Callable[[str], torch.Tensor | None]
+# So many rows of a dense change, or columns of a layer's moments, are in float64 at a time.
+AT_A_TIME = 1024
 
 
 def converted_sites(source: Source, made: Adapter, result: Result, moments: InputMoments) -> list[ConvertedSite]:
     """One entry for each layer of the source, its error taken between the two adapters' weight changes."""
     shares = _bytes(made)
-    entries = []
-    for module, old, new in source.beside(source.with_same_layers(made)):
-        C = moments(module)
-        energy, lost = squared_norms(old, new, None)
-        output = _relative(*squared_norms(old, new, C)) if C is not None else None
-        out_features, in_features = old.shape
-        factors = old.factors()
-        entries.append(
-            ConvertedSite(
-                module=module,
-                shape=(int(out_features), int(in_features)),
-                source_rank=int(factors[1].shape[0]) if factors is not None else min(old.shape),
-                rank=result.ranks.get(module, 0),
-                bits=result.bits.get(module),
-                energy=energy,
-                weight_error=_relative(energy, lost),
-                output_error=output,
-                bytes=result.sizes.get(module, shares.get(module, 0)),
-            )
-        )
-        if C is not None:
-            entries[-1].output_energy = squared_norms(old, None, C)[0]
-    return entries
+    return [
+        _site(module, old, new, moments(module), result, shares.get(module, 0))
+        for module, old, new in source.beside(_opened_like(source, made))
+    ]
+
+
+def _site(
+    module: str, old: Delta, new: Delta | None, C: torch.Tensor | None, result: Result, share: int
+) -> ConvertedSite:
+    energy, lost = squared_norms(old, new, None)
+    output_energy, output_lost = squared_norms(old, new, C) if C is not None else (0.0, 0.0)
+    return ConvertedSite(
+        module=module,
+        shape=(int(old.shape[0]), int(old.shape[1])),
+        source_rank=_rank(old),
+        rank=result.ranks.get(module, 0),
+        bits=result.bits.get(module),
+        energy=energy,
+        weight_error=_relative(energy, lost),
+        output_error=_relative(output_energy, output_lost) if C is not None else None,
+        bytes=result.sizes.get(module, share),
+        output_energy=output_energy,
+    )
+
+
+def _rank(delta: Delta) -> int:
+    factors = delta.factors()
+    return int(factors[1].shape[0]) if factors is not None else min(delta.shape)
 
 
 def overall(sites: Sequence[ConvertedSite]) -> tuple[float, float | None]:
@@ -60,33 +69,45 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def squared_norms(old: Delta, new: Delta | None, C: torch.Tensor | None) -> tuple[float, float]:
-    """`|dW|^2` and `|dW - dW'|^2`, in the metric C of the inputs where it is given; float64, through the factors.
+    """`|dW|^2` and `|dW - dW'|^2`, in the metric `C (in, in)` of the inputs where it is given; float64.
 
-    Gram matrices of the factors: what they lose to cancellation is below 1e-8 of the change.
+    Through Gram matrices of the factors where both have them: what they lose to cancellation is below 1e-8 of the
+    change.
     """
     first = old.factors()
     second = new.factors() if new is not None else None
     if first is None or (new is not None and second is None):
-        whole = old.dense().double()
-        difference = whole - new.dense().double() if new is not None else whole
-        return tuple(_dense_norm(each, C) for each in (whole, difference))  # type: ignore[return-value]
-    B, A = (factor.detach().double().cpu() for factor in first)
-    if second is None:
-        energy = _gram(B, A, B, A, C)
-        return energy, energy
-    B2, A2 = (factor.detach().double().cpu() for factor in second)
-    energy, cross, other = _gram(B, A, B, A, C), _gram(B, A, B2, A2, C), _gram(B2, A2, B2, A2, C)
-    return energy, max(energy - 2 * cross + other, 0.0)
+        return _dense_norms(old, new, C)
+    with one_torch_thread() if C is None else contextlib.nullcontext():  # small products of thin factors
+        B, A = (factor.detach().double().cpu() for factor in first)
+        AC = A if C is None else _times(A, C)
+        energy = _product(B, AC, B, A)
+        if second is None:
+            return energy, energy
+        B2, A2 = (factor.detach().double().cpu() for factor in second)
+        A2C = A2 if C is None else _times(A2, C)
+        return energy, max(energy - 2 * _product(B, AC, B2, A2) + _product(B2, A2C, B2, A2), 0.0)
 
 
-def _gram(B: torch.Tensor, A: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor, C: torch.Tensor | None) -> float:
-    right = A @ A2.T if C is None else A @ C.double() @ A2.T
-    return float(((B.T @ B2) * right).sum())
+def _product(B: torch.Tensor, A: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor) -> float:
+    """`<B A, B2 A2>`."""
+    return float(((B.T @ B2) * (A @ A2.T)).sum())
 
 
-def _dense_norm(matrix: torch.Tensor, C: torch.Tensor | None) -> float:
-    metric = matrix if C is None else matrix @ C.double().to(matrix.device)
-    return float((metric * matrix).sum().clamp_min(0))
+def _times(A: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """`A C` in float64, some columns at a time: C, as wide as a layer, is not copied whole."""
+    return torch.cat([A @ part.to(A) for part in C.split(AT_A_TIME, 1)], 1)
+
+
+def _dense_norms(old: Delta, new: Delta | None, C: torch.Tensor | None) -> tuple[float, float]:
+    whole, other = old.dense().detach(), new.dense().detach() if new is not None else None
+    sums = [0.0, 0.0]
+    for start in range(0, whole.shape[0], AT_A_TIME):
+        rows = whole[start : start + AT_A_TIME].double()
+        difference = rows if other is None else rows - other[start : start + AT_A_TIME].to(rows)
+        for index, each in enumerate((rows, difference)):
+            sums[index] += float(((each if C is None else _times(each, C)) * each).sum().clamp_min(0))
+    return sums[0], sums[1]
 
 
 def _relative(energy: float, lost: float) -> float:
@@ -94,10 +115,22 @@ def _relative(energy: float, lost: float) -> float:
 
 
 def largest_difference(reopened: Adapter, meant: Adapter, source: Source) -> float:
-    """The largest relative difference of a layer's change between what was reopened and what was meant."""
-    pairs = source.with_same_layers(meant).beside(source.with_same_layers(reopened))
+    """The largest relative difference of a layer's change between what was reopened and what was meant.
+
+    The same settings and the same tensors, to the last bit, are the same changes.
+    """
+    if reopened.same_as(meant):
+        return 0.0
+    pairs = _opened_like(source, meant).beside(_opened_like(source, reopened))
     differences = [_relative(*squared_norms(delta, found, None)) for _, delta, found in pairs]
     return max(differences, default=0.0)
+
+
+def _opened_like(source: Source, adapter: Adapter) -> Source:
+    """Another adapter of the source's layers; their widths are looked up for the one type whose file lacks them."""
+    if adapter.peft_type == "VERA":
+        return source.with_same_layers(adapter)
+    return Source.open(adapter, source.base, source.device)
 
 
 def _bytes(made: Adapter) -> dict[str, int]:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed, packed, unpacked
-from surgery.checkpoints.tensor_files import read_json, read_tensor, tensor_names
+from surgery.checkpoints.tensor_files import read_json, tensor_names
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
 
 if TYPE_CHECKING:
     from surgery.linalg.delta import Delta
 
-__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter"]
+__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter", "bits_equal"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,6 +30,8 @@ PROVENANCE_FILE = "surgery.json"
 CARD_FILE = "README.md"
 MODEL_PREFIX = "base_model.model."
 TUNER_PREFIX = "base_model."
+# Bytes of a file that are read back through one opening.
+PAGES = 1 << 26
 
 
 class Adapter:
@@ -149,6 +151,14 @@ class Adapter:
 
         return delta_of(self, module, weight)
 
+    def same_as(self, other: Adapter) -> bool:
+        """Whether another adapter has the same settings and the same tensors to the last bit, in memory or saved."""
+        if self.config != other.config and _as_saved(self.config) != _as_saved(other.config):
+            return False
+        if self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(bits_equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors as the file holds them."""
         if not is_packed(self.config):
@@ -242,21 +252,43 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _verify(written: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: str) -> None:
     """Read back what was written, one tensor at a time."""
     try:
-        if read_json(written / CONFIG_FILE) != json.loads(json.dumps(config)):
+        if read_json(written / CONFIG_FILE) != _as_saved(config):
             raise OutputError(f"{target}: {CONFIG_FILE} read back differs from what was written")
         names = tensor_names(written / WEIGHTS_FILE)
         if sorted(names) != sorted(tensors):
             raise OutputError(f"{target}: {WEIGHTS_FILE} read back holds other tensors than were written")
-        for name in names:
-            found = read_tensor(written / WEIGHTS_FILE, name)
-            expected = tensors[name]
-            same = found.dtype == expected.dtype and found.shape == expected.shape
-            # Compared as bytes: exact for every dtype.
-            if not same or not torch.equal(_as_bytes(found), _as_bytes(expected)):
+        for name, found in _each_tensor(written / WEIGHTS_FILE, names):
+            if not bits_equal(found, tensors[name]):
                 raise OutputError(f"{target}: tensor {name} read back differs from what was written")
     except CheckpointError as error:
         raise OutputError(f"{target}: what was written cannot be read back ({error})") from None
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file one after the other, which is opened anew after some: its pages do not pile up."""
+    left = list(reversed(names))
+    while left:
+        size = 0
+        try:
+            with safe_open(path, framework="pt") as file:
+                while left and size < PAGES:
+                    tensor = file.get_tensor(left[-1])
+                    size += tensor.nbytes
+                    yield left.pop(), tensor
+                    del tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def _as_saved(config: Mapping[str, Any]) -> Any:
+    """A configuration as JSON gives it back: lists for tuples, names for numbers as keys."""
+    return json.loads(json.dumps(config, default=str))
+
+
+def bits_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, NaN included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    # Compared as bytes: exact for every dtype.
+    one, two = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
+    return torch.equal(one, two)

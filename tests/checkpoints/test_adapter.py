@@ -138,3 +138,29 @@ def test_kill_leaves_the_old_output_and_one_hidden_partial(llama: Path, tmp_path
     # The next run clears what the killed one left.
     Adapter.open(tmp_path / "source").save(tmp_path / "out", force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_files_are_read_back_in_parts(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    """However much is read through one opening, every tensor is compared."""
+    adapter, _ = surgery.init(llama, "vera", rank=4)
+    for pages in (1, 300, 1 << 26):
+        monkeypatch.setattr(module, "PAGES", pages)
+        adapter.save(tmp_path / str(pages))
+        names = module.tensor_names(tmp_path / str(pages) / module.WEIGHTS_FILE)
+        read = list(module._each_tensor(tmp_path / str(pages) / module.WEIGHTS_FILE, names))
+        assert [name for name, _ in read] == names and len(names) == len(adapter.tensors)
+        assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in read)
+
+
+def test_the_same_adapter_is_recognised(stock_lora: Path, tmp_path: Path) -> None:
+    one, two = Adapter.open(stock_lora), Adapter.open(stock_lora)
+    one.config["layers"] = (1, 2)
+    two.config["layers"] = [1, 2]  # as a file has it
+    assert one.same_as(two)
+    name = next(iter(two.tensors))
+    for changed in (two.tensors[name] + 1, two.tensors[name].double(), two.tensors[name][:1]):
+        assert not one.same_as(Adapter(two.config, {**two.tensors, name: changed}))
+    assert not one.same_as(Adapter({**two.config, "r": 5}, two.tensors))
+    assert not one.same_as(Adapter(two.config, {n: t for n, t in two.tensors.items() if n != name}))
+    nan = torch.full((2,), float("nan"))
+    assert module.bits_equal(nan, nan.clone()) and not module.bits_equal(torch.zeros(1), -torch.zeros(1))
