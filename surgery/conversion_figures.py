@@ -52,7 +52,7 @@ def _site(
 
 
 def _rank(delta: Delta) -> int:
-    factors = delta.factors()
+    factors = _factors(delta)
     return int(factors[1].shape[0]) if factors is not None else min(delta.shape)
 
 
@@ -74,19 +74,29 @@ def squared_norms(old: Delta, new: Delta | None, C: torch.Tensor | None) -> tupl
     Through Gram matrices of the factors where both have them: what they lose to cancellation is below 1e-8 of the
     change.
     """
-    first = old.factors()
-    second = new.factors() if new is not None else None
+    first = _factors(old)
+    second = _factors(new) if new is not None else None
     if first is None or (new is not None and second is None):
         return _dense_norms(old, new, C)
-    with one_torch_thread() if C is None else contextlib.nullcontext():  # small products of thin factors
-        B, A = (factor.detach().double().cpu() for factor in first)
+    with one_torch_thread() if C is None else contextlib.nullcontext():
+        B, A = first
         AC = A if C is None else _times(A, C)
         energy = _product(B, AC, B, A)
         if second is None:
             return energy, energy
-        B2, A2 = (factor.detach().double().cpu() for factor in second)
+        B2, A2 = second
         A2C = A2 if C is None else _times(A2, C)
         return energy, max(energy - 2 * _product(B, AC, B2, A2) + _product(B2, A2C, B2, A2), 0.0)
+
+
+def _factors(delta: Delta) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Thin factors in float64 on the CPU: for so few numbers, waking another thread takes longer."""
+    with one_torch_thread():
+        factors = delta.factors()
+        if factors is None:
+            return None
+        B, A = (factor.detach().double().cpu() for factor in factors)
+        return B, A
 
 
 def _product(B: torch.Tensor, A: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor) -> float:

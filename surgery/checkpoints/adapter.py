@@ -17,6 +17,7 @@ from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.tensor_files import read_json, tensor_names
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
+from surgery.linalg.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from surgery.linalg.delta import Delta
@@ -291,4 +292,5 @@ def bits_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
     # Compared as bytes: exact for every dtype.
     one, two = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
-    return torch.equal(one, two)
+    with one_torch_thread():  # bound by memory
+        return torch.equal(one, two)

@@ -15,6 +15,7 @@ import torch
 from surgery.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, listing
+from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod
 from surgery.methods.lora import refuse_variants
 from surgery.methods.stock import REFUSED, STOCK, StockType
@@ -82,16 +83,20 @@ def contents_of(adapter: Adapter) -> Contents:
             carried[_carried_parameter(adapter, module, tensor)] = name
         else:
             modules.setdefault(module, {})[short] = tensor
-    stock = STOCK.get(adapter.peft_type)
-    for module, tensors in modules.items():
-        whole = with_shared(adapter, tensors)
-        check_layer(adapter, module, whole)
-        if stock is not None and stock.reads_weight == "nothing":
-            stock.formula(adapter.config, module, whole, None)  # the shapes fit, the scale is known
+    with one_torch_thread():  # small tensors: waking another thread takes longer, by far where the cores are busy
+        for module, tensors in modules.items():
+            _check_change(adapter, module, with_shared(adapter, tensors))
     if not modules:
         raise AdapterError(f"{who(adapter)}: changes no layer: it has {listing(adapter.tensors, 3) or 'no tensors'}")
     _check_shared(adapter, shared)
     return Contents(list(modules), carried, shared, spare)
+
+
+def _check_change(adapter: Adapter, module: str, tensors: Tensors) -> None:
+    check_layer(adapter, module, tensors)
+    stock = STOCK.get(adapter.peft_type)
+    if stock is not None and stock.reads_weight == "nothing":
+        stock.formula(adapter.config, module, tensors, None)  # the shapes fit, the scale is known
 
 
 def who(adapter: Adapter) -> str:
@@ -180,9 +185,10 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite; some at a time, so that a large head is not copied whole."""
-    # Extremes show NaN as well as Inf, and need no mask.
     parts = tensor.detach().reshape(-1).split(NUMBERS) if tensor.numel() else ()
-    return all(math.isfinite(float(end)) for part in parts for end in torch.aminmax(part.float()))
+    with one_torch_thread():
+        # Extremes show NaN as well as Inf, and need no mask.
+        return all(math.isfinite(float(end)) for part in parts for end in torch.aminmax(part.float()))
 
 
 def _check_shared(adapter: Adapter, names: Iterable[str]) -> None:

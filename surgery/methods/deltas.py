@@ -10,6 +10,7 @@ import torch
 from surgery.catalogue import method_for_type
 from surgery.errors import AdapterError, listing
 from surgery.linalg.delta import Delta
+from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
 from surgery.methods.regeneration import leaves_out_bases
@@ -65,10 +66,11 @@ def stock_delta(adapter: Adapter, module: str, parts: Tensors, weight: torch.Ten
         AdapterError: as `delta_of`.
     """
     parts = with_shared(adapter, parts)
-    check_layer(adapter, module, parts)
     whole = weight.float() if weight is not None else None
-    device = whole.device if whole is not None else torch.device("cpu")
-    return STOCK[adapter.peft_type].formula(adapter.config, module, in_float32(parts, device), whole)
+    with one_torch_thread():  # checks and conversions of thin factors, bound by memory
+        check_layer(adapter, module, parts)
+        tensors = in_float32(parts, whole.device if whole is not None else "cpu")
+    return STOCK[adapter.peft_type].formula(adapter.config, module, tensors, whole)
 
 
 def own_config(adapter: Adapter, method: OwnMethod) -> Any:
