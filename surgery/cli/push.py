@@ -58,42 +58,57 @@ def command(
     set_verbosity(verbose, quiet)
     from surgery.hub.push import push
 
-    with _progress(wanted=not quiet and not as_json) as progress:
-        report = push(folder, repo, token=token, progress=progress, **options)
+    shown = not quiet and not as_json
+    dry_run = options["dry_run"]
+    plan: list[PushReport] = []
+
+    def planned(report: PushReport) -> None:
+        plan.append(report)
+        if shown:
+            _show_plan(report, dry_run)
+
+    with _progress(wanted=shown) as progress:
+        report = push(folder, repo, token=token, progress=progress, planned=planned, **options)
     if as_json:
         show_json(report.to_dict())
         return
-    if not quiet:
-        _show(report)
+    if shown and not dry_run:
+        _show_result(report, plan[0])
     click.echo(report.out if report.out is not None else human_bytes(sum(file.bytes for file in report.files)))
 
 
-def _show(report: PushReport) -> None:
-    """The plan, and what came of it, on stderr: stdout gets the address alone, or, of a dry run, the card too."""
+def _show_plan(report: PushReport, dry_run: bool) -> None:
+    """The plan: on stderr, since stdout gets the address alone; of a dry run it is the result, with the card."""
     for line in report.notes:
         note(f"Note: {line}")
     if report.left_out:
         note(f"Note: not published: {listing(report.left_out, 6)}")
-    visible = {True: "private", False: "public", None: "private or public as it is, or as the Hub's default"}
-    where = f"{report.repo}, branch {report.revision or 'main'}"
     lines = [
-        ("adapter", f"{report.title} ({report.peft_type}), {report.modules:,} layers"),
+        ("adapter", f"{report.title}, PEFT type {report.peft_type}, {report.modules:,} layers"),
         ("base", report.base),
-        ("to", f"{where} ({visible[report.private]})"),
+        ("to", f"{report.repo}, branch {report.revision or 'main'}{', private' if report.private else ''}"),
     ]
-    if report.dry_run:
+    if dry_run:
         lines.append(("dry run", "nothing sent"))
-    elif report.unchanged:
-        lines.append(("unchanged", "the Hub has all of it already; no commit was made"))
+    files = [[file.path, human_bytes(file.bytes)] for file in report.files]
+    click.echo(f"{summary(lines)}\n\n{table(['file', 'size'], files, right=(1,))}\n", err=not dry_run)
+    if dry_run:
+        click.echo("README.md:\n")
+        click.echo("\n".join(f"  {line}".rstrip() for line in report.card.splitlines()) + "\n")
+
+
+def _show_result(report: PushReport, plan: PushReport) -> None:
+    """What came of the plan, on stderr."""
+    for line in report.notes[len(plan.notes) :]:
+        note(f"Note: {line}")
+    if report.card != plan.card:
+        note("Note: the text of the card that is on the Hub was kept")
+    if report.unchanged:
+        note("The Hub has all of it already: no commit was made.")
     else:
-        lines.append(("commit", f"{report.commit} in {report.seconds:.1f} s"))
-    plan = [[file.path, human_bytes(file.bytes)] for file in report.files]
-    text = f"{summary(lines)}\n\n{table(['file', 'size'], plan, right=(1,))}\n"
-    if not report.dry_run:
-        note(text)
-        return
-    click.echo(f"{text}\nREADME.md:\n")
-    click.echo("\n".join(f"  {line}".rstrip() for line in report.card.splitlines()) + "\n")
+        made = "a new " if report.created else "a "
+        kind = f"{made}{'private' if report.private else 'public'} repository"
+        note(f"Commit {report.commit} in {kind}, in {report.seconds:.1f} s.")
 
 
 def _taken(token: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def push(
     token: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    planned: Callable[[PushReport], None] | None = None,
 ) -> PushReport:
     """Publish an adapter folder on the Hugging Face Hub, as one commit.
 
@@ -51,6 +53,7 @@ def push(
         token: in place of `HF_TOKEN` and the stored login.
         dry_run: check and plan; no connection is opened.
         progress: called with bytes sent, bytes in all and a file's name.
+        planned: called with the plan, before anything is sent.
 
     Returns:
         What was done, or would be.
@@ -66,6 +69,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         plan = _Plan(checked, repo, revision, license, Path(scratch))
         plan.make(checked.card)
+        if planned is not None:
+            planned(plan.report(None, private or None))
         published = None
         if not dry_run:
             message = commit_message or f"{method_of(checked)[0]} adapter for {checked.base}"
@@ -73,8 +78,7 @@ def push(
             with quiet_logs(token), Upload(target).open() as upload:
                 plan.meet(upload)
                 published = upload.commit(plan.files, progress)
-    report = plan.report(published)
-    report.private = private or None if published is None else published.private
+    report = plan.report(published, private or None)
     report.dry_run, report.seconds = dry_run, time.perf_counter() - started
     return report
 
@@ -120,8 +124,8 @@ class _Plan:
         if not upload.base_is_there(self.checked.base):
             self.notes.append(f"the Hub shows no model {self.checked.base} to {upload.user}: is that its name?")
 
-    def report(self, published: Published | None) -> PushReport:
-        """The result."""
+    def report(self, published: Published | None, private: bool | None) -> PushReport:
+        """The plan, and what came of it."""
         checked = self.checked
         report = PushReport(
             out=None,
@@ -137,9 +141,11 @@ class _Plan:
             files=[PushedFile(file.path, file.size) for file in self.files],
             left_out=self.left_out,
             card=self.card,
-            notes=self.notes,
+            private=private,
+            notes=list(self.notes),
         )
         if published is not None:
+            report.private = published.private
             report.out, report.created, report.unchanged = published.url, published.created, published.unchanged
             report.commit, report.commit_url = published.commit, published.commit_url
             report.pr_url = published.pr_url

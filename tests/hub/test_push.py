@@ -106,8 +106,10 @@ def test_the_client_alone_does_not_fall_back(hub: Hub, adapter: Path, monkeypatc
     assert REPO not in hub.repos
 
 
-def test_progress_counts_every_byte_once(hub: Hub, adapter: Path) -> None:
+def test_progress_counts_every_byte_once(hub: Hub, adapter: Path, waits: list[float]) -> None:
+    """Parts that are sent again do not take it back."""
     hub.part_size = 2000
+    hub.drop(r"PUT /store/\w+/2", after=600, times=2)
     seen = []
     push(adapter, progress=lambda done, total, name: seen.append((done, total, name)))
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
@@ -332,7 +334,8 @@ def test_stdout_gets_the_address_alone(hub: Hub, adapter: Path) -> None:
     arguments = ["push", adapter, REPO, "--base-model", BASE]
     result = invoke(*arguments)
     assert result.stdout == f"{hub.url}/{REPO}\n"
-    assert "adapter_model.safetensors" in result.stderr and "public" in result.stderr
+    assert "adapter_model.safetensors" in result.stderr and "in a new public repository" in result.stderr
+    assert "no commit was made" in invoke(*arguments).stderr
     quiet = invoke(*arguments, "-q")
     assert (quiet.stdout, quiet.stderr) == (f"{hub.url}/{REPO}\n", "")
     report = json.loads(invoke(*arguments, "--json").stdout)
@@ -360,6 +363,13 @@ def test_dry_run_opens_no_socket(adapter: Path, monkeypatch) -> None:
         assert words in result.stdout
     report = json.loads(invoke("push", adapter, REPO, "--base-model", BASE, "--dry-run", "--json").stdout)
     assert report["dry_run"] is True and report["out"] is None and report["card"].startswith("---\n")
+
+
+def test_the_plan_is_shown_before_anything_is_sent(hub: Hub, adapter: Path) -> None:
+    hub.answer("GET /api/whoami", 401)
+    result = invoke("push", adapter, REPO, "--base-model", BASE, "--private")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.index("org/small, branch main, private") < result.stderr.index("Error: ")
 
 
 def test_dry_run_is_the_plan_of_the_push(hub: Hub, adapter: Path) -> None:
