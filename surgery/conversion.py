@@ -20,6 +20,7 @@ from surgery.converters.changes import Source
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
 from surgery.devices import resolve_device
 from surgery.errors import MethodError, OutputError
+from surgery.methods.contents import refuse_output_biases
 from surgery.reports.convert_report import ConvertReport
 
 __all__ = ["FORMS", "convert"]
@@ -196,6 +197,7 @@ def _convert(
 ) -> tuple[Adapter, ConvertReport]:
     started = time.perf_counter()
     source = Source.open(adapter, shared.model_for(adapter), device)
+    refuse_output_biases(adapter)
     measured = shared.measured(source)
     source_bytes = _file_size(adapter)
     request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress)

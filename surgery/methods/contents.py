@@ -17,13 +17,21 @@ from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, listing
 from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod
-from surgery.methods.lora import refuse_variants
+from surgery.methods.lora import BIAS_NAME, refuse_variants
 from surgery.methods.stock import REFUSED, STOCK, StockType
 
 if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter
 
-__all__ = ["Contents", "check_layer", "contents_of", "readable_types", "refuse_unreadable", "with_shared"]
+__all__ = [
+    "Contents",
+    "check_layer",
+    "contents_of",
+    "readable_types",
+    "refuse_output_biases",
+    "refuse_unreadable",
+    "with_shared",
+]
 
 Tensors = Mapping[str, torch.Tensor]
 VERA_NAMES = frozenset({"vera_lambda_b", "vera_lambda_d"})
@@ -122,6 +130,20 @@ def refuse_unreadable(adapter: Adapter) -> None:
         refuse_variants(adapter.config, name)
     if adapter.foreign is not None:
         raise AdapterError(f"{name}: {adapter.foreign}")
+
+
+def refuse_output_biases(adapter: Adapter) -> None:
+    """Refuse a LoRA whose B has biases (`lora_bias`), where only weight changes are kept; biases of zero are none.
+
+    Raises:
+        AdapterError: it has.
+    """
+    lost = [module for module in adapter.holders(BIAS_NAME) if bool(adapter.layer(module)[BIAS_NAME].any())]
+    if lost:
+        raise AdapterError(
+            f"{who(adapter)}: the lora_B of {listing(lost, 2)} has a bias (lora_bias), which no other form has a place "
+            "for; add it to the base with surgery merge"
+        )
 
 
 def with_shared(adapter: Adapter, tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -135,3 +135,19 @@ def test_numbers_that_are_not_finite_are_found_anywhere(dtype: torch.dtype, monk
                 bad = torch.ones(shape).reshape(-1)
                 bad[place] = value
                 assert not contents._is_finite(bad.to(dtype).reshape(shape)), (shape, place, value)
+
+
+@pytest.mark.parametrize("to", ["lora", "giva"])
+def test_a_bias_of_lora_b_is_not_lost_in_a_conversion(to: str, llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(load_base(llama), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                parameter.fill_(0.5 if ".1." in name else 0.0)
+    model.save_pretrained(tmp_path / "lora")
+    with pytest.raises(AdapterError, match=r"lora_B of model\.layers\.1\.self_attn\.q_proj has a bias"):
+        surgery.convert(tmp_path / "lora", to, energy=1.0)
+    adapter = surgery.Adapter.open(tmp_path / "lora")
+    zeros = {n: torch.zeros_like(t) if n.endswith("bias") else t for n, t in adapter.tensors.items()}
+    surgery.convert(surgery.Adapter(adapter.config, zeros), to, energy=1.0, **({} if to == "lora" else {"bits": 32}))
