@@ -207,7 +207,7 @@ class Pair:
         """Check that both can run on one model.
 
         Returns:
-            Notes on what neither brings.
+            Notes on what one of them, or neither, brings.
 
         Raises:
             AdapterError: they bring a parameter in different shapes, or in another than the base's.
@@ -222,10 +222,16 @@ class Pair:
                         "the other adapter and the base: their answers cannot be compared; leave out --data"
                     )
         brought = self.lacking()
+        notes = []
+        for letter, side, other in (("A", self.a, "B"), ("B", self.b, "A")):
+            lent = sorted({name.rpartition(".")[0] for name in brought if name not in side.carried})
+            if lent:
+                notes.append(f"{letter} brings no {listing(lent, 3)}: it answers with {other}'s")
         drawn = [name for name in missing_modules(self.base) if not any(n.startswith(f"{name}.") for n in brought)]
-        if not drawn:
-            return []
-        return [f"the base's files lack {listing(drawn, 3)}, and neither adapter brings it: drawn at random for both"]
+        if drawn:
+            missing = listing(drawn, 3)
+            notes.append(f"the base's files lack {missing}, and neither adapter brings it: drawn at random for both")
+        return notes
 
     @property
     def _body(self) -> str:

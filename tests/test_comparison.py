@@ -497,6 +497,7 @@ def test_a_head_that_only_one_brings(classifiers, tmp_path: Path) -> None:
     config = json.loads((b / "adapter_config.json").read_text())
     (b / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None, "task_type": None}))
     found = surgery.compare(a, b, base=folder, data=data, latency=False)
+    assert "B brings no classifier: it answers with A's" in found.notes
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
     p = logits(a, classifier(folder), tokenizer, read_texts(data))
     q = logits(b, classifier(folder, a), tokenizer, read_texts(data))

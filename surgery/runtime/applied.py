@@ -36,7 +36,7 @@ def applied(
         for name, value in (carried or {}).items():
             _replace(model, name, value, stack)
         for name, delta in deltas.items():
-            stack.callback(_linear(model, name).register_forward_hook(_adding(delta)).remove)
+            stack.callback(_linear(model, name).register_forward_hook(_adding(delta), with_kwargs=True).remove)
         yield model
 
 
@@ -65,8 +65,9 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
 
 
 def _adding(delta: Delta) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = args[0] if args else next(iter(named.values()))
         # Adapters compute in float32 beside a base in half precision, as PEFT's do.
-        return output + delta.apply(args[0].float()).to(output.dtype)
+        return output + delta.apply(x.float()).to(output.dtype)
 
     return hook

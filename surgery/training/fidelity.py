@@ -334,12 +334,12 @@ class _Watch:
             stack.enter_context(self._tokens.of(features))
             for name in self.names:
                 module = self.model.get_submodule(name)
-                stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+                stack.callback(module.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
             yield
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = self._tokens.only(module, args[0]).float()
+        def see(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = self._tokens.only(module, args[0] if args else next(iter(named.values()))).float()
             old, new = self.first.get(name), self.second.get(name)
             ours = old.apply(x) if old is not None else None
             theirs = ours if new is old else (new.apply(x) if new is not None else None)

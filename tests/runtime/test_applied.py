@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,7 +17,10 @@ from surgery.calibration import Calibration, carried_in
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Source
 from surgery.errors import AdapterError
+from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
+from surgery.training.data import Examples
+from surgery.training.fidelity import Applied, fidelity
 from surgery.training.statistics import gather_moments
 from tests.models import load_base, relative_difference
 from tests.test_merging import outputs, tied_llama, trained
@@ -96,3 +100,24 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match=name.replace(".", r"\.")), applied(model, {}, {**good, **bad}):
             pass
         assert torch.equal(outputs(model), before)
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return SimpleNamespace(last_hidden_state=self.fc(input=x)[:, None])
+
+    model = Model()
+    delta = LowRank(torch.ones(2, 1), torch.tensor([[1.0, 2.0, 3.0]]))
+    x = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 2.0]])
+    before = model(x).last_hidden_state
+    with torch.no_grad(), applied(model, {"fc": delta}):
+        assert torch.allclose(model(x).last_hidden_state - before, torch.tensor([6.0, 6.0])[:, None, None])
+    found = fidelity(
+        model, Examples([{"x": row} for row in x], [1, 1], {}), Applied({"fc": delta}), Applied(), layers=True
+    )
+    assert found.layers["fc"].energy == found.layers["fc"].lost == 2 * (6**2 + 6**2)
