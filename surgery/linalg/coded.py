@@ -1,13 +1,14 @@
 """Factors of small integers, and all layers' factors in one run of bytes.
 
-Layout: one byte, the binary logarithm of how many scales there are to the octave; three bytes, the entropy coder's
-classes for what describes the ranks; a uint32, how many bytes follow of it; those; the codes, entropy-coded. What
-describes the ranks: the classes of B's columns, those of A's rows, the logarithms of the scales, each as differences
-from the rank before (in a layer's first rank: from the layer before).
+Layout: the CRC-32 of all that follows (uint32); one byte, the binary logarithm of how many scales there are to the
+octave; three bytes, the entropy coder's classes for what describes the ranks; how many bytes follow of it (uint32);
+those; the codes, entropy-coded. What describes the ranks: the classes of B's columns, those of A's rows, the logarithms
+of the scales, each as differences from the rank before (in a layer's first rank: from the layer before).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,10 @@ from surgery.linalg.entropy import CLASSES, LARGEST, best_classes, class_bits, d
 
 __all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "grid_of", "rounded_scales"]
 
-HEAD = 8
+HEAD = 12
 FINEST_SCALES = 9
 LARGEST_EXPONENT = 63
-OFF_GRID = 1e-3  # what a scale in float32 may lie off its grid, in steps of it
+OFF_GRID = 2.0**-21  # what a scale in float32 may lie off its grid, in octaves
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def grid_of(s: NDArray[np.float64]) -> int | None:
         return None
     for fineness in range(FINEST_SCALES + 1):
         steps = exponents * 2**fineness
-        if bool((np.abs(steps - np.rint(steps)) < OFF_GRID).all()):
+        if bool((np.abs(steps - np.rint(steps)) < OFF_GRID * 2**fineness).all()):
             return fineness
     return None
 
@@ -98,7 +99,7 @@ def encode_factors(layers: Sequence[CodedFactors], fineness: int) -> NDArray[np.
     of_B, of_A = np.concatenate([np.zeros((2, 0), np.uint8), *classes], 1)
     exponent = np.concatenate([np.zeros(0), *exponents])
     whole = np.rint(exponent)
-    if not 0 <= fineness <= FINEST_SCALES or bool((np.abs(exponent - whole) > OFF_GRID).any()):
+    if not 0 <= fineness <= FINEST_SCALES or bool((np.abs(exponent - whole) > OFF_GRID * 2**fineness).any()):
         raise ValueError("the scales are not on their grid")
     if bool((np.abs(whole) > LARGEST_EXPONENT * 2**fineness).any()):
         raise ValueError("a scale is too large or too small to be coded")
@@ -111,8 +112,8 @@ def encode_factors(layers: Sequence[CodedFactors], fineness: int) -> NDArray[np.
         _lengths([(layer.B.shape[0], layer.A.shape[1], layer.rank) for layer in layers]),
         _by_layer(of_B, of_A, ranks),
     )
-    head = np.array([fineness, *kinds], dtype=np.uint8)
-    return np.concatenate([head, np.frombuffer(np.array([side.size], "<u4").tobytes(), np.uint8), side, coded])
+    data = b"".join([bytes([fineness, *kinds]), side.size.to_bytes(4, "little"), side.tobytes(), coded.tobytes()])
+    return np.frombuffer(zlib.crc32(data).to_bytes(4, "little") + data, dtype=np.uint8)
 
 
 def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int]]) -> list[CodedFactors]:
@@ -127,10 +128,13 @@ def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
     Raises:
         ValueError: the data is not what `encode_factors` returns for these shapes.
     """
-    if data.size < HEAD or int(data[0]) > FINEST_SCALES:
+    # Escapes are written as they are: only a checksum tells that one has changed.
+    if data.size < HEAD or zlib.crc32(data[4:].tobytes()) != int.from_bytes(data[:4].tobytes(), "little"):
         raise ValueError("the coded factors are damaged or cut short")
-    fineness, kinds = int(data[0]), data[1:4].tolist()
-    middle = HEAD + int(np.frombuffer(data[4:HEAD].tobytes(), "<u4")[0])
+    fineness, kinds = int(data[4]), data[5:8].tolist()
+    if fineness > FINEST_SCALES:
+        raise ValueError("the coded factors are damaged or cut short")
+    middle = HEAD + int.from_bytes(data[8:HEAD].tobytes(), "little")
     ranks = [rank for _, _, rank in shapes if rank]
     count = sum(ranks)
     described = decode(data[HEAD:middle], [count] * 3, kinds).reshape(3, count)

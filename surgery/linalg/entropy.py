@@ -104,6 +104,8 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
         ValueError: the data is not what `encode` returns for these segments.
     """
     tables = _Tables(classes)
+    if tables.fewest_bits(lengths) > 8 * data.size:
+        raise ValueError("the coded numbers are cut short")
     table = tables.of_numbers(lengths)
     states, escapes, words = _read(data, table.size)
     lanes, used, escaped = states.size, 0, 0
@@ -234,9 +236,18 @@ class _Tables:
 
     def of_numbers(self, lengths: Sequence[int]) -> NDArray[np.uint8]:
         """The table of every number."""
+        self._check(lengths)
+        return np.repeat(self._of_segments.astype(np.uint8), lengths)
+
+    def fewest_bits(self, lengths: Sequence[int]) -> float:
+        """What so many numbers take at least, all of them the commonest of their class."""
+        self._check(lengths)
+        common = self.whole_frequency.reshape(-1, self.width).max(1, initial=1)
+        return float(np.dot(np.log2(TOTAL / common)[self._of_segments], np.array(lengths, dtype=np.float64)))
+
+    def _check(self, lengths: Sequence[int]) -> None:
         if len(lengths) != len(self._of_segments):
             raise ValueError(f"{len(lengths)} segments, but {len(self._of_segments)} classes")
-        return np.repeat(self._of_segments.astype(np.uint8), lengths)
 
     def cells(self, numbers: Numbers, table: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Where the symbols of numbers are in `frequency`, and which numbers are escapes."""

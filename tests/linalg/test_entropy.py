@@ -50,7 +50,7 @@ def coded_size(numbers: NDArray[np.int16], which: int) -> float:
 @pytest.fixture(name="quick")
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """More lanes take fewer steps."""
-    monkeypatch.setattr(entropy, "NUMBERS_PER_LANE", 400)
+    monkeypatch.setattr(entropy, "NUMBERS_PER_LANE", 50)
 
 
 def decoded_one_by_one(data: NDArray[np.uint8], lengths: list[int], classes: list[int]) -> list[int]:
@@ -254,6 +254,12 @@ def test_random_data(size: int) -> None:
             data[:4] = 0  # else the number of escapes gives it away
         with pytest.raises(ValueError, match="coded numbers are"):
             decode(data, LENGTHS, KINDS)
+
+
+def test_more_numbers_than_the_data_can_hold_are_not_made_room_for() -> None:
+    data = encode(np.zeros(100, np.int16), [100], [GAUSSIAN])
+    with pytest.raises(ValueError, match="cut short"):
+        decode(data, [10**15], [GAUSSIAN])
 
 
 def test_an_escape_that_has_a_symbol_is_damage() -> None:
