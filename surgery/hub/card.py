@@ -200,7 +200,7 @@ def _template() -> frozenset[str]:
 
 
 def _block(checked: Checked, repo: str, revision: str | None, picture: str | None) -> str:
-    parts = [_what(checked), _sizes(checked), _losses(checked)]
+    parts = [_what(checked), _sizes(checked), _losses(checked), _training(checked)]
     if picture is not None:
         parts.append(f"![The weight change, layers by roles]({picture})")
     parts += [_loading(checked, repo, revision), _plain_lora(checked, repo, revision)]
@@ -228,7 +228,8 @@ def _cited(paper: str) -> str:
 def _sizes(checked: Checked) -> str:
     rows = [("this file", checked.peft_type, checked.bytes)]
     source = checked.provenance.get("source")
-    if isinstance(source, dict) and isinstance(source.get("bytes"), int) and _is_fresh(checked):
+    known = _is_fresh(checked) or checked.provenance.get("command") == "train"
+    if isinstance(source, dict) and isinstance(source.get("bytes"), int) and known:
         rows.insert(0, ("source", str(source.get("peft_type")), source["bytes"]))
     lines = ["| | type | size |", "|---|---|---|"]
     lines += [f"| {name} | {kind} | {human_bytes(size)} ({size:,} bytes) |" for name, kind, size in rows]
@@ -238,8 +239,10 @@ def _sizes(checked: Checked) -> str:
 
 
 def _is_fresh(checked: Checked) -> bool:
-    """Whether the figures of `surgery.json` are this file's: training saves another one beside them."""
+    """Whether the losses in `surgery.json` are this file's: they are not once it was trained, by us or by others."""
     report = checked.provenance.get("report")
+    if checked.provenance.get("command") != "convert":
+        return False
     return isinstance(report, dict) and report.get("bytes") == checked.bytes
 
 
@@ -260,6 +263,28 @@ def _losses(checked: Checked) -> str:
     on = f", on `{without_paths(data)}`" if data and any(key in report for key in ("output_error", "kl")) else ""
     lines = [f"Measured against the source{on}:", "", "| | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _training(checked: Checked) -> str:
+    """What our own training has done, as it evaluated itself."""
+    before, after = (checked.provenance.get(name) for name in ("before", "after"))
+    if checked.provenance.get("command") != "train" or not isinstance(before, dict) or not isinstance(after, dict):
+        return ""
+    score = str(after.get("score"))
+    measures = [
+        ("loss", "loss", "{:.4f}"),
+        (score, "value", "{:.2%}" if score == "accuracy" else "{:.4g}"),
+        ("KL divergence from the teacher", "kl", "{:.4f} nats"),
+        ("predictions that agree with the teacher's", "agreement", "{:.2%}"),
+    ]
+    rows = [
+        f"| {name} | {shown.format(before[key])} | {shown.format(after[key])} |"
+        for name, key, shown in measures
+        if _is_number(before.get(key)) and _is_number(after.get(key))
+    ]
+    steps = checked.provenance.get("steps_done")
+    lines = [f"Trained for {steps} steps; evaluated on {after.get('items')} items:", "", "| | before | after |"]
+    return "\n".join([*lines, "|---|---|---|", *rows]) if rows else ""
 
 
 def _is_number(value: Any) -> bool:

@@ -93,6 +93,26 @@ def test_figures_of_another_file_are_left_out() -> None:
     assert "Measured" not in card and "| source" not in card and "| ratio" not in card
 
 
+def test_what_a_training_did_is_told_in_place_of_what_a_conversion_lost() -> None:
+    """The trained file may well have the size that the conversion wrote."""
+    before = {"items": 512, "loss": 1.5, "score": "accuracy", "value": 0.5, "kl": None, "agreement": None}
+    after = {**before, "loss": 0.25, "value": 0.75}
+    trained = {**CONVERTED, "command": "train", "steps_done": 200, "before": before, "after": after}
+    card = make_card(checked(config={"peft_type": "GIVA"}, provenance=trained), REPO)
+    for line in (
+        "Trained for 200 steps; evaluated on 512 items:",
+        "| loss | 1.5000 | 0.2500 |",
+        "| accuracy | 50.00% | 75.00% |",
+        "| ratio | | 20.0 |",
+    ):
+        assert line in card.splitlines()
+    assert "error of" not in card and "teacher" not in card
+    taught = {**before, "score": None, "value": None, "loss": None, "kl": 0.5, "agreement": 0.9}
+    card = make_card(checked(provenance={**trained, "before": taught, "after": {**taught, "kl": 0.1}}), REPO)
+    assert "| KL divergence from the teacher | 0.5000 nats | 0.1000 nats |" in card and "| loss" not in card
+    assert "evaluated" not in make_card(checked(provenance={**trained, "after": None}), REPO)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
