@@ -3,8 +3,8 @@
     python examples/plain_loop.py [--model FOLDER] [--out FOLDER]
 
 An adapter is started from a base model and trained to tell lines of Python from lines of English, both found on this
-machine. Any loop will do: `surgery.trainable` returns a PEFT model whose trainable parameters are those of the adapter's
-method and its head.
+machine. Any loop will do: `surgery.trainable` returns a PEFT model whose trainable parameters are those of the
+adapter's method and its head.
 """
 
 from __future__ import annotations

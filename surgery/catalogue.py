@@ -138,7 +138,7 @@ METHODS: dict[str, MethodInfo] = {
             title="IniLoRA",
             stores="A0, B0: the weight's best rank-r approximation",
             options=_RANKED,
-            learning_rate=None,
+            training_rate=2e-3,
             **_INILORA,
         ),
         MethodInfo(
@@ -171,6 +171,7 @@ METHODS: dict[str, MethodInfo] = {
             stores="V once for each role, or what recognises it",
             paper="doi 10.1609/aaai.v40i31.39813",
             options=frozenset({"sparse_rate", "store_bases"}),
+            training_rate=5e-3,
         ),
         MethodInfo(
             name="smoa",
@@ -183,6 +184,7 @@ METHODS: dict[str, MethodInfo] = {
             paper="arXiv 2601.07507v1",
             options=frozenset({"rank", "groups"}),
             rank=32,
+            training_rate=8e-3,
         ),
     )
 }

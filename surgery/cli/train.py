@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def command(
         except TrainingInterrupted as stopped:
             if first:
                 note(f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; --resume goes on.")
-            click.get_current_context().exit(TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED)
+            sys.exit(TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED)
     if not first:
         return
     if as_json:

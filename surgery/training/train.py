@@ -417,7 +417,6 @@ class _Run:
             "save_strategy": "steps" if saves else "no",
             "save_steps": settings.save_every or max(10, settings.steps // 10),
             "save_total_limit": 2,
-            "gradient_checkpointing": settings.gradient_checkpointing,
             "seed": settings.seed,
             "use_cpu": self.device.type == "cpu",
             "dataloader_pin_memory": self.device.type != "cpu",
@@ -426,6 +425,8 @@ class _Run:
             "remove_unused_columns": False,
             "label_names": ["labels"],
         }
+        if settings.gradient_checkpointing:
+            given["gradient_checkpointing"] = True
         try:
             return TrainingArguments(**{**given, **settings.arguments})
         except (TypeError, ValueError) as error:

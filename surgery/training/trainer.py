@@ -39,7 +39,31 @@ class Batches:
 
 
 class AdapterTrainer(Trainer):
-    """The stock `Trainer`; a checkpoint that a kill cut short is not taken for one."""
+    """The stock `Trainer`; a checkpoint that a kill cut short is not taken for one.
+
+    The stock one takes every model with `**kwargs` for one that divides its loss by the number of items it is told.
+    Many do not, and their loss would be multiplied by the number of processes, and not divided by that of a batch's
+    parts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model_accepts_loss_kwargs and isinstance(self.train_dataset, Sequence):
+            self.model_accepts_loss_kwargs = self._divides(self.train_dataset[0])
+
+    def _divides(self, sample: Features) -> bool:
+        """Whether the model's loss depends on the number of items that it is told."""
+        if "labels" not in sample:
+            return False
+        model = self.model
+        features = {name: value[None].to(self.args.device) for name, value in sample.items() if name != SAMPLE}
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad():
+            losses = [float(model(**features, num_items_in_batch=torch.tensor(n)).loss) for n in (1, 2)]
+        for module, mode in modes.items():
+            module.training = mode
+        return losses[0] != losses[1]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -59,7 +83,9 @@ class DistillingTrainer(AdapterTrainer):
     def __init__(self, *args: Any, teacher: Teacher, hidden_weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.hidden_weight = teacher, hidden_weight
-        self.model_accepts_loss_kwargs = False
+
+    def _divides(self, sample: Features) -> bool:
+        return False  # the loss is a mean over the batch
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
