@@ -12,6 +12,7 @@ import click
 
 from surgery import __version__
 from surgery.errors import SurgeryError
+from surgery.hub.private import redacted
 
 __all__ = ["cli", "main"]
 
@@ -45,8 +46,11 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except SurgeryError as error:
             # One line, whatever a library put into the message.
-            message = " ".join(str(error).split())
+            message = redacted(" ".join(str(error).split()))
             raise click.ClickException(message) from None
+        except click.ClickException as error:
+            error.message = redacted(error.message)  # click repeats what was typed, a token too
+            raise
         except (MemoryError, RuntimeError) as error:
             wanting = any(words in str(error) for words in ("allocate memory", "out of memory"))
             if isinstance(error, RuntimeError) and not wanting:

@@ -160,6 +160,23 @@ def test_no_output_holds_a_token_or_a_signature(fault, flags, hub: Hub, lora: Pa
         assert "HTTP Request" in caplog.text  # or there would be nothing to redact
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("push", "small", REPO, OTHER_TOKEN),
+        ("push", "small", OTHER_TOKEN),
+        ("push", OTHER_TOKEN, REPO),
+        ("push", "small", f"https://ada:{OTHER_TOKEN}@host/org/small"),
+        ("inspect", OTHER_TOKEN),
+        ("inspect", f"https://ada:{OTHER_TOKEN}@host/org/small"),
+    ],
+)
+def test_a_token_in_the_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code in {1, 2} and "Error: " in result.stderr
+    assert OTHER_TOKEN not in result.stdout + result.stderr
+
+
 def test_a_token_on_the_command_line_leaves_the_process_list(fresh) -> None:
     """The process looks at its own arguments, as every other may, before anything else is done."""
     code = (
