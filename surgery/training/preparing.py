@@ -43,6 +43,12 @@ class Prepared:
     model: PeftModel
     names: dict[str, str]
 
+    @classmethod
+    def of(cls, adapter: Adapter, base: BaseModel, model: PeftModel) -> Prepared:
+        """What requires a gradient in the model is what trains."""
+        names = {_file_name(name): name for name, p in model.named_parameters() if p.requires_grad}
+        return cls(adapter, base, model, names)
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name in the adapter's file."""
@@ -120,8 +126,7 @@ def prepare(
     fitted = fit_to_model(adapter, model)
     peft_model = load(fitted, model, is_trainable=True)
     _keep_only(peft_model, only)
-    names = {_file_name(name): name for name, p in peft_model.named_parameters() if p.requires_grad}
-    return Prepared(fitted, opened, peft_model, names)
+    return Prepared.of(fitted, opened, peft_model)
 
 
 def base_for(

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from surgery.errors import MethodError
+from surgery.training.codes import CodeTraining
 from surgery.training.data import Features, collated
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.fidelity import arguments
@@ -21,6 +22,7 @@ from surgery.training.interruption import Interruption
 __all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]
 
 COMPLETE = "complete"
+CODES_FILE = "codes.safetensors"
 CHECKPOINT = "checkpoint-"
 # Under this name a batch holds the numbers of its samples.
 SAMPLE = "sample"
@@ -46,6 +48,9 @@ class AdapterTrainer(Trainer):
     parts.
     """
 
+    codes: CodeTraining | None = None
+    model_accepts_loss_kwargs: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model_accepts_loss_kwargs and isinstance(self.train_dataset, Sequence):
@@ -64,6 +69,18 @@ class AdapterTrainer(Trainer):
         for module, mode in modes.items():
             module.training = mode
         return losses[0] != losses[1]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.codes is not None:
+            self.codes.tensors()
+        super()._save(output_dir, state_dict)
+        if self.codes is not None and self.args.should_save:
+            self.codes.save(Path(output_dir or str(self.args.output_dir)) / CODES_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.codes is not None:
+            self.codes.load(Path(resume_from_checkpoint) / CODES_FILE)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
