@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from surgery.catalogue import method_for_type
-from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.rewriting import DTYPES, Tensor, file_bytes, read_header
@@ -25,7 +26,7 @@ from surgery.memory import release_freed
 from surgery.methods.contents import contents_of, refuse_unreadable
 from surgery.methods.stock import STOCK
 
-__all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter"]
+__all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter", "valid_id"]
 
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BASE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern})(?:@(?P<revision>[\w./-]+))?")
@@ -93,10 +94,11 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
     Raises:
         AdapterError: a file is missing or broken, a tensor is not finite, PEFT would not use a tensor, or the
             configuration is not that of the tensors.
-        HubError: the base model that the adapter names is no Hub id.
+        HubError: the base model that the adapter names is no Hub id, or `README.md` is no UTF-8.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder; give the folder of an adapter")
+    _refuse_unreadable_card(folder / CARD_FILE)
     opened = Adapter.open(folder)  # maps the file, and reads of it only what is packed
     base, revision = base_model_id(folder, opened.config, base_model)
     weights = folder / WEIGHTS_FILE
@@ -148,12 +150,35 @@ def base_model_id(folder: Path, config: Mapping[str, Any], given: str | None) ->
     if given is not None:
         if match is None:
             raise HubError(f"--base-model {given}: is no Hub id (ORG/NAME, or ORG/NAME@REVISION)")
-        return match["repo"], match["revision"]
+        return valid_id(match["repo"]), match["revision"]
     if match is None or _is_local(folder, name):
         # The place itself stays out of the message: it may end in a log that is published.
         what = f"{Path(name).name!r} on a disk" if named else "no base model"
         raise HubError(f"{folder}: names {what}, not a Hub id; say which model it is with --base-model ORG/NAME")
-    return match["repo"], match["revision"] or revision
+    return valid_id(match["repo"]), match["revision"] or revision
+
+
+def valid_id(name: str) -> str:
+    """A repository's name, `ORG/NAME`, as it is.
+
+    Raises:
+        HubError: the Hub takes no such name.
+    """
+    if REPO_ID.fullmatch(name) is None:
+        raise HubError(f"{name!r}: is no repository's name, ORG/NAME")
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise HubError(f"{name!r}: is no repository's name ({' '.join(str(error).split())})") from None
+    return name
+
+
+def _refuse_unreadable_card(path: Path) -> None:
+    try:
+        if path.is_file():
+            path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise HubError(f"{path}: is not UTF-8 text; save it as UTF-8, and it is kept") from None
 
 
 def _is_local(folder: Path, name: str) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import HubError, SurgeryError
+from surgery.errors import SurgeryError
 from surgery.hub.card import make_card, method_of, own_text
-from surgery.hub.checks import REPO_ID, Checked, check_adapter
+from surgery.hub.checks import Checked, check_adapter, valid_id
 from surgery.hub.package import PICTURE_NAME, PlannedFile, own_picture, package, refuse_private_files
 from surgery.hub.picture import draw_layers
 from surgery.hub.private import quiet_logs
@@ -63,8 +63,7 @@ def push(
         HubError: the base model is no Hub id, a text holds a token or a path, or the Hub refuses or cannot be reached.
     """
     started = time.perf_counter()
-    if REPO_ID.fullmatch(repo) is None:
-        raise HubError(f"{repo!r}: is no repository's name, ORG/NAME")
+    valid_id(repo)
     checked = check_adapter(Path(folder), base_model)
     with tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         plan = _Plan(checked, repo, revision, license, Path(scratch))

@@ -108,6 +108,10 @@ def test_incomplete_folders_are_refused(saved, llama: Path, tmp_path: Path) -> N
     (pickled / WEIGHTS).unlink()
     with pytest.raises(SurgeryError, match=r"only adapter_model\.bin, a pickle"):
         check_adapter(pickled, BASE)
+    latin = shutil.copytree(saved("lora"), tmp_path / "latin")
+    (latin / "README.md").write_bytes("für".encode("latin-1"))
+    with pytest.raises(SurgeryError, match=r"README\.md: is not UTF-8 text"):
+        check_adapter(latin, BASE)
     with pytest.raises(SurgeryError, match="this is a base model, not an adapter"):
         check_adapter(llama, BASE)
     with pytest.raises(SurgeryError, match="no such folder; give the folder of an adapter"):

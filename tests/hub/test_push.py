@@ -348,7 +348,10 @@ def test_an_error_is_one_line(hub: Hub, adapter: Path) -> None:
     result = invoke("push", adapter, REPO)
     assert result.exit_code == 1
     assert re.fullmatch(r"Error: \S+: names 'model' on a disk, .* --base-model ORG/NAME\n", result.stderr)
-    assert invoke("push", adapter, "no-organisation").exit_code == 1
+    for name in ("no-organisation", "a/b/c", "org/a--b", "org/a..b", "org/-a", "https://host/org/a", f"org/{'a' * 97}"):
+        result = invoke("push", adapter, name, "--base-model", BASE, "--dry-run")
+        assert result.exit_code == 1 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, name
+        assert "is no repository's name" in result.stderr
     assert hub.requests == []
 
 
