@@ -8,23 +8,19 @@ coded number, rules ranks, bits and layers together (see `rounding`); it is sear
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from surgery.linalg.coded import CodedFactors, encode_factors
 from surgery.linalg.entropy import lanes_for
-from surgery.linalg.feedback import Curvature
-from surgery.linalg.rounding import LIMITS, Coded, Factors, code_layer, spectrum_of
+from surgery.linalg.rounding import LIMITS, Coded, Factors, LayerCoder, Spectrum, code_layers, spectrum_of
+from surgery.linalg.workers import Metric, Moment, Workers
 
 __all__ = ["Compressed", "DoesNotFit", "Goal", "Metric", "Moment", "compress"]
 
-Moment = torch.Tensor | None
-# By layer, C (in, in) of the inputs and F (out, out) of the gradients at the output; None is the identity.
-Metric = Callable[[int], tuple[Moment, Moment]]
 # (layers done, layers to do)
 Progress = Callable[[int, int], None]
 
@@ -33,9 +29,8 @@ MOST_PASSES = 12  # where an error is searched for
 SAMPLE = 16
 # Two passes this close, as a share of the budget, are mixed layer by layer instead of searching on.
 NEAR = 0.03
-# An error as it is reckoned leaves out what the noise of both factors may have in common with directions that were cut.
-RECKONING = 0.01
-HEAD_BYTES = 28
+RECKONING = 1e-4  # what the error of the factors in float32 may differ from the reckoned one
+HEAD_BYTES = 32
 # What classes cost by their tables, over what they cost by formula.
 EXCESS = 1.0015
 COARSEST, FINEST = 3, 9
@@ -111,17 +106,19 @@ def compress(
 ) -> Compressed:
     """Code all layers so that a goal is reached at the least cost in error, or in bytes.
 
-    Nothing is random. Layers are worked on one at a time; of the metric, only r x r matrices outlive a layer.
+    Nothing is random. Layers are worked on in as many threads as torch has, with one thread of the linear algebra's
+    each. Of the metric about a GiB is in memory at a time, or, if that is more, the moments of one layer.
 
     Args:
         layers: `B (out, r)` and `A (r, in)` of each, of any floating dtype, on the CPU.
         goal: what to reach.
         bits: 2, 3, 4 or 8: limits codes to `2^bits - 1` values; None does not.
-        metric: the moments of a layer by its number; asked for in every pass. None is the identity for all.
+        metric: the moments of a layer by its number; asked for in every pass unless they were kept, for one layer at a
+            time, though not always by the same thread. None is the identity for all.
         damping: share of their mean diagonal that is added to the moments, against what a finite sample leaves out.
         restored: coding makes a change smaller, in all layers alike, which adds up over a model. Each layer is scaled
             up, so that this power of its lost projection on the original is restored; 0 leaves the least error.
-        progress: called after each layer of a pass; how many passes it takes is not known before.
+        progress: called for each layer of a pass that is done; how many passes it takes is not known before.
 
     Raises:
         DoesNotFit: the goal's size holds nothing.
@@ -129,12 +126,13 @@ def compress(
     """
     if bits not in LIMITS:
         raise ValueError(f"codes have 2, 3, 4 or 8 bits, not {bits}")
-    search = _Search(layers, bits, metric or (lambda index: (None, None)), damping, restored, progress)
-    if goal.size is not None:
-        return search.fill(goal.size)
-    if goal.rank is not None:
-        return search.at_rank(goal.rank)
-    return search.keeping(goal.energy) if goal.energy is not None else search.within(goal.error or 0.0)
+    with Workers(layers, metric, damping) as workers:
+        search = _Search(layers, bits, workers, restored, progress)
+        if goal.size is not None:
+            return search.fill(goal.size)
+        if goal.rank is not None:
+            return search.at_rank(goal.rank)
+        return search.keeping(goal.energy) if goal.energy is not None else search.within(goal.error or 0.0)
 
 
 class _Search:
@@ -144,17 +142,16 @@ class _Search:
         self,
         layers: Sequence[Factors],
         bits: int | None,
-        metric: Metric,
-        damping: float,
+        workers: Workers,
         restored: float,
         progress: Progress | None,
     ) -> None:
-        self.layers, self.bits, self.metric = layers, bits, metric
-        self.damping, self.restored, self.progress = damping, restored, progress
+        self.layers, self.bits, self.workers = layers, bits, workers
+        self.restored, self.progress = restored, progress
         self.done, self.all = 0, range(len(layers))
-        self.spectra = []
-        for index in self.all:
-            self.spectra.append(spectrum_of(layers[index], self._curvatures(index)))
+        self.spectra: list[Spectrum] = []
+        for spectrum in workers.map(lambda index: spectrum_of(layers[index], workers.curvatures(index)), self.all):
+            self.spectra.append(spectrum)
             self._tell()
 
     def fill(self, budget: int) -> Compressed:
@@ -177,19 +174,17 @@ class _Search:
         """As few bytes as a relative error over all layers together allows."""
         share = error**2
         grid = self._fineness(share)
-        return self._result(self._losing(list(self.all), share * self._whole, grid), grid)
+        return self._result(self._losing([list(self.all)], share, grid), grid)
 
     def keeping(self, energy: float) -> Compressed:
         """As few bytes as a share of its energy that every layer keeps allows."""
         share = 1 - energy
         grid = self._fineness(share)
-        layers = [self._losing([i], share * float(self.spectra[i].energy.sum()), grid)[0] for i in self.all]
-        return self._result(layers, grid)
+        return self._result(self._losing([[index] for index in self.all], share, grid), grid)
 
     def at_rank(self, rank: int) -> Compressed:
         """The leading directions of every layer, as exactly as the codes can tell them."""
-        least = self._least()
-        return self._result([self._coded(i, least, FINEST, rank) for i in self.all], FINEST)
+        return self._result(self._coded(dict.fromkeys(self.all, self._least()), FINEST, rank), FINEST)
 
     def _filled(self, budget: int) -> Compressed | None:
         """Code at one D after another, until one result fills the budget or two lie close on either side; mix these."""
@@ -198,7 +193,7 @@ class _Search:
         for _ in range(PASSES):
             D = self._noise_for(goal / excess)
             grid = self._fineness(self._planned_loss(D))
-            found = [self._coded(index, D, grid) for index in self.all]
+            found = self._coded(dict.fromkeys(self.all, D), grid)
             fineness, size = max(fineness, grid), _bytes(found) + drift
             if size <= budget:
                 made = self._result(found, fineness)
@@ -233,34 +228,32 @@ class _Search:
                 return made
             limit -= made.data.size - budget
 
-    def _losing(self, indices: list[int], allowed: float, grid: int) -> list[Coded]:
-        """Layers that lose no more than this together, in few bytes.
+    def _losing(self, groups: Sequence[Sequence[int]], share: float, grid: int) -> list[Coded]:
+        """All layers in few bytes, each group of them losing no more than this share of its energy.
 
         Raises:
             ValueError: the finest codes lose more.
         """
-        best: list[Coded] | None = None
-        allowed *= 1 - RECKONING
-        goal, within, beyond = allowed, 0.0, math.inf  # planned losses: to try, that did, that did not
+        searches = [_Loss([self.spectra[index] for index in group], share) for group in groups]
+        waiting = [pair for pair in zip(groups, searches, strict=True) if pair[0]]
         for _ in range(MOST_PASSES):
-            D = self._noise_losing(goal, indices)
-            found = [self._coded(index, D, grid) for index in indices]
-            lost = sum(layer.error for layer in found)
-            if lost <= allowed:
-                best = found if best is None or _bytes(found) < _bytes(best) else best
-                within = goal
-            elif self._least() >= D:
+            noises = {}
+            for group, search in waiting:
+                D = self._boundary(search.plans_more(self.bits))[0]
+                noises.update(dict.fromkeys(group, D))
+            found = dict(zip(noises, self._coded(noises, grid), strict=True))
+            least = self._least()
+            for group, search in waiting:
+                search.take([found[index] for index in group], least >= noises[group[0]])
+            waiting = [(group, search) for group, search in waiting if not search.done]
+            if not waiting:
                 break
-            else:
-                beyond = goal
-            if (1 - NEAR) * allowed <= lost <= allowed or beyond < (1 + NEAR / 3) * within:
-                break
-            goal *= min(max((1 - NEAR / 3) * allowed / max(lost, 1e-300), 0.25), 4.0)
-            if not within < goal < beyond:
-                goal = math.sqrt(within * beyond)
-        if best is None:
-            raise ValueError("the finest codes there are lose more than that")
-        return best
+        results: dict[int, Coded] = {}
+        for group, search in zip(groups, searches, strict=True):
+            if search.best is None and group:
+                raise ValueError("the finest codes there are lose more than that")
+            results.update(zip(group, search.best or [], strict=True))
+        return [results[index] for index in self.all]
 
     def _result(self, layers: list[Coded], fineness: int) -> Compressed:
         return Compressed(
@@ -276,34 +269,39 @@ class _Search:
         """Energy of all layers."""
         return sum(float(spectrum.energy.sum()) for spectrum in self.spectra)
 
-    def _coded(self, index: int, D: float, fineness: int, rank: int | None = None) -> Coded:
-        planned = self.spectra[index].plan(D, self.bits)[0]
-        rank = planned if rank is None else min(rank, len(self.spectra[index].energy))
-        coded = None
-        if rank:
-            coded = code_layer(
-                self.layers[index],
-                self.spectra[index],
-                self._curvatures(index),
-                rank,
-                D,
-                bits=self.bits,
-                fineness=fineness,
-                restored=self.restored,
-            )
-        self._tell()
-        return coded or self._nothing(index)
+    def _coded(self, noises: Mapping[int, float], fineness: int, rank: int | None = None) -> list[Coded]:
+        """Layers, each at its own D; with as many ranks as it is worth there, unless they are given."""
+
+        def coded(group: Sequence[int]) -> list[Coded]:
+            coders = {}
+            for index in group:
+                spectrum, D = self.spectra[index], noises[index]
+                kept = spectrum.plan(D, self.bits)[0] if rank is None else min(rank, len(spectrum.energy))
+                if kept:
+                    coders[index] = LayerCoder(
+                        self.layers[index],
+                        spectrum,
+                        self.workers.curvatures(index),
+                        kept,
+                        D,
+                        bits=self.bits,
+                        fineness=fineness,
+                        restored=self.restored,
+                    )
+            found = dict(zip(coders, code_layers(list(coders.values())), strict=True))
+            return [found.get(index) or self._nothing(index) for index in group]
+
+        results: list[Coded] = []
+        for layers in self.workers.map(coded, self.workers.groups(list(noises))):
+            results += layers
+            for _ in layers:
+                self._tell()
+        return results
 
     def _nothing(self, index: int) -> Coded:
         height, width = self.spectra[index].sizes
         empty = CodedFactors(np.zeros((height, 0), np.int16), np.zeros((0, width), np.int16), np.zeros(0))
         return Coded(empty, 0.0, float(self.spectra[index].energy.sum()))
-
-    def _curvatures(self, index: int) -> tuple[Curvature, Curvature]:
-        """Of the inputs, and of the outputs."""
-        B, A = self.layers[index]
-        C, F = self.metric(index)
-        return Curvature(C, A.shape[1], self.damping), Curvature(F, B.shape[0], self.damping)
 
     def _planned(self, D: float) -> float:
         """Bytes of the whole model, by the plan."""
@@ -321,11 +319,6 @@ class _Search:
     def _noise_for(self, size: float) -> float:
         """The least D at which the plan takes no more bytes."""
         return self._boundary(lambda D: self._planned(D) <= size)[1]
-
-    def _noise_losing(self, lost: float, indices: Sequence[int]) -> float:
-        """The largest D at which the plan loses no more of these layers."""
-        spectra = [self.spectra[index] for index in indices]
-        return self._boundary(lambda D: sum(each.plan(D, self.bits)[2] for each in spectra) > lost)[0]
 
     def _boundary(self, holds: Callable[[float], bool]) -> tuple[float, float]:
         """Two values of D close to each other: what does not hold at the first holds at the second, and above."""
@@ -346,7 +339,7 @@ class _Search:
             return 1.0
         D = self._noise_for(budget)
         planned = sum(self.spectra[index].plan(D, self.bits)[1] for index in sample)
-        taken = sum(self._coded(index, D, FINEST).bits for index in sample)
+        taken = sum(layer.bits for layer in self._coded(dict.fromkeys(sample, D), FINEST))
         return taken / planned if taken else 1.0
 
     def _fineness(self, share: float) -> int:
@@ -360,6 +353,44 @@ class _Search:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, max(self.done, 3 * len(self.layers)))
+
+
+class _Loss:
+    """The search for the D at which layers lose a share of their energy.
+
+    Attributes:
+        best: of what lost no more than that, what takes the fewest bytes.
+        done: whether there is no more to be found.
+    """
+
+    def __init__(self, spectra: Sequence[Spectrum], share: float) -> None:
+        self.spectra = spectra
+        self.allowed = share * sum(float(spectrum.energy.sum()) for spectrum in spectra) * (1 - RECKONING)
+        self.best: list[Coded] | None = None
+        self.done = False
+        # Planned losses: to try, that was within what is allowed, that was beyond.
+        self._goal, self._within, self._beyond = self.allowed, 0.0, math.inf
+
+    def plans_more(self, bits: int | None) -> Callable[[float], bool]:
+        """Whether the plan for a D loses more than what is to be tried."""
+        return lambda D: sum(spectrum.plan(D, bits)[2] for spectrum in self.spectra) > self._goal
+
+    def take(self, found: list[Coded], finest: bool) -> None:
+        """Learn from what came of the last try."""
+        lost, allowed = sum(layer.error for layer in found), self.allowed
+        if lost <= allowed:
+            if self.best is None or _bytes(found) < _bytes(self.best):
+                self.best = found
+            self._within = self._goal
+        elif finest:
+            self.done = True
+        else:
+            self._beyond = self._goal
+        if (1 - NEAR) * allowed <= lost <= allowed or self._beyond < (1 + NEAR / 3) * self._within:
+            self.done = True
+        self._goal *= min(max((1 - NEAR / 3) * allowed / max(lost, 1e-300), 0.25), 4.0)
+        if not self._within < self._goal < self._beyond:
+            self._goal = math.sqrt(self._within * self._beyond)
 
 
 def _bytes(layers: Sequence[Coded]) -> float:

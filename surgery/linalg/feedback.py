@@ -122,6 +122,11 @@ class Curvature:
         self.pivot = float(np.exp(2 * np.log(diagonal.astype(np.float64)).mean()))
 
     @property
+    def nbytes(self) -> int:
+        """What it takes in memory, the moment included."""
+        return 0 if self._H is None else self._H.nbytes + self.R.nbytes
+
+    @property
     def is_identity(self) -> bool:
         """Whether there is no moment."""
         return self._H is None

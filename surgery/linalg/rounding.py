@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.coded import CodedFactors, code_bits, rounded_scales
+from surgery.linalg.coded import LARGEST_EXPONENT, CodedFactors, code_bits, rounded_scales
 from surgery.linalg.entropy import WIDTHS, class_bits
 from surgery.linalg.feedback import Curvature, Integers, Rounding, RoundingRule, rounded
 from surgery.linalg.metric import metric_svd
 
-__all__ = ["LIMITS", "Coded", "Factors", "LayerCoder", "Spectrum", "code_layer", "code_layers", "spectrum_of"]
+__all__ = ["LIMITS", "Coded", "Factors", "LayerCoder", "Spectrum", "code_layers", "spectrum_of"]
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r), A (r, in)
 Curves = tuple[Curvature, Curvature]  # of the inputs, of the outputs
@@ -35,6 +35,7 @@ LARGEST_CODE = 4095
 # quantiser with 2^bits - 1 levels on a Gaussian. With so few levels a finer step would only clip.
 LIMITS = {None: (0.0015, 2e-7), 2: (1.224, 0.190), 3: (0.651, 0.0469), 4: (0.353, 0.0132), 8: (0.0309, 1.1e-4)}
 MOST_RESTORED = 1.5
+SMALLEST_SCALE = 2.0 ** (1 - LARGEST_EXPONENT)
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,6 @@ def spectrum_of(layer: Factors, curves: Curves) -> Spectrum:
     return Spectrum(svd.left, svd.right, energy, energy * np.stack(sides), (B.shape[0], A.shape[1]))
 
 
-def code_layer(
-    layer: Factors,
-    spectrum: Spectrum,
-    curves: Curves,
-    rank: int,
-    D: float,
-    *,
-    bits: int | None = None,
-    fineness: int = 9,
-    restored: float = 1.0,
-) -> Coded | None:
-    """Code one layer: see `LayerCoder` and `code_layers`."""
-    coder = LayerCoder(layer, spectrum, curves, rank, D, bits=bits, fineness=fineness, restored=restored)
-    return code_layers([coder])[0]
-
-
 def code_layers(coders: Sequence[LayerCoder]) -> list[Coded | None]:
     """Code several layers, rounding them side by side.
 
@@ -156,19 +141,23 @@ class LayerCoder:
         restored: float = 1.0,
     ) -> None:
         inputs, outputs = curves
-        root = torch.from_numpy(spectrum.energy[:rank] ** 0.25)
-        B = layer[0].double() @ (spectrum.left[:, :rank] * root)
-        A = layer[1].double().T @ (spectrum.right[:rank].T * root)
+        root = torch.from_numpy(spectrum.energy**0.25)
+        B = layer[0].double() @ (spectrum.left * root)
+        A = layer[1].double().T @ (spectrum.right.T * root)
         self.energy, self.price = float(spectrum.energy.sum()), 2 * math.log(2) * D
         self.fineness, self.restored = fineness, restored
         strength = spectrum.energy[:rank] ** 0.5
         least, _ = LIMITS[bits]
         self.largest = LARGEST_CODE if bits is None else 2 ** (bits - 1) - 1
         step_B, step_A = (
-            np.maximum(np.sqrt(12 * D / (strength * curve.pivot)), least * columns.square().mean(0).sqrt().numpy())
+            np.maximum(
+                np.sqrt(12 * D / (strength * curve.pivot)), least * columns[:, :rank].square().mean(0).sqrt().numpy()
+            )
             for curve, columns in ((outputs, B), (inputs, A))
         )
-        # The product is what is stored.
+        # The product is what is stored; ranks that are too weak for that are left out.
+        count = int(np.logical_and.accumulate(step_B * step_A > SMALLEST_SCALE).sum())
+        step_B, step_A = step_B[:count], step_A[:count]
         self.B_side = _Side(outputs, B, step_B)
         self.A_side = _Side(inputs, A, rounded_scales(step_B * step_A, fineness) / step_B)
 
@@ -192,7 +181,10 @@ class LayerCoder:
 
     def _task(self, side: _Side, other: _Side) -> Rounding:
         """Round what is best for the other factor as it is."""
-        targets = side.whole if other.codes is None else side.whole @ (other.cross @ _inverse(other.gram))
+        if other.codes is None:
+            targets = side.whole[:, : len(side.steps)]
+        else:
+            targets = side.whole @ (other.cross @ _inverse(other.gram))
         aims = (targets.numpy() / side.steps).astype(np.float32)
         classes = side.classes
         if classes is None:
@@ -223,11 +215,11 @@ class _Side:
 
     Attributes:
         curve: how its errors count.
-        whole: float64 `(n, rank)`.
-        steps: `(r,)`, as codes and all below for the ranks that are left.
+        whole: all its directions, float64 `(n, k)`.
+        steps: `(r,)`, as codes and all below for the leading ranks, as far as they are left.
         codes: float32 `(n, r)`; None before they are rounded: then the whole factor stands for them.
         classes, bits: of the codes' columns, `(r,)`.
-        cross: `whole^T H rounded`, `(rank, r)`.
+        cross: `whole^T H rounded`, `(k, r)`.
         gram: `rounded^T H rounded`, `(r, r)`.
     """
 
@@ -236,7 +228,8 @@ class _Side:
         self.codes: Integers | None = None
         self.classes: NDArray[np.uint8] | None = None
         self.bits: Matrix = np.zeros(0)
-        self.cross = self.gram = curve.product(whole, whole)
+        self.cross = curve.product(whole, whole[:, : len(steps)])
+        self.gram = self.cross[: len(steps)]
 
     def take(self, codes: Integers) -> NDArray[np.bool_]:
         """Take codes; ranks that have none but zeros are left out.
