@@ -49,7 +49,7 @@ class LazyGroup(click.Group):
             message = redacted(" ".join(str(error).split()))
             raise click.ClickException(message) from None
         except click.ClickException as error:
-            error.message = redacted(error.message)  # click repeats what was typed, a token too
+            vars(error)["message"] = redacted(error.message)  # click repeats what was typed, a token too
             raise
         except (MemoryError, RuntimeError) as error:
             wanting = any(words in str(error) for words in ("allocate memory", "out of memory"))

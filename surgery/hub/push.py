@@ -148,5 +148,4 @@ class _Plan:
             report.out, report.created, report.unchanged = published.url, published.created, published.unchanged
             report.commit, report.commit_url = published.commit, published.commit_url
             report.pr_url = published.pr_url
-            report.notes += published.notes
         return report

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -71,7 +71,6 @@ class Published:
     commit: str
     commit_url: str
     pr_url: str | None
-    notes: list[str] = field(default_factory=list)
 
 
 class Upload:
@@ -94,7 +93,6 @@ class Upload:
         self.is_private = target.private
         self.made_repo = False
         self.made_branch = False
-        self.notes: list[str] = []
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Upload]:
@@ -147,9 +145,7 @@ class Upload:
         """The repository, or None where there is none, or not this revision of it."""
         try:
             return self._asked(lambda: self.api.repo_info(self.target.repo, revision=revision))
-        except RevisionNotFoundError:
-            return None
-        except RepositoryNotFoundError:
+        except (RevisionNotFoundError, RepositoryNotFoundError):
             return None
 
     def _make_repo(self) -> None:
@@ -187,11 +183,13 @@ class Upload:
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def base_is_there(self, base: str) -> bool:
-        """Whether the Hub has the base model, as far as this account can see."""
+        """Whether the Hub has the base model, as far as this account can see; a failure to say so is no failure."""
         try:
-            self._asked(lambda: self.api.model_info(base))
+            self.api.model_info(base)
         except RepositoryNotFoundError:
             return False
+        except (HTTP_ERROR, OSError, ValueError):
+            return True
         return True
 
     # The commit
@@ -230,7 +228,6 @@ class Upload:
             commit=info.oid,
             commit_url=redacted(info.commit_url, target.token),
             pr_url=info.pr_url,
-            notes=self.notes,
         )
 
     def _has_xet(self) -> bool:

@@ -326,6 +326,9 @@ def test_a_base_model_that_is_not_there_is_noted(hub: Hub, adapter: Path) -> Non
     assert any("shows no model bases/llama" in note for note in push(adapter).notes)
     hub.commit(BASE, {"config.json": b"{}"})
     assert push(adapter).notes == []
+    for fault in (lambda: hub.answer(f"GET /api/models/{BASE}$", 500), lambda: hub.drop(f"GET /api/models/{BASE}$")):
+        fault()
+        assert push(adapter).notes == []
 
 
 # The command
