@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
-from surgery.fitting import with_place_for
+from surgery.fitting import located, with_place_for
 from surgery.merged_config import with_labels
-from surgery.methods.contents import contents_of
+from surgery.methods.contents import Contents, contents_of
 from surgery.training.data import Examples, read_examples
 from surgery.training.fidelity import Applied, fidelity
 from surgery.training.start import GradientSettings, load_model, prepared
@@ -163,8 +163,7 @@ class Base:
         base = self.opened
         if not self.fixed_class:
             base = with_place_for(base, adapter, contents, self.trust_remote_code)
-        replaced = {name: adapter.tensors[key] for name, key in contents.carried.items() if name in base.shapes}
-        config = with_labels(base, replaced)
+        config = with_labels(base, _brought(adapter, contents, base))
         if config is not None:
             base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
         return base
@@ -182,7 +181,7 @@ class Base:
             if metric is None:
                 raise MethodError(f"{stored}: no such statistics; give data, and they are gathered and written there")
             return Measured(metric, source=source)
-        model, calibration, held_out, notes = self._data_for(source.base)
+        model, calibration, held_out, notes = self._data_for(source)
         if metric is None:
             metric = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
             if stored is not None:
@@ -190,8 +189,10 @@ class Base:
                 metric = StoredMoments(stored, source.base)
         return Measured(metric, list(notes), source, model, held_out, settings.batch_size)
 
-    def _data_for(self, base: BaseModel) -> tuple[Any, Examples, Examples, list[str]]:
+    def _data_for(self, source: Source) -> tuple[Any, Examples, Examples, list[str]]:
         """The loaded model and its samples; kept for the next adapter of the same class and labels."""
+        base = source.base
+        assert base is not None
         if self._loaded is None or not _same_model(self._loaded[0], base):
             settings = self.settings
             assert settings.data is not None
@@ -199,10 +200,27 @@ class Base:
                 settings.data, base, 2 * settings.samples, settings.max_length, settings.seed, labelled=False
             )
             calibration, held_out, notes = _divided(examples, settings.samples)
-            model = load_model(base, GradientSettings(seed=settings.seed, device=self.device), {})
+            heads = _of_other_shapes(base, _brought(source.adapter, source.contents, base))
+            model = load_model(base, GradientSettings(seed=settings.seed, device=self.device), heads)
             self._stack.enter_context(prepared(model, False, examples))
             self._loaded = (base, model, calibration, held_out, notes)
         return self._loaded[1:]
+
+
+def _brought(adapter: Adapter, contents: Contents, base: BaseModel) -> dict[str, torch.Tensor]:
+    """What an adapter saves whole, by the base's names, as far as the base has a place for it."""
+    places = {located(name, base.shapes, base): key for name, key in contents.carried.items()}
+    return {place: adapter.tensors[key] for place, key in places.items() if place is not None}
+
+
+def _of_other_shapes(base: BaseModel, brought: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values in place of those that the checkpoint has in another shape: the base's own head of other labels."""
+    found = {}
+    for name, tensor in brought.items():
+        source = base.sources.get(name)
+        if source is not None and source.converter is None and base.files.read(source.keys[0][0]).shape != tensor.shape:
+            found[name] = tensor
+    return found
 
 
 def _same_model(one: BaseModel, other: BaseModel) -> bool:

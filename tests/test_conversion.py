@@ -10,13 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoints.adapter import WEIGHTS_FILE
 from surgery.errors import AdapterError, MethodError, OutputError
-from tests.models import load_base, model_inputs, output, relative_difference, save_model
+from tests.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
 from tests.texts import save_tokenizer, text_rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
@@ -467,3 +468,24 @@ def test_export_is_the_lora_that_peft_makes_but_through_the_factors(llama: Path,
         A = next(v for k, v in state.items() if module in k and "lora_A" in k)
         B = next(v for k, v in state.items() if module in k and "lora_B" in k)
         torch.testing.assert_close(dense(tmp_path / "out", module), (B @ A).double(), atol=1e-5, rtol=0)
+
+
+def test_a_head_of_another_number_of_labels_than_the_bases_own_is_measured(tmp_path: Path) -> None:
+    config = build("bert").config
+    config.num_labels, config.pad_token_id = 3, 0
+    own = transformers.BertForSequenceClassification(config)
+    spread(own)
+    own.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl", text_rows(24))
+    adapters = []
+    for labels in (5, 3, 7):
+        model = transformers.BertForSequenceClassification.from_pretrained(
+            tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True
+        )
+        settings = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+        adapters.append(trained(model, settings, tmp_path / str(labels)))
+    pairs = surgery.convert(adapters, "lora", tmp_path / "out", base=tmp_path / "base", data=data, samples=12)
+    assert all(report.agreement == 1 and report.kl < 1e-9 for _, report in pairs)
+    cut = surgery.convert(adapters[0], "lora", base=tmp_path / "base", data=data, samples=12, rank=1)[1]
+    assert cut.kl is not None and cut.kl > 1e-6

@@ -8,6 +8,7 @@ layers can be compared and added up. No labels are needed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.auto import modeling_auto
 
 from surgery.errors import MethodError
 from surgery.sites import Site
@@ -112,7 +114,15 @@ def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generato
 def is_causal(model: Any) -> bool:
     """Whether a model's prediction at a position is of the token after it."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    name = type(inner).__name__
+    return name.endswith(("ForCausalLM", "LMHeadModel")) or name in _causal_classes()
+
+
+@functools.cache
+def _causal_classes() -> frozenset[str]:
+    """transformers' classes for the task, some of which are named for what else they take (Gemma3ForConditional...)."""
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return frozenset(each for name in names for each in ((name,) if isinstance(name, str) else name))
 
 
 def predictions(logits: torch.Tensor, features: Mapping[str, Any], causal: bool) -> torch.Tensor:

@@ -316,3 +316,23 @@ def test_a_model_whose_answers_are_of_another_kind() -> None:
     model = tf.BertForQuestionAnswering(number_model(2, None).config)
     with pytest.raises(MethodError, match="QuestionAnswering"):
         fidelity(model, ragged("bert"), Applied(), Applied())
+
+
+def test_a_causal_model_whose_class_is_named_otherwise() -> None:
+    """Gemma 3 with its image tower is transformers' class for causal language modelling, too."""
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=60)
+    torch.manual_seed(0)
+    model = tf.Gemma3ForConditionalGeneration(config).eval()
+    spread(model)
+    ids = torch.randint(3, 50, (9,), generator=torch.Generator().manual_seed(2))
+    examples = Examples([{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}], [1], PADDING)
+    found = fidelity(model, examples, Applied(), Applied())
+    with torch.no_grad():
+        rows = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    loss = -rows[:-1].gather(1, ids[1:, None]).mean()
+    assert found.items == 8 and found.scores is not None
+    assert found.scores.reference == pytest.approx(math.exp(loss), rel=1e-5)
