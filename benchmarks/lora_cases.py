@@ -1,8 +1,9 @@
 """Trained LoRAs to convert, and what a conversion of them is judged by.
 
-A case is made at run time from what is installed: a small real model, texts, stock PEFT. The first one is a
-classifier: all-MiniLM-L6-v2 learns to tell from the first paragraph of a docstring which Python package it comes
-from. Everything made is kept in a folder that the caller names, so that it is made once.
+A case is made at run time from what is installed: a small real model, texts, stock PEFT. The first is a classifier:
+all-MiniLM-L6-v2 learns to tell from the first paragraph of a docstring which Python package it comes from. The second
+is a language model trained here on Python sources, which learns the prose of docstrings. Everything made is kept in a
+folder that the caller names, so that it is made once.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import random
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 
 from benchmarks.models import minilm_folder
 
-__all__ = ["Fidelity", "LoraCase", "Moments", "docstring_case"]
+__all__ = ["Factors", "Fidelity", "LoraCase", "code_case", "docstring_case"]
 
 PACKAGES = ("numpy", "scipy", "torch", "sklearn", "pandas", "transformers", "matplotlib", "sympy")
 TRAIN, TEST = 800, 200  # of each package
@@ -33,6 +36,20 @@ LONGEST = 64  # tokens
 RANK, STEPS, BATCH = 16, 400, 32
 LEARNING_RATE = 5e-4
 ENCODER_LINEARS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
+
+CODE_PACKAGES = ("numpy", "scipy", "sklearn", "pandas")
+VOCABULARY, WINDOW = 2048, 128
+CODE_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CODE_STEPS, PROSE_STEPS, CODE_BATCH = 700, 300, 16
+CODE_RATE, PROSE_RATE = 2e-3, 2e-3
+CODE_CHARACTERS = 6_000_000
+HELD_OUT_WINDOWS = 96
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r) with the scale in it, A (r, in)
 
@@ -42,41 +59,58 @@ class Fidelity:
     """How a model with a converted adapter compares with the same model and the LoRA, on held-out texts.
 
     Attributes:
-        accuracy: share of the texts that are labelled correctly.
-        agreement: share of the texts that both label alike.
-        kl: mean of KL(LoRA || converted) over the texts, in nats.
+        score: of the task: accuracy of a classifier, perplexity of a language model.
+        agreement: share of the predictions whose most likely answer is the LoRA's.
+        kl: mean of KL(LoRA || converted) over the predictions, in nats.
     """
 
-    accuracy: float
+    score: float
     agreement: float
     kl: float
 
 
-class Moments:
-    """Second moments of one layer: `C (in, in)` of its inputs, `F (out, out)` of the gradients at its output."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        self.C = torch.zeros(in_features, in_features, dtype=torch.float64)
-        self.F = torch.zeros(out_features, out_features, dtype=torch.float64)
-
-
-class LoraCase:
+class LoraCase(ABC):
     """A trained LoRA with its base model and texts.
 
     Args:
-        folder: what `docstring_case` made: the adapter as PEFT saves it, texts and labels.
+        folder: where the adapter lies as PEFT saved it, `lora`, and `calibration.jsonl`.
+
+    Attributes:
+        score: what `Fidelity.score` is.
     """
+
+    score: str
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
-        self.train: list[tuple[str, int]] = [tuple(pair) for pair in texts["train"]]
-        self.test: list[tuple[str, int]] = [tuple(pair) for pair in texts["test"]]
+
+    @property
+    @abstractmethod
+    def base(self) -> Path:
+        """The base model's folder."""
+
+    @cached_property
+    @abstractmethod
+    def model(self) -> Any:
+        """The base model with the trained head, without the adapter."""
+
+    @abstractmethod
+    def predictions(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities `(predictions, answers)` on the held-out texts, and the right answers."""
+
+    @abstractmethod
+    def scored(self, log_probs: torch.Tensor, answers: torch.Tensor) -> float:
+        """The task's score."""
 
     @property
     def adapter(self) -> Path:
         """The LoRA's folder."""
         return self.folder / "lora"
+
+    @property
+    def calibration(self) -> Path:
+        """Texts to calibrate with, unlabelled."""
+        return self.folder / "calibration.jsonl"
 
     @property
     def source_bytes(self) -> int:
@@ -98,80 +132,85 @@ class LoraCase:
         }
 
     @cached_property
-    def model(self) -> torch.nn.Module:
-        """The base model with the trained head, without the adapter."""
+    def of_lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The LoRA's own predictions."""
+        return self._predictions(self.factors)
+
+    def fidelity(self, factors: Mapping[str, Factors]) -> Fidelity:
+        """What these weight changes in place of the LoRA's do to the answers; layers without any have none."""
+        theirs, answers = self.of_lora
+        ours, _ = self._predictions(factors)
+        kl = (theirs.double().exp() * (theirs.double() - ours)).sum(-1).mean()
+        agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+        return Fidelity(self.scored(ours, answers), float(agreement), float(kl))
+
+    def _predictions(self, factors: Mapping[str, Factors]) -> tuple[torch.Tensor, torch.Tensor]:
+        with _Changed(self.model, factors) as model, torch.no_grad():
+            return self.predictions(model)
+
+
+class DocstringCase(LoraCase):
+    """A classifier of texts."""
+
+    score = "accuracy"
+
+    @property
+    def base(self) -> Path:
+        """all-MiniLM-L6-v2."""
+        return Path(minilm_folder())
+
+    @cached_property
+    def model(self) -> Any:
+        """With the trained head."""
         model = _classifier()
         head = load_file(self.adapter / "adapter_model.safetensors")
         for name in ("weight", "bias"):
             getattr(model.classifier, name).data.copy_(head[f"base_model.model.classifier.{name}"])
         return model.eval()
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The base model's tokenizer."""
+    def predictions(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One for each text."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(minilm_folder())
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        test = json.loads((self.folder / "texts.json").read_text(encoding="utf-8"))["test"]
+        parts = [
+            (F.log_softmax(model(**inputs).logits.double(), -1), labels)
+            for inputs, labels in _batches(tokenizer, test, 100)
+        ]
+        return torch.cat([part for part, _ in parts]), torch.cat([labels for _, labels in parts])
+
+    def scored(self, log_probs: torch.Tensor, answers: torch.Tensor) -> float:
+        """Accuracy."""
+        return float((log_probs.argmax(-1) == answers).double().mean())
+
+
+class CodeCase(LoraCase):
+    """A language model."""
+
+    score = "perplexity"
+
+    @property
+    def base(self) -> Path:
+        """The model of Python sources."""
+        return self.folder / "base"
 
     @cached_property
-    def lora_log_probs(self) -> torch.Tensor:
-        """`(texts, labels)`: what the LoRA says on the held-out texts."""
-        return self.log_probs(self.factors)
+    def model(self) -> Any:
+        """It."""
+        from transformers import AutoModelForCausalLM
 
-    def log_probs(self, factors: Mapping[str, Factors]) -> torch.Tensor:
-        """Log-probabilities `(texts, labels)` on the held-out texts with these weight changes, none where unnamed."""
-        with self.changed(factors) as model, torch.no_grad():
-            rows = [
-                F.log_softmax(model(**inputs).logits.double(), -1)
-                for inputs, _ in _batches(self.tokenizer, self.test, 100)
-            ]
-        return torch.cat(rows)
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
-    def fidelity(self, factors: Mapping[str, Factors]) -> Fidelity:
-        """What these weight changes in place of the LoRA's do to the answers."""
-        theirs, ours = self.lora_log_probs, self.log_probs(factors)
-        labels = torch.tensor([label for _, label in self.test])
-        return Fidelity(
-            float((ours.argmax(-1) == labels).double().mean()),
-            float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
-            float((theirs.exp() * (theirs - ours)).sum(-1).mean()),
-        )
+    def predictions(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One for each token."""
+        windows = torch.tensor(json.loads((self.folder / "held_out.json").read_text(encoding="utf-8")))
+        rows = [F.log_softmax(model(part).logits[:, :-1], -1).flatten(0, 1) for part in windows.split(16)]
+        return torch.cat(rows), windows[:, 1:].flatten()
 
-    def changed(self, factors: Mapping[str, Factors]) -> _Changed:
-        """A context in which the base model's weights hold these changes."""
-        return _Changed(self.model, factors)
-
-    def moments(self, sentences: int = 512, samples: int = 4, seed: int = 0) -> dict[str, Moments]:
-        """Second moments of every adapted layer, under the LoRA, from training texts without their labels.
-
-        The gradients are those of the log-likelihood of labels drawn from the model's own predictions, so that
-        `tr(R^T F R C)` is the second-order part of the KL divergence that an error `R` of the weights causes, up
-        to the Kronecker factorisation.
-
-        Args:
-            sentences: how many texts.
-            samples: labels drawn for each.
-            seed: of the draws.
-        """
-        texts = random.Random(seed).sample(self.train, sentences)
-        found = {name: Moments(B.shape[0], A.shape[1]) for name, (B, A) in self.factors.items()}
-        generator = torch.Generator().manual_seed(seed)
-        with self.changed(self.factors) as model, _Watched(model, found) as watched:
-            for inputs, _ in _batches(self.tokenizer, texts, 32):
-                real = inputs["attention_mask"].bool()
-                log_probs = F.log_softmax(model(**inputs).logits, -1)
-                labels = torch.multinomial(log_probs.detach().exp(), samples, replacement=True, generator=generator)
-                for draw in range(samples):
-                    loss = -log_probs.gather(1, labels[:, draw : draw + 1]).sum()
-                    model.zero_grad()
-                    loss.backward(retain_graph=draw + 1 < samples)
-                    watched.add(real, samples)
-        tokens = watched.tokens
-        for moment in found.values():
-            moment.C /= tokens
-            # Summed over the tokens of a text, averaged over texts and draws: the metric is KL per text.
-            moment.F /= sentences * samples
-        return found
+    def scored(self, log_probs: torch.Tensor, answers: torch.Tensor) -> float:
+        """Perplexity."""
+        return math.exp(-float(log_probs.gather(1, answers[:, None]).double().mean()))
 
 
 class _Changed:
@@ -193,49 +232,8 @@ class _Changed:
             self.model.get_submodule(name).weight.data = weight
 
 
-class _Watched:
-    """Hooks that see inputs and output gradients of layers."""
-
-    def __init__(self, model: torch.nn.Module, moments: Mapping[str, Moments]) -> None:
-        self.moments = moments
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.tokens = 0
-        self.last_inputs: dict[str, torch.Tensor] = {}
-        self.handles = [
-            model.get_submodule(name).register_forward_hook(self._hook(name), always_call=False) for name in moments
-        ]
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def forward(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self.inputs[name] = args[0].detach()
-            output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient.detach()))
-
-        return forward
-
-    def add(self, real: torch.Tensor, samples: int) -> None:
-        """Add what was seen in the last backward pass, padding left out."""
-        first = self.last_inputs.get("") is not real
-        for name, moment in self.moments.items():
-            gradients = self.gradients[name][real].double()
-            moment.F += gradients.T @ gradients
-            if first:
-                inputs = self.inputs[name][real].double()
-                moment.C += inputs.T @ inputs
-        if first:
-            self.tokens += int(real.sum())
-            self.last_inputs[""] = real
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
 def docstring_case(folder: Path, seed: int = 0, progress: Callable[[str], None] = print) -> LoraCase:
-    """The docstring case: trained where the folder does not hold it yet.
+    """The classifier of docstrings: trained where the folder does not hold it yet.
 
     Args:
         folder: where cases are kept.
@@ -248,7 +246,23 @@ def docstring_case(folder: Path, seed: int = 0, progress: Callable[[str], None] 
         train, test = _docstring_texts()
         (place / "texts.json").write_text(json.dumps({"train": train, "test": test}), encoding="utf-8")
         _train(place, train, seed, progress)
-    return LoraCase(place)
+    if not (place / "calibration.jsonl").exists():
+        train = json.loads((place / "texts.json").read_text(encoding="utf-8"))["train"]
+        _write_texts(place / "calibration.jsonl", [text for text, _ in train])
+    return DocstringCase(place)
+
+
+def code_case(folder: Path, seed: int = 0, progress: Callable[[str], None] = print) -> LoraCase:
+    """A small Llama trained on Python sources, and its LoRA trained on docstrings; made where the folder lacks them."""
+    place = folder / f"code-{seed}"
+    if not (place / "lora" / "adapter_model.safetensors").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        _train_code(place, seed, progress)
+    return CodeCase(place)
+
+
+def _write_texts(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def _docstring_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -267,12 +281,7 @@ def _docstring_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
 
 def _first_paragraphs(package: str) -> Iterator[str]:
     """First paragraphs of the docstrings in a package's sources, those left out that name the package."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        return
-    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-        if "tests" in path.parts:
-            continue
+    for path in _sources(package):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -285,6 +294,12 @@ def _first_paragraphs(package: str) -> Iterator[str]:
                 text = " ".join(paragraph.split())
                 if 5 <= len(text.split()) <= 60 and package not in text.lower():
                     yield text
+
+
+def _sources(package: str) -> Iterator[Path]:
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.origin is not None:
+        yield from (path for path in sorted(Path(spec.origin).parent.rglob("*.py")) if "tests" not in path.parts)
 
 
 def _classifier() -> Any:
@@ -343,3 +358,72 @@ def _train(place: Path, train: Sequence[tuple[str, int]], seed: int, progress: C
             if step == STEPS:
                 break
     peft_model.save_pretrained(place / "lora")
+
+
+def _train_code(place: Path, seed: int, progress: Callable[[str], None]) -> None:
+    """The base from scratch on sources without their docstrings' prose in view, then a LoRA on that prose."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    paths = [path for package in CODE_PACKAGES for path in _sources(package)]
+    random.Random(0).shuffle(paths)
+    code = "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)[:CODE_CHARACTERS]
+    prose = [text for package in PACKAGES for text in sorted(set(_first_paragraphs(package)))]
+    random.Random(1).shuffle(prose)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(code), eos_token="<end>", pad_token="<end>")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=WINDOW, **CODE_SHAPE))
+    _fit(model, _windows(tokenizer, code), CODE_STEPS, CODE_RATE, seed, progress, "sources")
+    model.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    windows = _windows(tokenizer, "<end>".join(prose))
+    (place / "held_out.json").write_text(json.dumps(windows[:HELD_OUT_WINDOWS].tolist()), encoding="utf-8")
+    train = windows[HELD_OUT_WINDOWS:]
+    _write_texts(place / "calibration.jsonl", [tokenizer.decode(window) for window in train[:1200]])
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    adapted = get_peft_model(model, config)
+    _fit(adapted, train, PROSE_STEPS, PROSE_RATE, seed, progress, "docstrings")
+    adapted.save_pretrained(place / "lora")
+
+
+def _tokenizer(text: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text[:2_000_000].splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def _windows(tokenizer: Any, text: str) -> torch.Tensor:
+    """`(windows, WINDOW)` of token ids, shuffled."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+
+
+def _fit(
+    model: Any, windows: torch.Tensor, steps: int, rate: float, seed: int, progress: Callable[[str], None], what: str
+) -> None:
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        batch = windows[torch.randint(len(windows), (CODE_BATCH,), generator=generator)]
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress(f"{what}, seed {seed}: step {step}, loss {float(loss.detach()):.3f}")

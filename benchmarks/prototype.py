@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["SCALE_BYTES", "prototype", "uniform"]
+__all__ = ["SCALE_BYTES", "prototype", "truncated", "uniform"]
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 Metric = Callable[[str], tuple[torch.Tensor, torch.Tensor]]  # layer name to C (in, in), F (out, out)
@@ -45,17 +45,26 @@ def prototype(
 
 def uniform(factors: Mapping[str, Factors], size: int, width: int = 4) -> dict[str, Factors]:
     """Truncated SVD by one greedy list without data, every factor rounded to nearest at one scale for each rank."""
+    return {
+        name: (_nearest(B, _scales(B, width), width), _nearest(A.T, _scales(A.T, width), width).T)
+        for name, (B, A) in _cut(factors, size, width).items()
+    }
+
+
+def truncated(factors: Mapping[str, Factors], size: int) -> dict[str, Factors]:
+    """Truncated SVD by one greedy list without data, in bfloat16."""
+    return {name: (B.bfloat16(), A.bfloat16()) for name, (B, A) in _cut(factors, size, 16).items()}
+
+
+def _cut(factors: Mapping[str, Factors], size: int, width: int) -> dict[str, Factors]:
     eye = {name: (torch.eye(A.shape[1]).double(), torch.eye(B.shape[0]).double()) for name, (B, A) in factors.items()}
     parts = {name: _whitened(B.double(), A.double(), *eye[name]) for name, (B, A) in factors.items()}
     ranks = _greedy({name: part[2] for name, part in parts.items()}, factors, size, width)
-    coded = {}
-    for name, rank in ranks.items():
-        B, A, S = parts[name]
-        if rank:
-            root = S[:rank].sqrt()
-            B, A = B[:, :rank] * root, root[:, None] * A[:rank]
-            coded[name] = _nearest(B, _scales(B, width), width), _nearest(A.T, _scales(A.T, width), width).T
-    return coded
+    roots = {name: parts[name][2][:rank].sqrt() for name, rank in ranks.items() if rank}
+    return {
+        name: (parts[name][0][:, : len(root)] * root, root[:, None] * parts[name][1][: len(root)])
+        for name, root in roots.items()
+    }
 
 
 def _ridged(C: torch.Tensor, F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
