@@ -181,10 +181,10 @@ class LayerCoder:
 
     def _task(self, side: _Side, other: _Side) -> Rounding:
         """Round what is best for the other factor as it is."""
-        if other.codes is None:
-            targets = side.whole[:, : len(side.steps)]
-        else:
-            targets = side.whole @ (other.cross @ _inverse(other.gram))
+        # Of the leading directions alone: what little of the others could be had takes more bits than it is worth.
+        targets = side.whole[:, : side.leading]
+        if other.codes is not None:
+            targets = targets @ (other.cross[: side.leading] @ _inverse(other.gram))
         aims = (targets.numpy() / side.steps).astype(np.float32)
         classes = side.classes
         if classes is None:
@@ -216,7 +216,8 @@ class _Side:
     Attributes:
         curve: how its errors count.
         whole: all its directions, float64 `(n, k)`.
-        steps: `(r,)`, as codes and all below for the leading ranks, as far as they are left.
+        leading: how many of them are to be coded.
+        steps: `(r,)`, as codes and all below for those that are left.
         codes: float32 `(n, r)`; None before they are rounded: then the whole factor stands for them.
         classes, bits: of the codes' columns, `(r,)`.
         cross: `whole^T H rounded`, `(k, r)`.
@@ -224,7 +225,7 @@ class _Side:
     """
 
     def __init__(self, curve: Curvature, whole: torch.Tensor, steps: Matrix) -> None:
-        self.curve, self.whole, self.steps = curve, whole, steps
+        self.curve, self.whole, self.steps, self.leading = curve, whole, steps, len(steps)
         self.codes: Integers | None = None
         self.classes: NDArray[np.uint8] | None = None
         self.bits: Matrix = np.zeros(0)
