@@ -62,7 +62,7 @@ def _download(name: str, repo: str, inside: str | None, revision: str | None) ->
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """What keeps a repository from being had, and what to do."""
+    """What keeps a repository from being had, and what to do: the first that holds."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -73,33 +73,23 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
+    of_the_disk = isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError)
     partly = "only partly" if type(error).__name__ == "IncompleteSnapshotError" else "not"
-    found = next(
-        (
-            reason
-            for kind, reason in (
-                (GatedRepoError, "the repository is gated; accept its terms on the Hub and set HF_TOKEN"),
-                (
-                    RepositoryNotFoundError,
-                    "no such folder, and no such repository on the Hub (a private one needs HF_TOKEN)",
-                ),
-                (RevisionNotFoundError, f"the repository has no revision {revision!r}"),
-            )
-            if isinstance(cause, kind)
-        ),
-        None,
-    )
-    if found is not None:
-        return found
-    if isinstance(error, ValueError):  # of the client's checks of names
-        return " ".join(str(error).split())
-    if status == 401:
-        return "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"
-    if status is not None:
-        return f"the Hub answers {status}; try again later"
-    if constants.is_offline_mode():
-        return f"no such folder, and the Hub repository is {partly} in the local cache, and HF_HUB_OFFLINE is set"
-    return (
+    missing = "no such folder, and no such repository on the Hub (a private one needs HF_TOKEN)"
+    offline = f"no such folder, and the Hub repository is {partly} in the local cache, and HF_HUB_OFFLINE is set"
+    unreachable = (
         f"no such folder, and the Hub cannot be reached at {redacted(constants.ENDPOINT)} ({type(cause).__name__}); "
         f"the repository is {partly} in the local cache"
     )
+    reasons: list[tuple[Any, str]] = [
+        (isinstance(cause, GatedRepoError), "the repository is gated; accept its terms on the Hub and set HF_TOKEN"),
+        (isinstance(cause, RepositoryNotFoundError), missing),
+        (isinstance(cause, RevisionNotFoundError), f"the repository has no revision {revision!r}"),
+        # Of the client's checks of names.
+        (isinstance(error, ValueError), f"no such folder, and no repository's name ({' '.join(str(error).split())})"),
+        (of_the_disk, f"cannot be downloaded into the cache ({getattr(error, 'strerror', '')})"),
+        (status == 401, "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN"),
+        (status is not None, f"the Hub answers {status}; try again later"),
+        (constants.is_offline_mode(), offline),
+    ]
+    return next((reason for holds, reason in reasons if holds), unreachable)

@@ -66,7 +66,7 @@ def test_revisions(hub: Hub) -> None:
         ("org/name/nowhere", "org/name has no folder nowhere"),
         ("org/gated", "is gated; accept its terms"),
         ("org/secret", "no such repository on the Hub .a private one needs HF_TOKEN"),
-        ("org/-x..y", "Repo id"),
+        ("org/-x..y", "no such folder, and no repository's name .Repo id must use"),
     ],
 )
 def test_failures_are_told_apart(name: str, words: str, hub: Hub, monkeypatch) -> None:
@@ -98,6 +98,14 @@ def test_answers_that_are_errors(status: int, words: str, hub: Hub, waits: list[
     hub.commit("org/name", {"config.json": b"{}"})
     hub.answer("GET /api/models", status, times=99)
     with pytest.raises(CheckpointError, match=f"org/name: .*{words}"):
+        local_folder("org/name")
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch, tmp_path: Path) -> None:
+    hub.commit("org/name", {"config.json": b"{}"})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(CheckpointError, match=r"org/name: cannot be downloaded into the cache \(Not a directory\)"):
         local_folder("org/name")
 
 
