@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def train(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     taught_by = teacher if isinstance(teacher, Adapter) or teacher is None else Adapter.open(teacher)
     unfinished = Unfinished(Path(out)) if out is not None and not dry_run else None
-    if unfinished is not None:
+    if unfinished is not None and int(os.environ.get("RANK", "0")) == 0:
         unfinished.check(resume, force)
     where = resolve_device(device)
     group = processes(where)

@@ -85,6 +85,8 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{CHECKPOINT}{self.state.global_step}"
+        if self.args.world_size > 1:
+            torch.distributed.barrier()  # each process has a file of its own in it
         if self.args.should_save:
             (folder / COMPLETE).touch()
 

@@ -18,6 +18,7 @@ import torch
 import surgery
 from surgery.errors import MethodError, OutputError
 from surgery.training.interruption import TrainingInterrupted
+from surgery.training.unfinished import Unfinished
 from tests.models import save_model
 from tests.texts import save_tokenizer, text_rows, write_rows
 from tests.training.test_processes import launch
@@ -85,15 +86,25 @@ def test_resume_after_a_kill(place: Path, tmp_path: Path) -> None:
     assert_same_end(out, place)
 
 
+def stopped(place: Path, out: Path, at: int) -> TrainingInterrupted:
+    """A training in this process that is interrupted after a step."""
+
+    def stop(step: int, steps: int, what: str) -> None:
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        surgery.train(place / "start", place / "bert", place / "data.jsonl", out=out, progress=stop, **OPTIONS)
+    return caught.value
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_not_used(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = begun(place, out, 30)
-    process.kill()
-    process.communicate()
-    unfinished = tmp_path / ".out.unfinished"
-    checkpoints = sorted(unfinished.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    (checkpoints[-1] / "complete").unlink(missing_ok=True)
-    (checkpoints[-1] / "optimizer.pt").write_bytes(b"cut")
+    stopped(place, out, 34)
+    last = tmp_path / ".out.unfinished" / "checkpoint-34"
+    (last / "complete").unlink()
+    (last / "optimizer.pt").write_bytes(b"cut")
+    assert Unfinished(out).step == 30
     surgery.train(place / "start", place / "bert", place / "data.jsonl", out=out, resume=True, **OPTIONS)
     assert_same_end(out, place)
 
@@ -119,23 +130,16 @@ def test_interrupted(number: int, code: int, place: Path, tmp_path: Path) -> Non
     start = surgery.Adapter.open(place / "start").tensors
     saved = surgery.Adapter.open(out).tensors
     assert any(not torch.equal(saved[name], tensor) for name, tensor in start.items())
-    resumed = subprocess.run(arguments(place, out, "--resume", "--json"), capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["steps_done"] == STEPS
+    _, report = surgery.train(place / "start", place / "bert", place / "data.jsonl", out=out, resume=True, **OPTIONS)
+    assert report.steps_done == STEPS
     assert list(tmp_path.iterdir()) == [out]
     assert_same_end(out, place)
 
 
 def test_other_options_are_not_gone_on_with(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-
-    def stop(step: int, steps: int, what: str) -> None:
-        if step == 12:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(TrainingInterrupted) as caught:
-        surgery.train(place / "start", place / "bert", place / "data.jsonl", out=out, progress=stop, **OPTIONS)
-    assert (caught.value.signal, caught.value.step, caught.value.out) == (signal.SIGINT, 12, str(out))
+    error = stopped(place, out, 12)
+    assert (error.signal, error.step, error.out) == (signal.SIGINT, 12, str(out))
     with pytest.raises(MethodError, match=r"had other options \(lr 0.003, now 0.01\)"):
         surgery.train(
             place / "start", place / "bert", place / "data.jsonl", out=out, resume=True, **{**OPTIONS, "lr": 0.01}
