@@ -38,10 +38,9 @@ def method_table() -> str:
     for info in METHODS.values():
         rank = str(info.rank) if info.rank else "-"
         alpha = "rank" if "alpha" in info.options else "-"
-        rate = f"{info.learning_rate:g}" if info.learning_rate else "-"
         lines.append(
             f"| `{info.name}` | `{info.change}` | {info.trains} | {info.stores} | `{info.peft_type}` | {rank} | "
-            f"{alpha} | {rate} | {info.paper} |"
+            f"{alpha} | {info.training_rate:g} | {info.paper} |"
         )
     return "\n".join(lines)
 

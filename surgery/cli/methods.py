@@ -31,10 +31,7 @@ def command(as_json: bool, quiet: bool) -> None:
     if quiet:
         click.echo("\n".join(METHODS))
         return
-    cells = [
-        [i.name, i.change, str(i.rank or "-"), f"{i.learning_rate:g}" if i.learning_rate else "-", i.peft_type]
-        for i in METHODS.values()
-    ]
+    cells = [[i.name, i.change, str(i.rank or "-"), f"{i.training_rate:g}", i.peft_type] for i in METHODS.values()]
     click.echo(table(["method", "weight change", "rank", "lr", "PEFT type"], cells, right=(2, 3)))
     for info in METHODS.values():
         click.echo(f"\n{info.name}: {info.title}, {info.paper}")
