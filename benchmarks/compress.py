@@ -26,6 +26,7 @@ import surgery
 from benchmarks.lora_cases import Factors, LoraCase, code_case, docstring_case
 from benchmarks.prototype import prototype, truncated, uniform
 from surgery.checkpoints.tensor_files import file_bytes, read_tensor, tensor_names
+from surgery.methods.contents import contents_of
 from surgery.reports.tables import table
 
 CASES: dict[str, Callable[[Path, int], LoraCase]] = {"docstrings": docstring_case, "code": code_case}
@@ -107,7 +108,7 @@ class Curve:
 
 def _factors(adapter: surgery.Adapter) -> dict[str, Factors]:
     found = {}
-    for module in adapter.modules:
+    for module in contents_of(adapter).modules:
         thin = adapter.delta(module).factors()
         assert thin is not None
         found[module] = thin

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LLAMA_2_7B", "Llama", "minilm_folder", "write_llama"]
+__all__ = ["LLAMA_2_7B", "Llama", "minilm_folder", "write_llama", "write_lora"]
 
 STANDARD_DEVIATION = 0.02  # transformers' own for a fresh Llama
 BYTES = {"F32": 4, "BF16": 2}
@@ -111,6 +111,36 @@ def write_llama(folder: Path, llama: Llama, dtype: str = "F32", shards: int = 1,
     generator = None if sparse else np.random.default_rng(0)
     for name, part in zip(names, parts, strict=True):
         _write_safetensors(folder / name, part, dtype, generator)
+    return folder
+
+
+def write_lora(folder: Path, llama: Llama, rank: int) -> Path:
+    """Write a LoRA for every linear of a Llama's blocks, float32, of ranks of falling weight.
+
+    Returns:
+        `folder`.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    weights = np.logspace(0, -1.5, rank, dtype=np.float32)
+    tensors = {}
+    for layer in range(llama.num_hidden_layers):
+        for name, (height, width) in llama.linears().items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            A = generator.standard_normal((rank, width), dtype=np.float32)
+            tensors[f"{module}.lora_A.weight"] = A
+            tensors[f"{module}.lora_B.weight"] = generator.standard_normal((height, rank), dtype=np.float32) * weights
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in llama.linears()}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.conversion_work import convert, exported, peft_exported, trained_vera
 from benchmarks.gradient_work import frozen_step, giva_bases, giva_energy, plain_recipe
 from benchmarks.process import Measured, measured
 
@@ -248,6 +249,10 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         frozen_step,
         plain_recipe,
         giva_energy,
+        convert,
+        trained_vera,
+        exported,
+        peft_exported,
     )
 }
 
