@@ -95,7 +95,7 @@ def convert(
         ratio: the source's file over the new one; for giva 20 where nothing else is given.
         bits: giva: `auto`, 32, 16, 8, 4, 3 or 2 for each number.
         basis: vera: `fitted` (stored, made from the adapter) or `random` (seeded: vectors only; needs base and data).
-        recover: not available yet.
+        recover: steps of distillation: the original's answers on the calibration samples are learnt, in no more bytes.
         accept_loss: write even what keeps less than half of the adapter's energy.
         stats: calibration statistics: read where the file exists, written where it does not.
         task: what the model is for, which chooses its class.
@@ -119,8 +119,8 @@ def convert(
     several = not isinstance(adapter, (str, Path, Adapter))
     adapters: list[Any] = list(adapter) if several else [adapter]  # type: ignore[arg-type]
     budget = Budget(rank, energy, max_error, size, ratio)
-    options = _Options(to, budget, bits, basis, dtype, accept_loss, seed, dry_run, force)
-    options.check(recover, several, data, stats, base)
+    options = _Options(to, budget, bits, basis, dtype, recover, accept_loss, seed, dry_run, force)
+    options.check(data, stats, base)
     opened = [each if isinstance(each, Adapter) else Adapter.open(each) for each in adapters]
     outs = _outputs(opened, out, several)
     for each, folder in zip(opened, outs, strict=True):
@@ -141,17 +141,20 @@ class _Options:
     bits: int | str | None
     basis: str | None
     dtype: str | None
+    recover: int | None
     accept_loss: bool
     seed: int
     dry_run: bool
     force: bool
 
-    def check(self, recover: Any, several: bool, data: Any, stats: Any, base: Any) -> None:
+    def check(self, data: Any, stats: Any, base: Any) -> None:
         """Refuse what does not go together, before any work."""
         if self.to not in FORMS:
             raise MethodError(f"unknown form {self.to!r}: use {', '.join(FORMS)}")
-        if recover is not None:
-            raise MethodError("recovery by distillation (recover, --recover) is not available yet: train the result")
+        if self.recover is not None and (base is None or data is None):
+            raise MethodError("recover (--recover) trains on data with the base model: give base and data")
+        if self.recover is not None and self.recover < 1:
+            raise MethodError(f"recover is a number of steps, at least 1, got {self.recover}")
         if self.bits is not None and self.to != "giva":
             raise MethodError(f"bits belongs to giva; {self.to} takes dtype")
         if self.bits is not None and str(self.bits) not in BITS:
@@ -205,10 +208,15 @@ def _convert(
     converter: Callable[[Source, Request], Result] = getattr(module, FORMS[options.to])
     result = converter(source, request)
     made = _adapter(source, result, options, shared)
+    if options.recover is not None:
+        made = measured.recovered(made, options.recover, options.seed, device, progress)
     report = _report(source, made, result, measured, options, source_bytes)
     _refuse_useless(report, options)
     _check_budget(report, request)
     report.agreement, report.kl = measured.fidelity(made)
+    made.provenance["report"] = {
+        name: getattr(report, name) for name in ("bytes", "weight_error", "output_error", "modules", "agreement", "kl")
+    }
     if out is not None and not options.dry_run:
         report.bytes = made.save(out, options.force)
         report.reload_difference = largest_difference(Adapter.open(out), made, source)
@@ -244,6 +252,7 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
             "bits": options.bits,
             "basis": options.basis,
             "dtype": options.dtype,
+            "recover": options.recover,
             "seed": options.seed,
         },
         "source": {"peft_type": source.adapter.peft_type, "bytes": _file_size(source.adapter)},
@@ -261,11 +270,11 @@ def _report(
     sites = converted_sites(source, made, result, measured.input_moments)
     weight_error, output_error = overall(sites)
     size = file_bytes(made.file_tensors())
-    report = ConvertReport(
+    return ConvertReport(
         out=None,
         to=options.to,
         peft_type=made.peft_type,
-        source=source.adapter.folder.name if source.adapter.folder is not None else "the adapter",
+        source=source.adapter.name or "the adapter",
         source_type=source.adapter.peft_type,
         modules=len(result.ranks),
         trainable_parameters=result.trainable + sum(tensor.numel() for tensor in source.carried.values()),
@@ -277,10 +286,6 @@ def _report(
         notes=result.notes + measured.notes,
         sites=sites,
     )
-    made.provenance["report"] = {
-        "bytes": size, "weight_error": weight_error, "output_error": output_error, "modules": report.modules
-    }  # fmt: skip
-    return report
 
 
 def _refuse_useless(report: ConvertReport, options: _Options) -> None:
@@ -307,9 +312,7 @@ def _outputs(adapters: Sequence[Adapter], out: str | Path | None, several: bool)
         return [None] * len(adapters)
     if not several:
         return [Path(out)]
-    names = [
-        adapter.folder.name if adapter.folder is not None else f"adapter-{i}" for i, adapter in enumerate(adapters)
-    ]
+    names = [adapter.name or f"adapter-{i}" for i, adapter in enumerate(adapters)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise OutputError(f"several adapters are called {sorted(twice)[0]}: convert them one at a time")

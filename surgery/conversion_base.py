@@ -64,12 +64,18 @@ class Measured:
     Attributes:
         metric: second moments, or None without data.
         notes: what the user should know.
+        source: the adapter.
+        model: the base model, loaded; None without data.
+        calibration: the samples that the metric comes from.
+        held_out: others.
+        batch_size: samples run at a time.
     """
 
     metric: Metric | None = None
     notes: list[str] = field(default_factory=list)
     source: Source | None = None
     model: Any = None
+    calibration: Examples | None = None
     held_out: Examples | None = None
     batch_size: int = 32
 
@@ -93,6 +99,18 @@ class Measured:
             self.batch_size,
         )
         return result.agreement, result.kl
+
+    def recovered(
+        self, made: Adapter, steps: int, seed: int, device: torch.device, progress: Progress | None
+    ) -> Adapter:
+        """The converted adapter after so many steps of learning the source's answers on the calibration samples."""
+        from surgery.training.recovery import distil
+        from surgery.training.settings import TrainSettings
+
+        assert self.source is not None and self.source.base is not None and self.calibration is not None
+        settings = TrainSettings(steps=steps, batch_size=self.batch_size, seed=seed)
+        found = distil(made, self.source.adapter, self.source.base, self.calibration, settings, device, progress)
+        return Adapter(found.adapter.config, found.adapter.tensors, made.provenance)
 
 
 def _applied(model: Any, source: Source) -> Applied:
@@ -187,7 +205,7 @@ class Base:
             if stored is not None:
                 StoredMoments.save(stored, metric.all_moments())
                 metric = StoredMoments(stored, source.base)
-        return Measured(metric, list(notes), source, model, held_out, settings.batch_size)
+        return Measured(metric, list(notes), source, model, calibration, held_out, settings.batch_size)
 
     def _data_for(self, source: Source) -> tuple[Any, Examples, Examples, list[str]]:
         """The loaded model and its samples; kept for the next adapter of the same class and labels."""

@@ -277,6 +277,20 @@ def surgery_kl(base: Path, reference: Path, other: Path, data: Path) -> float:
     return total / len(texts)
 
 
+@pytest.mark.parametrize(("to", "options"), [("giva", {"ratio": 30.0}), ("lora", {"rank": 2})])
+def test_recovery_learns_the_answers_again_in_no_more_bytes(to, options, lora, text_llama, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "texts.jsonl", text_rows(96))
+    options = {**options, "base": text_llama, "data": data, "samples": 48}
+    _, before = surgery.convert(lora, to, tmp_path / "before", **options)
+    adapter, after = surgery.convert(lora, to, tmp_path / "after", recover=30, **options)
+    assert after.kl < 0.9 * before.kl and after.bytes <= before.bytes
+    assert (tmp_path / "after" / WEIGHTS).stat().st_size == after.bytes
+    assert adapter.provenance["options"]["recover"] == 30 and adapter.provenance["report"]["kl"] == after.kl
+    assert surgery_kl(text_llama, lora, tmp_path / "after", data) < surgery_kl(
+        text_llama, lora, tmp_path / "before", data
+    )
+
+
 def test_statistics_of_a_base_serve_a_second_adapter(lora: Path, text_llama: Path, tmp_path: Path, monkeypatch) -> None:
     data, stats = write_rows(tmp_path / "texts.jsonl", text_rows(40)), tmp_path / "stats.safetensors"
     surgery.convert(lora, "lora", tmp_path / "a", base=text_llama, data=data, samples=16, stats=stats, ratio=2)
@@ -319,7 +333,7 @@ def test_a_corrupted_write_is_caught(lora: Path, tmp_path: Path, monkeypatch) ->
         ({"to": "giva", "dtype": "float16"}, "codes"),
         ({"to": "lora", "energy": 1.5}, "between 0 and 1"),
         ({"to": "lora", "rank": 0}, "at least 1"),
-        ({"to": "lora", "recover": 10}, "not available yet"),
+        ({"to": "giva", "recover": 10}, "give base and data"),
         ({"to": "lora", "data": "x.jsonl"}, "base"),
         ({"to": "lora", "samples": 0}, "samples"),
     ],

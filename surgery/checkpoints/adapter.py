@@ -46,6 +46,7 @@ class Adapter:
         provenance: `surgery.json`, or an empty dictionary.
         card: `README.md`, or None.
         folder: where it was read from, or None.
+        name: what it is called where it was read from: the folder's name, or the last part of a Hub id; or None.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Adapter:
         self.provenance = dict(provenance or {})
         self.card = card
         self.folder = folder
+        self.name = folder.resolve().name if folder is not None else None
         self._sorted = _Names([])
 
     @classmethod
@@ -73,7 +75,10 @@ class Adapter:
         """
         folder = local_folder(str(adapter))
         try:
-            return cls._read(folder)
+            read = cls._read(folder)
+            if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
+                read.name = str(adapter).partition("@")[0].rstrip("/").rpartition("/")[2]
+            return read
         except CheckpointError as error:  # of the files; here they are an adapter's
             raise AdapterError(str(error)) from None
 

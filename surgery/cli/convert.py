@@ -55,7 +55,9 @@ class Size(click.ParamType[int]):
 @click.option(
     "--basis", type=click.Choice(["fitted", "random"]), help="vera: where A and B come from.  [default: fitted]"
 )
-@click.option("--recover", type=int, metavar="STEPS", help="Distil the original into the result. Not available yet.")
+@click.option(
+    "--recover", type=int, metavar="STEPS", help="Steps in which the result learns the original's answers on the data."
+)
 @click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter.")
 @click.option("--stats", metavar="FILE", help="Calibration statistics: read where FILE exists, else written there.")
 @click.option(
@@ -76,7 +78,6 @@ def command(
     adapters: tuple[str, ...],
     to: str,
     out: str | None,
-    recover: int | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -101,8 +102,8 @@ def command(
         raise click.UsageError(f"--bits belongs to giva; {to} takes --dtype")
     if options["basis"] is not None and to != "vera":
         raise click.UsageError("--basis belongs to vera")
-    if recover is not None:
-        raise click.UsageError("--recover is not available yet: convert without it, and train the result")
+    if options["recover"] is not None and (options["base"] is None or options["data"] is None):
+        raise click.UsageError("--recover trains on data with the base model: give --base and --data")
     set_verbosity(verbose, quiet)
     from surgery.conversion import convert
 
