@@ -77,13 +77,14 @@ def loss(H: Matrix, targets: Matrix, integers: Matrix) -> float:
 
 
 @pytest.mark.parametrize("pivot", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("price", [PRICE, 20 * PRICE])
 @pytest.mark.parametrize("kind", [0, WIDTHS])
-def test_rule_against_all_integers(kind: int, pivot: float) -> None:
+def test_rule_against_all_integers(kind: int, price: float, pivot: float) -> None:
     classes = kind + np.arange(6, 40, 3)
     widths = 2.0 ** ((classes % WIDTHS - 12) / 4)
     rng = np.random.default_rng(0)
     targets = rng.standard_normal((1000, len(classes))) * widths
-    bits = PRICE * class_bits(2000)[:, classes]
+    bits = price * class_bits(2000)[:, classes]
     weights = rng.uniform(0.5, 2.0, len(classes)) / pivot
     found = RoundingRule(weights, bits).nearest(targets.astype(np.float32), 1 / pivot)
     assert found.dtype == np.float32 and (found == np.rint(found)).all()
@@ -96,7 +97,7 @@ def test_rule_against_all_integers(kind: int, pivot: float) -> None:
     signed = [np.copysign(z, targets) for z in (nearest, np.maximum(nearest - 1, 0), np.zeros_like(nearest))]
     offered = np.min([cost_of(z, targets, weights, bits) for z in signed], axis=0)
     assert (costs <= offered + 1e-4).all()
-    assert costs.sum() <= 1.0005 * least.sum()
+    assert costs.sum() <= (1.0005 if price == PRICE else 1.3) * least.sum()
     # Control: without the price it is far from the least.
     assert cost_of(np.rint(targets), targets, weights, bits).sum() > 1.003 * least.sum()
 
@@ -174,14 +175,17 @@ def test_products_and_pivots(dtype: torch.dtype) -> None:
     assert curve.pivot == pytest.approx(np.exp(logs[-1] / 60), rel=1e-3)
 
 
-def test_ill_conditioned_moments() -> None:
-    """Where float32 has no digits left, float64 decides."""
+@pytest.mark.parametrize("damping", [1e-4, 1e-5, 1e-6, 1e-7, 1e-9])
+def test_ill_conditioned_moments(damping: float) -> None:
+    """Where float32 has too few digits left, float64 decides."""
     H = moment(80, rank=20)
-    exact = damped(H, 1e-9)
-    curve = Curvature(H, 80, 1e-9)
-    assert curve.pivot == pytest.approx(np.exp(np.linalg.slogdet(exact)[1] / 80), rel=1e-3)
-    found = rounded([Rounding(curve, targets_of(80, 4), priced(4)[0])])[0]
-    assert np.isfinite(found).all()
+    logs = np.linalg.slogdet(damped(H, damping))[1]
+    curve = Curvature(H, 80, damping)
+    assert curve.pivot == pytest.approx(np.exp(logs / 80), rel=2e-3)
+    assert np.isfinite(rounded([Rounding(curve, targets_of(80, 4), priced(4)[0])])[0]).all()
+
+
+def test_moments_that_are_none() -> None:
     with pytest.raises(ValueError, match="more damping"):
         Curvature(moment(80, rank=20), 80, 0.0)
     with pytest.raises(ValueError, match="more damping"):
