@@ -32,6 +32,7 @@ REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BASE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern})(?:@(?P<revision>[\w./-]+))?")
 # A layer of more bytes is not decomposed for the picture.
 MOST_BYTES = 1 << 26
+HEADS = {"classifier", "score"}
 
 
 @dataclass(frozen=True)
@@ -247,9 +248,13 @@ def _check_targets(
             "target: PEFT would ignore them"
         )
     names = [f".{name}" for name in carried]
-    for module in config.get("modules_to_save") or ():
-        if not any(f".{module}." in name or name.endswith(f".{module}") for name in names):
-            raise AdapterError(f"{folder}: {CONFIG_FILE} lists {module} in modules_to_save, {WEIGHTS_FILE} lacks it")
+    listed = list(config.get("modules_to_save") or ())
+    missing = [m for m in listed if not any(f".{m}." in name or name.endswith(f".{m}") for name in names)]
+    # For classifiers PEFT lists both names that a head may have; a model has one of them.
+    if len(HEADS & set(missing)) < len(HEADS & set(listed)):
+        missing = [module for module in missing if module not in HEADS]
+    if missing:
+        raise AdapterError(f"{folder}: {CONFIG_FILE} lists {missing[0]} in modules_to_save, {WEIGHTS_FILE} lacks it")
 
 
 def _is_target(module: str, config: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 import surgery
 from surgery.errors import SurgeryError
@@ -91,6 +92,17 @@ def test_a_bad_adapter_is_refused(case: str, saved, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=words) as error:
         check_adapter(edited(saved("lora"), tmp_path / "bad", edit, **config), BASE)
     assert "\n" not in str(error.value)
+
+
+def test_of_the_names_that_peft_lists_for_a_classifier_one_is_there(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(tmp_path / "lora")
+    assert set(json.loads((tmp_path / "lora" / CONFIG).read_text())["modules_to_save"]) == {"classifier", "score"}
+    check_adapter(tmp_path / "lora", BASE)
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "score" not in k}, tmp_path / "lora" / WEIGHTS)
+    with pytest.raises(SurgeryError, match="in modules_to_save"):
+        check_adapter(tmp_path / "lora", BASE)
 
 
 def test_incomplete_folders_are_refused(saved, llama: Path, tmp_path: Path) -> None:
