@@ -9,7 +9,6 @@ what is measured while training is what the file will hold. o stays at one, whic
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,33 +84,35 @@ class CodeTraining(nn.Module):
                 del layer.delta
             del model.packed_factors
 
-    def tensors(self, least: float = 0.0) -> Tensors:
+    def tensors(self, least: float = 0.0, least_scale: float = 0.0) -> Tensors:
         """What came of it, by name in the adapter's file; the adapter in the model has it, too.
 
         Args:
-            least: a number that has moved by less than this keeps its old code; at infinity all is as it was.
+            least: a number that has moved by less than this keeps its old code.
+            least_scale: a scale whose binary logarithm has moved by less than this keeps its old value.
         """
         found = {}
         for name, layer, factors in self.pairs:
-            values = factors.kept(least)
+            values = factors.kept(least, least_scale)
             layer.set_stored(ACTIVE, values)
             found.update({f"{MODEL_PREFIX}{name}.giva_{key}": v.detach().cpu().clone() for key, v in values.items()})
         return found
 
     def fit(self, size: Callable[[Tensors], int], limit: int) -> Tensors:
-        """What came of it in so many bytes: where it takes more, the codes that moved least are the old ones again.
+        """What came of it in so many bytes: where it takes more, what has moved least is as it was again.
 
         Args:
             size: bytes of a file with these tensors.
-            limit: how many it may have.
+            limit: how many it may have, at least those of a file in which nothing has moved.
         """
         if size(found := self.tensors()) <= limit:
             return found
-        low, high = 0.5, max(factors.farthest() for _, _, factors in self.pairs) + 1.0
-        for _ in range(SEARCHED):
-            middle = (low + high) / 2
-            low, high = (low, middle) if size(self.tensors(middle)) <= limit else (middle, high)
-        return found if size(found := self.tensors(high)) <= limit else self.tensors(math.inf)
+        far = [factors.farthest() for _, _, factors in self.pairs]
+        codes, scales = (max(moved) + 1.0 for moved in zip(*far, strict=True))
+        # Scales are few, and felt most: as many of them as fit beside the old codes, and then codes.
+        scale = _least(lambda value: size(self.tensors(codes, value)) <= limit, scales)
+        code = _least(lambda value: size(self.tensors(value, scale)) <= limit, codes)
+        return self.tensors(code, scale)
 
     def save(self, path: Path) -> None:
         """Save the real numbers, for a training that goes on."""
@@ -164,23 +165,24 @@ class _Factors(nn.Module):
         return B, self.sign * exponent.exp2(), A
 
     @torch.no_grad()
-    def kept(self, least: float) -> Tensors:
-        """What is stored, with the old codes where numbers have moved by less than `least`."""
-        if math.isinf(least):
-            return {"A": self.old_A, "B": self.old_B, "s": self.old_s}
-        _, s, _ = self.rounded()
+    def kept(self, least: float, least_scale: float) -> Tensors:
+        """What is stored, with the old values where they have moved by less."""
         (B, A), olds = self.numbers(), (self.old_B, self.old_A)
         B, A = (
             torch.where((new - old).abs() < least, old, new.round() if self.whole else new)
             for new, old in zip((B, A), olds, strict=True)
         )
-        return {"A": A, "B": B, "s": s}
+        return {"A": A, "B": B, "s": torch.where(self._moved() < least_scale, self.old_s, self.rounded()[1])}
 
     @torch.no_grad()
-    def farthest(self) -> float:
-        """How far the number that has moved most has moved."""
+    def farthest(self) -> tuple[float, float]:
+        """How far the number that has moved most has moved, and the scale's logarithm."""
         B, A = self.numbers()
-        return max(float((B - self.old_B).abs().max()), float((A - self.old_A).abs().max()))
+        codes = max(float((B - self.old_B).abs().max()), float((A - self.old_A).abs().max()))
+        return codes, float(self._moved().max())
+
+    def _moved(self) -> torch.Tensor:
+        return (self.exponent - self.old_s.abs().clamp_min(1e-30).log2()).abs()
 
     def delta(self, adapter_name: str) -> Delta:
         """In place of `AdapterLayer.delta`."""
@@ -191,3 +193,12 @@ class _Factors(nn.Module):
 def _through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """The rounded value, with the gradient of the value itself."""
     return value + (rounded - value).detach()
+
+
+def _least(fits: Callable[[float], bool], high: float) -> float:
+    """The least of the numbers up to `high` that fits, about; `high` itself does."""
+    low = 0.0
+    for _ in range(SEARCHED):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -25,7 +25,7 @@ from surgery.errors import AdapterError
 from surgery.fitting import located
 from surgery.methods.contents import who
 from surgery.runtime.applied import applied
-from surgery.training.fidelity import NUMBERS
+from surgery.training.fidelity import NUMBERS, arguments
 from surgery.training.statistics import is_causal, predictions
 
 __all__ = ["Answers", "Divergence", "Teacher", "divergence", "without_adapters"]
@@ -110,14 +110,14 @@ class Teacher:
         """What the teacher says to a batch, without gradients; the model is in evaluation mode.
 
         Args:
-            features: the model's arguments.
+            features: a batch. Its labels say which tokens' predictions count, and are not given to the model.
             samples: `(batch,)`: numbers under which answers are kept, and found again.
         """
         if samples is not None and all(number in self._kept for number in samples.tolist()):
             return self._from_cache(samples)
         assert not self.body.training, "a teacher answers without dropout"
         with torch.no_grad(), without_adapters(self.layers), applied(self.body, self.deltas, self.carried):
-            output = self.body(**features, output_hidden_states=True)
+            output = self.body(**arguments(self.body, features), output_hidden_states=True)
         found = answers_of(self.body, output, features)
         if samples is not None and self.room > 0:
             self._keep(found, samples)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from surgery.training.data import Examples, batches
 from surgery.training.distillation import Teacher, divergence
-from surgery.training.fidelity import NUMBERS, arguments
+from surgery.training.fidelity import NUMBERS
 from surgery.training.interruption import Interruption
 from surgery.training.processes import Processes
 from surgery.training.start import on_device, prepared
@@ -104,7 +104,7 @@ class _Sums:
             found["loss"], found["labelled"] = float(output.loss) * share, share
         self._score(found, output, batch)
         if teacher is not None:
-            apart = divergence(self.model, output, batch, teacher.answers(arguments(self.model, batch)))
+            apart = divergence(self.model, output, batch, teacher.answers(batch))
             found["kl"], found["same"], found["compared"] = apart.sums.tolist()
             found["hidden"] = float(apart.hidden) * share
         self.sums += torch.tensor([found[name] for name in self.NAMES], dtype=torch.float64)

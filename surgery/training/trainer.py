@@ -111,10 +111,9 @@ class DistillingTrainer(AdapterTrainer):
     ) -> Any:
         samples = inputs.pop(SAMPLE)
         model.eval()
-        features = arguments(self.teacher.body, inputs)
-        answers = self.teacher.answers(features, samples)
-        output = model(**features, output_hidden_states=True)
-        apart = divergence(model, output, features, answers)
+        answers = self.teacher.answers(inputs, samples)
+        output = model(**arguments(self.teacher.body, inputs), output_hidden_states=True)
+        apart = divergence(model, output, inputs, answers)
         loss = self.hidden_weight * apart.hidden
         if apart.kl is not None:
             loss = loss + apart.kl
