@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,10 @@ class StoredMoments:
         tensors = {}
         for site, each in moments.items():
             tensors[f"{site.key}.C"], tensors[f"{site.key}.F"] = each.C.contiguous(), each.F.contiguous()
-        save_file(tensors, path, metadata={"format": "pt", "kind": "surgery calibration"})
+        with tempfile.TemporaryDirectory(prefix=".surgery-", dir=path.resolve().parent) as folder:
+            written = Path(folder) / "statistics.safetensors"
+            save_file(tensors, written, metadata={"format": "pt", "kind": "surgery calibration"})
+            written.replace(path)
 
     def full(self, change: Change) -> Moments:
         """Moments `(in, in)` of x and `(out, out)` of g."""

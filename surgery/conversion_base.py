@@ -200,6 +200,8 @@ class Base:
                 raise MethodError(f"{stored}: no such statistics; give data, and they are gathered and written there")
             return Measured(metric, source=source)
         model, calibration, held_out, notes = self._data_for(source)
+        if metric is not None:
+            notes = [f"the statistics are those of {stored}; {len(held_out.features)} samples measure the result"]
         if metric is None:
             metric = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
             if stored is not None:
