@@ -61,6 +61,8 @@ class Workers:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)  # after a failure nobody asks for the rest
         self._stack.close()
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -256,7 +257,7 @@ def test_threads_and_memory_change_nothing(with_metric: bool, monkeypatch: pytes
     assert dropped.relative_error == pytest.approx(kept.relative_error, rel=0.01)
 
 
-def test_progress_and_its_failure() -> None:
+def test_progress_and_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     in_bytes(model(5), 1000, progress=lambda done, whole: seen.append((done, whole)))
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
@@ -268,5 +269,14 @@ def test_progress_and_its_failure() -> None:
     def stop(done: int, whole: int) -> None:
         raise Stopped
 
+    asked: list[int] = []
+
+    def none(index: int) -> tuple[None, None]:
+        asked.append(index)
+        time.sleep(0.01)
+        return None, None
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(Stopped):
-        in_bytes(model(5), 1000, progress=stop)
+        in_bytes(model(100), 1000, metric=none, progress=stop)
+    assert len(asked) < 50  # the rest is not worked on any more
