@@ -31,6 +31,7 @@ format: .venv/ready
 
 bench: .venv/ready  ## every cost claim, each against its reference in the same run
 	$(BIN)/python benchmarks/init.py
+	$(BIN)/python benchmarks/convert.py
 
 docs: .venv/ready  ## regenerate what the docs take from the code
 	$(BIN)/python docs/generate.py
