@@ -42,6 +42,11 @@ class Change:
     site: Site | None = None
     lost: float = 0.0
 
+    @classmethod
+    def none(cls, module: str, site: Site) -> Change:
+        """No change: what stands for a layer where only its name and shape count."""
+        return cls(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""

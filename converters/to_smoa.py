@@ -99,8 +99,7 @@ def _mean_squares(source: Source, module: str, site: Site, request: Request) -> 
     """`E[x_i^2] (in,)`. The features' correlations would couple all columns of A in one system."""
     if request.metric is None:
         return None
-    stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
-    return request.metric.full(stub).C.diagonal().to(request.device)
+    return request.metric.full(Change.none(module, site)).C.diagonal().to(request.device)
 
 
 def _rank(source: Source, modules: Mapping[Site, str], request: Request) -> int:

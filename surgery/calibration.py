@@ -83,8 +83,7 @@ class Calibration:
         """The full moments of every layer, to be stored."""
         moments = {}
         for site, module in self.source.sites.items():
-            stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
-            moments[site] = self.full(stub)
+            moments[site] = self.full(Change.none(module, site))
         return moments
 
     def _group(self, site: Site) -> list[Site]:

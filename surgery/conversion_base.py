@@ -84,8 +84,7 @@ class Measured:
         if self.metric is None or self.source is None:
             return None
         site = next(site for site, name in self.source.sites.items() if name == module)
-        stub = Change(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
-        return self.metric.full(stub).C
+        return self.metric.full(Change.none(module, site)).C
 
     def fidelity(self, made: Adapter) -> tuple[float | None, float | None]:
         """Top-1 agreement and KL divergence of the converted adapter against the source, on held-out samples."""
