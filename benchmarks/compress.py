@@ -79,7 +79,7 @@ class Curve:
                 made, report = surgery.convert(
                     self.case.adapter, "giva", size=self.carried + room, base=self.case.base, **options
                 )
-                yield self._row(way, report.bytes - self.carried, _factors(made))
+                yield self._row(way, report.bytes - self.carried, factors_of(made))
             for width, factors in prototype(self.case.factors, self._moments, room).items():
                 yield self._row("prototype", room, factors, bits=width)
             for width in (4, 2):
@@ -91,7 +91,7 @@ class Curve:
         for rank in VERA_RANKS:
             made, report = self.converted("vera", basis="random", rank=rank, accept_loss=True)
             exact, _ = surgery.convert(made, "lora", base=self.case.base)
-            yield self._row("vera", report.bytes - self.carried, _factors(exact), rank=rank)
+            yield self._row("vera", report.bytes - self.carried, factors_of(exact), rank=rank)
 
     def _row(self, way: str, size: float, factors: Mapping[str, Factors], **more: Any) -> Row:
         found = self.case.fidelity(factors)
@@ -106,7 +106,8 @@ class Curve:
         return read_tensor(self.stats, f"{key}.C"), read_tensor(self.stats, f"{key}.F")
 
 
-def _factors(adapter: surgery.Adapter) -> dict[str, Factors]:
+def factors_of(adapter: surgery.Adapter) -> dict[str, Factors]:
+    """Layer name to the factors of an adapter that has them, `B (out, r)` and `A (r, in)`."""
     found = {}
     for module in contents_of(adapter).modules:
         thin = adapter.delta(module).factors()
@@ -163,7 +164,7 @@ def _target(found: Sequence[Row | None], size: float) -> str:
 def whole_file(curve: Curve) -> str:
     """A fortieth of the file as PEFT saved it, head included."""
     made, report = curve.converted("giva", ratio=40)
-    found = curve.case.fidelity(_factors(made))
+    found = curve.case.fidelity(factors_of(made))
     met = "met" if found.agreement >= 0.95 else "MISSED"
     return (
         f"{curve.name}, seed {curve.seed}: 1/{report.ratio:.1f} of the LoRA's file, {report.bytes:,} bytes: agreement "

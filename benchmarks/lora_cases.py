@@ -28,7 +28,16 @@ from torch.nn import functional as F
 
 from benchmarks.models import minilm_folder
 
-__all__ = ["Factors", "Fidelity", "LoraCase", "code_case", "docstring_case"]
+__all__ = [
+    "HELD_OUT_WINDOWS",
+    "Factors",
+    "Fidelity",
+    "LoraCase",
+    "code_case",
+    "docstring_case",
+    "docstring_texts",
+    "prose_windows",
+]
 
 PACKAGES = ("numpy", "scipy", "torch", "sklearn", "pandas", "transformers", "matplotlib", "sympy")
 TRAIN, TEST = 800, 200  # of each package
@@ -243,7 +252,7 @@ def docstring_case(folder: Path, seed: int = 0, progress: Callable[[str], None] 
     place = folder / f"docstrings-{seed}"
     if not (place / "lora" / "adapter_model.safetensors").exists():
         place.mkdir(parents=True, exist_ok=True)
-        train, test = _docstring_texts()
+        train, test = docstring_texts()
         (place / "texts.json").write_text(json.dumps({"train": train, "test": test}), encoding="utf-8")
         _train(place, train, seed, progress)
     if not (place / "calibration.jsonl").exists():
@@ -265,7 +274,8 @@ def _write_texts(path: Path, texts: Sequence[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def _docstring_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+def docstring_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """First paragraphs of docstrings with the number of their package, to train on and to test on."""
     train, test = [], []
     for label, package in enumerate(PACKAGES):
         found = sorted(set(_first_paragraphs(package)))
@@ -368,15 +378,13 @@ def _train_code(place: Path, seed: int, progress: Callable[[str], None]) -> None
     paths = [path for package in CODE_PACKAGES for path in _sources(package)]
     random.Random(0).shuffle(paths)
     code = "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)[:CODE_CHARACTERS]
-    prose = [text for package in PACKAGES for text in sorted(set(_first_paragraphs(package)))]
-    random.Random(1).shuffle(prose)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(code), eos_token="<end>", pad_token="<end>")
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=WINDOW, **CODE_SHAPE))
     _fit(model, _windows(tokenizer, code), CODE_STEPS, CODE_RATE, seed, progress, "sources")
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
-    windows = _windows(tokenizer, "<end>".join(prose))
+    windows = prose_windows(tokenizer)
     (place / "held_out.json").write_text(json.dumps(windows[:HELD_OUT_WINDOWS].tolist()), encoding="utf-8")
     train = windows[HELD_OUT_WINDOWS:]
     _write_texts(place / "calibration.jsonl", [tokenizer.decode(window) for window in train[:1200]])
@@ -384,6 +392,13 @@ def _train_code(place: Path, seed: int, progress: Callable[[str], None]) -> None
     adapted = get_peft_model(model, config)
     _fit(adapted, train, PROSE_STEPS, PROSE_RATE, seed, progress, "docstrings")
     adapted.save_pretrained(place / "lora")
+
+
+def prose_windows(tokenizer: Any) -> torch.Tensor:
+    """`(windows, WINDOW)` of token ids of docstrings, shuffled; the first `HELD_OUT_WINDOWS` are not trained on."""
+    prose = [text for package in PACKAGES for text in sorted(set(_first_paragraphs(package)))]
+    random.Random(1).shuffle(prose)
+    return _windows(tokenizer, "<end>".join(prose))
 
 
 def _tokenizer(text: str) -> Any:
