@@ -191,6 +191,16 @@ def test_a_head_is_carried_bit_for_bit(model_folder, tmp_path: Path) -> None:
             assert torch.equal(found, wanted)
 
 
+def test_a_config_of_the_least_keys(lora: Path, llama: Path, tmp_path: Path) -> None:
+    """What a configuration leaves out is PEFT's default, not null."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    least = {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "target_modules")}
+    (lora / "adapter_config.json").write_text(json.dumps(least))
+    for to in ("lora", "giva", "vera"):
+        surgery.convert(lora, to, tmp_path / to, energy=1.0)
+        assert relative_difference(logits(llama, tmp_path / to), logits(llama, lora)) <= 0.05
+
+
 def test_narrow_dtypes_load_in_peft_and_state_their_error(lora: Path, llama: Path, tmp_path: Path) -> None:
     wanted = logits(llama, lora)
     errors = {}
