@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from surgery.checkpoints.atomic_file import atomic_file
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.tensor_files import read_tensor, tensor_names
 from surgery.converters.changes import Change, Source
-from surgery.errors import DataError
+from surgery.errors import DataError, OutputError
 from surgery.fitting import located
 from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
@@ -168,10 +169,11 @@ class StoredMoments:
         tensors = {}
         for site, each in moments.items():
             tensors[f"{site.key}.C"], tensors[f"{site.key}.F"] = each.C.contiguous(), each.F.contiguous()
-        with tempfile.TemporaryDirectory(prefix=".surgery-", dir=path.resolve().parent) as folder:
-            written = Path(folder) / "statistics.safetensors"
-            save_file(tensors, written, metadata={"format": "pt", "kind": "surgery calibration"})
-            written.replace(path)
+        with atomic_file(path.resolve()) as written:
+            try:
+                save_file(tensors, written, metadata={"format": "pt", "kind": "surgery calibration"})
+            except SafetensorError as error:
+                raise OutputError(f"{path}: cannot be written ({error}); nothing was changed") from None
 
     def full(self, change: Change) -> Moments:
         """Moments `(in, in)` of x and `(out, out)` of g."""

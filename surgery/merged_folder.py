@@ -24,6 +24,7 @@ from surgery.checkpoints.rewriting import (
     write_file,
 )
 from surgery.checkpoints.tensor_files import read_json
+from surgery.checkpoints.untrusted import check_link
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
 from surgery.memory import release_freed
 from surgery.merge_plan import MergePlan
@@ -127,6 +128,7 @@ class MergedFolder:
 
             metadata = {"format": "pt", **self._sources[name].metadata}
             self._digests[name] = write_file(folder / name, tensors, metadata, told)
+        self.plan.base.files.check_unchanged()
         return sum((folder / name).stat().st_size for name in self.weight_files)
 
     def verify(self, folder: Path, target: str, trust_remote_code: bool) -> None:
@@ -215,7 +217,11 @@ def _finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]:
-    """Files that are copied and files that are not, relative to the folder; hidden ones are passed over."""
+    """Files that are copied and files that are not, relative to the folder; hidden ones are passed over.
+
+    Raises:
+        CheckpointError: a file that would be copied is a link to one that is not in the folder.
+    """
     copied: list[str] = []
     left_out: list[str] = []
     for parent, folders, names in os.walk(folder):
@@ -225,7 +231,11 @@ def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]
             path = inside / name
             if name.startswith(".") or not (Path(parent) / name).is_file() or str(path) in {INDEX_FILE, *weights}:
                 continue
-            (left_out if name.lower().endswith(OTHER_WEIGHTS) else copied).append(str(path))
+            if name.lower().endswith(OTHER_WEIGHTS):
+                left_out.append(str(path))
+                continue
+            check_link(Path(parent) / name, folder)
+            copied.append(str(path))
     return copied, left_out
 
 

@@ -44,6 +44,7 @@ from tests.texts import save_tokenizer, text_rows, write_rows
 
 READS_WEIGHTS = ("frod", "inilora", "smoa")
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PART = "part-1.safetensors"
 WEIGHTS = "adapter_model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -142,8 +143,19 @@ def replace_by_file(folder: Path) -> None:
 
 def index_names_lost_tensor(folder: Path) -> None:
     names = load_file(folder / SINGLE)
-    write(INDEX, json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))(folder)
     without_tensor()(folder)
+    (folder / SINGLE).rename(folder / PART)
+    write(INDEX, json.dumps({"weight_map": dict.fromkeys(names, PART)}))(folder)
+
+
+def index_text(text: str) -> Edit:
+    """An index of this text in place of the single file."""
+
+    def edit(folder: Path) -> None:
+        (folder / SINGLE).unlink()
+        write(INDEX, text)(folder)
+
+    return edit
 
 
 NOT_JSON = "cannot be read as JSON"
@@ -189,7 +201,7 @@ BROKEN_FOLDERS = [
     case("header-length-absurd", rewrite(lambda data: b"\xff" * 7 + b"\x3f" + data[8:]), (SINGLE, INCOMPLETE)),
     case("bytes-too-many", rewrite(lambda data: data + b"more"), (SINGLE, INCOMPLETE)),
     case("git-lfs-pointer", write(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), (SINGLE, INCOMPLETE)),
-    case("index-not-json", write(INDEX, "{"), (INDEX, NOT_JSON)),
+    case("index-not-json", index_text("{"), (INDEX, NOT_JSON)),
     case("index-without-map", index({"metadata": {}}), (INDEX, "weight_map")),
     case("index-with-empty-map", index({"weight_map": {}}), (INDEX, "weight_map")),
     case("index-with-a-list", index({"weight_map": [Q_PROJ]}), (INDEX, "weight_map")),
@@ -198,7 +210,7 @@ BROKEN_FOLDERS = [
     case("index-is-absolute", shard("/x.safetensors"), (INDEX, Q_PROJ, "/x.safetensors")),
     case("index-names-the-parent", shard(".."), (INDEX, "..")),
     case("index-names-a-number", shard(5), (INDEX, Q_PROJ, "5")),
-    case("index-names-lost-tensor", index_names_lost_tensor, (SINGLE, Q_PROJ)),
+    case("index-names-lost-tensor", index_names_lost_tensor, (PART, Q_PROJ)),
 ]
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed, packed, unpacked
-from surgery.checkpoints.tensor_files import read_json, tensor_names
+from surgery.checkpoints.tensor_files import read_json, read_text, tensor_names
+from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
 from surgery.linalg.threads import one_torch_thread
@@ -84,11 +85,13 @@ class Adapter:
 
     @classmethod
     def _read(cls, folder: Path) -> Adapter:
+        check_files(folder)
+        for name in (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE):
+            check_link(folder / name, folder)  # what they hold is passed on
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterError(f"{folder}: no {CONFIG_FILE}; {_without_config(folder)}")
         config = read_json(folder / CONFIG_FILE)
-        if not isinstance(config.get("peft_type"), str):
-            raise AdapterError(f"{folder / CONFIG_FILE}: has no peft_type")
+        check_adapter_config(folder / CONFIG_FILE, config)
         weights = folder / WEIGHTS_FILE
         if not weights.is_file():
             if (folder / PICKLE_FILE).is_file():
@@ -100,8 +103,11 @@ class Adapter:
         tensor_names(weights)  # a broken file is named here
         provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
         card = folder / CARD_FILE
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-        tensors = load_file(weights)
+        text = read_text(card) if card.is_file() else None
+        try:
+            tensors = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{weights}: cannot be read ({error})") from None
         if is_packed(config):
             tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
         return cls(config, tensors, provenance, text, folder)

@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.naming import Source, parameter_sources
 from surgery.checkpoints.tensor_files import TensorFiles, read_json
+from surgery.checkpoints.untrusted import check_files, check_model_config, limited_modules
 from surgery.errors import CheckpointError, listing
 from surgery.hub.resolve import local_folder
 from surgery.sites import Site, select_sites
@@ -101,7 +102,8 @@ class BaseModel:
         folder = local_folder(str(model))
         if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder}: is an adapter, not a base model; give the model that it is for")
-        read_json(folder / "config.json")
+        check_files(folder)
+        check_model_config(folder / "config.json", read_json(folder / "config.json"), trust_remote_code)
         files = TensorFiles.open(folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -110,7 +112,7 @@ class BaseModel:
         if labels is not None:
             _set_labels(config, labels)
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
-        base = cls(str(model), folder, config, _on_meta(folder, model_class, config), chosen, files)
+        base = cls(str(model), folder, config, _on_meta(folder, model_class, config, files), chosen, files)
         base.labels = list(labels) if labels is not None else None
         return base
 
@@ -131,7 +133,7 @@ class BaseModel:
         Raises:
             CheckpointError: no model can be built from the configuration.
         """
-        model = _on_meta(self.folder, type(self.model), config)
+        model = _on_meta(self.folder, type(self.model), config, self.files)
         return BaseModel(self.name, self.folder, config, model, self.task, self.files)
 
     def select(self, targets: Sequence[str] = (), present: bool = True) -> list[Site]:
@@ -285,9 +287,9 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _on_meta(folder: Path, model_class: type[Any], config: PretrainedConfig) -> Any:
+def _on_meta(folder: Path, model_class: type[Any], config: PretrainedConfig, files: TensorFiles) -> Any:
     try:
-        with _quiet(), torch.device("meta"):
+        with _quiet(), torch.device("meta"), limited_modules(len(files.files)):
             return model_class(config)
     except Exception as error:  # whatever a model's own code raises for sizes that do not fit
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,6 +7,7 @@ a mapping ends with the tensor that was read through it.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from surgery.errors import CheckpointError, listing
 
-__all__ = ["SINGLE_FILE", "TensorFiles", "file_bytes", "read_json", "read_tensor", "tensor_names"]
+__all__ = ["SINGLE_FILE", "TensorFiles", "file_bytes", "read_json", "read_tensor", "read_text", "tensor_names"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The indices of the largest models have some megabytes.
+LARGEST_JSON = 1 << 28
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -61,17 +64,35 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
+        CheckpointError: the file is missing, unreadable, no file, too large, not JSON, or not an object.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: is a {_kind(status.st_mode)}, expected a file")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path}: has {status.st_size} bytes, more than any configuration")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # A value error: not UTF-8, not JSON, or a number of more digits than Python reads.
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_text(path: Path) -> str:
+    """Read a text for people; what is not UTF-8 is replaced.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -114,6 +135,7 @@ class TensorFiles:
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
         self.files = dict(files)
+        self._seen = {path: _identity(path) for path in set(self.files.values())}
 
     @classmethod
     def open(cls, folder: Path) -> TensorFiles:
@@ -123,11 +145,11 @@ class TensorFiles:
             CheckpointError: there are no safetensors, the index is broken or names a file that is missing or
                 lies outside the folder.
         """
+        single = folder / SINGLE_FILE
+        if single.is_file():  # first, as transformers does where both are there
+            return cls(folder, dict.fromkeys(tensor_names(single), single))
         if (folder / INDEX_FILE).is_file():
             return cls(folder, _files_from_index(folder))
-        single = folder / SINGLE_FILE
-        if single.is_file():
-            return cls(folder, dict.fromkeys(tensor_names(single), single))
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointError(
@@ -137,8 +159,32 @@ class TensorFiles:
         raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
 
     def read(self, name: str) -> torch.Tensor:
-        """Read the tensor called `name` in the checkpoint."""
+        """Read the tensor called `name` in the checkpoint.
+
+        Raises:
+            CheckpointError: the file is broken, lacks the tensor, or is another than it was when it was opened.
+        """
+        self.check_unchanged(self.files[name])
         return read_tensor(self.files[name], name)
+
+    def check_unchanged(self, *paths: Path) -> None:
+        """Check that files, all of them by default, are those that were opened: weights of two versions do not mix.
+
+        Raises:
+            CheckpointError: one was replaced or written to.
+        """
+        for path in paths or self._seen:
+            if _identity(path) != self._seen[path]:
+                raise CheckpointError(f"{path}: has changed while it was read; run it again when nobody writes there")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What is another once a file was replaced or written to; nothing for one that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _files_from_index(folder: Path) -> dict[str, Path]:
@@ -156,6 +202,10 @@ def _files_from_index(folder: Path) -> dict[str, Path]:
     if missing:
         raise CheckpointError(f"{folder / INDEX_FILE}: names files that are missing: {listing(missing)}")
     return files
+
+
+def _kind(mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else "pipe, a socket or a device"
 
 
 def _broken_file(path: Path, error: Exception) -> str:

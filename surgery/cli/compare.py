@@ -10,7 +10,7 @@ import click
 
 from surgery.catalogue import TASK_TABLE
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, progress_bar, show_json
+from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -92,7 +92,7 @@ def command(a: str, b: str, as_json: bool, quiet: bool, verbose: bool, **options
     if as_json:
         show_json(found.to_dict())
     elif quiet:
-        click.echo(_line(found))
+        show(_line(found))
     else:
         _show(found, verbose)
 
@@ -108,10 +108,10 @@ def _show(found: Comparison, verbose: bool) -> None:
         rows = [_role_row(role) for role in _by_role(found.sites)]
         header = ["role", "layers", "rank A", "rank B", "weight error", "output error"]
     kept = [index for index, title in enumerate(header) if measured or title != "output error"]
-    click.echo(table([header[i] for i in kept], [[row[i] for i in kept] for row in rows], right=range(1, len(kept))))
-    click.echo("\n" + summary(_facts(found)))
+    show(table([header[i] for i in kept], [[row[i] for i in kept] for row in rows], right=range(1, len(kept))))
+    show("\n" + summary(_facts(found)))
     if found.latency is not None:
-        click.echo(f"\n{_cost_table(found.latency)}\n\n{NOT_FASTER}")
+        show(f"\n{_cost_table(found.latency)}\n\n{NOT_FASTER}")
 
 
 def _facts(found: Comparison) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import click
 
 from surgery.catalogue import TASK_TABLE
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, progress_bar, show_json
+from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.reports.tables import human_bytes, summary, table
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def command(
         show_json(result)
     elif quiet:
         for report in reports:
-            click.echo(report.out if report.out is not None else human_bytes(report.bytes))
+            show(report.out if report.out is not None else human_bytes(report.bytes))
     elif several:
         _show_several(reports)
     else:
@@ -151,7 +151,7 @@ def _show_several(reports: list[ConvertReport]) -> None:
         for r in reports
     ]  # fmt: skip
     header = ["adapter", "was", "is", "ratio", "weight error", "output error", "agreement", "KL"]
-    click.echo(table(header, rows, right=(1, 2, 3, 4, 5, 6, 7)))
+    show(table(header, rows, right=(1, 2, 3, 4, 5, 6, 7)))
 
 
 def _show(report: ConvertReport, verbose: bool) -> None:
@@ -165,7 +165,7 @@ def _show(report: ConvertReport, verbose: bool) -> None:
             for s in report.sites
         ]  # fmt: skip
         header = ["module", "shape", "rank", "bits", "size", "weight error", "output error"]
-        click.echo(table(header, rows, right=(1, 2, 3, 4, 5, 6)) + "\n")
+        show(table(header, rows, right=(1, 2, 3, 4, 5, 6)) + "\n")
     planned = "would be " if report.dry_run else ""
     lines = [
         ("source", f"{report.source}, {report.source_type}, {human_bytes(report.source_bytes)}"),
@@ -181,6 +181,6 @@ def _show(report: ConvertReport, verbose: bool) -> None:
         lines.append(("reopened", f"differs by {report.reload_difference:.1e} at most"))
     lines.append(("time", f"{report.seconds:.2f} s on {report.device}"))
     lines.append(("dry run", "nothing written") if report.dry_run else ("written", str(report.out)))
-    click.echo(summary(lines))
+    show(summary(lines))
     if report.kl is None and not report.dry_run and report.weight_error > 0:
-        click.echo("\nWhat that does to predictions: give --base MODEL --data FILE; they also make the result better.")
+        show("\nWhat that does to predictions: give --base MODEL --data FILE; they also make the result better.")

@@ -17,7 +17,7 @@ from surgery.cli.options import (
     refuse_idle_options,
     set_verbosity,
 )
-from surgery.cli.output import note, progress_bar, show_json
+from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -138,7 +138,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        click.echo(report.out if report.out is not None else human_bytes(report.bytes))
+        show(report.out if report.out is not None else human_bytes(report.bytes))
     else:
         _show(report, verbose)
 
@@ -162,11 +162,11 @@ def _show(report: Report, verbose: bool) -> None:
             for s in report.sites
         ]
         header = ["module", "shape", "rank", "parameters", "size", "captured"]
-        click.echo(table(header, rows, right=(1, 2, 3, 4, 5)) + "\n")
+        show(table(header, rows, right=(1, 2, 3, 4, 5)) + "\n")
     planned = "would be " if report.dry_run else ""
     written = ("dry run", "nothing written") if report.dry_run else ("written", str(report.out))
     info = METHODS[report.method]
-    click.echo(
+    show(
         summary(
             [
                 ("method", f"{info.title}, {info.paper}: dW = {info.change}"),
@@ -182,9 +182,9 @@ def _show(report: Report, verbose: bool) -> None:
     )
     if not report.dry_run:
         if report.labels:
-            click.echo(f"\nIts head has {report.labels} outputs: load the base with num_labels={report.labels}")
+            show(f"\nIts head has {report.labels} outputs: load the base with num_labels={report.labels}")
         imported = "" if report.peft_type == "VERA" else "import surgery; "
-        click.echo(f'\nLoad it:  {imported}PeftModel.from_pretrained(base, "{report.out}", is_trainable=True)')
+        show(f'\nLoad it:  {imported}PeftModel.from_pretrained(base, "{report.out}", is_trainable=True)')
 
 
 def _loss_line(report: Report) -> str:

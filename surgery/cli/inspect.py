@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, show_json
+from surgery.cli.output import note, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -40,7 +40,7 @@ def command(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any
     if as_json:
         show_json(found.to_dict())
     elif quiet:
-        click.echo(human_bytes(found.bytes))
+        show(human_bytes(found.bytes))
     else:
         _show(found, verbose)
 
@@ -51,14 +51,14 @@ def _show(found: Inspection, verbose: bool) -> None:
     for reason in dict.fromkeys(found.not_adapted.values()):
         names = [name for name, why in found.not_adapted.items() if why == reason]
         note(f"Note: cannot be adapted: {listing(names, 3)} ({reason})")
-    click.echo(summary(_facts(found)))
+    show(summary(_facts(found)))
     columns = [column for column in _COLUMNS if any(column[1](role) for role in found.roles)]
     if found.roles:
         rows = [[cell(role) for _, cell in columns] for role in found.roles]
-        click.echo("\n" + table([title for title, _ in columns], rows, right=range(1, len(columns))))
+        show("\n" + table([title for title, _ in columns], rows, right=range(1, len(columns))))
     if verbose and found.sites:
         rows = [[cell(site) for _, cell in _SITE_COLUMNS] for site in found.sites]
-        click.echo("\n" + table([t for t, _ in _SITE_COLUMNS], rows, right=range(1, len(_SITE_COLUMNS))))
+        show("\n" + table([t for t, _ in _SITE_COLUMNS], rows, right=range(1, len(_SITE_COLUMNS))))
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:

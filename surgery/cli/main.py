@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from surgery import __version__
+from surgery.cli.output import printable
 from surgery.errors import SurgeryError
 from surgery.hub.private import redacted
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": "surgery.cli.train",
 }
 INTERRUPTED, TERMINATED = 130, 143
+LONGEST_MESSAGE = 2000
 
 
 class LazyGroup(click.Group):
@@ -45,9 +47,11 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
-            # One line, whatever a library put into the message.
-            message = redacted(" ".join(str(error).split()))
-            raise click.ClickException(message) from None
+            if error.told:  # by another of torchrun's processes
+                raise click.exceptions.Exit(1) from None
+            # One line, whatever a library put into the message, or a file into its names.
+            message = redacted(printable(" ".join(str(error).split())))
+            raise click.ClickException(_shortened(message)) from None
         except click.ClickException as error:
             vars(error)["message"] = redacted(error.message)  # click repeats what was typed, a token too
             raise
@@ -56,6 +60,13 @@ class LazyGroup(click.Group):
             if isinstance(error, RuntimeError) and not wanting:
                 raise
             raise click.ClickException("not enough memory for these options; nothing was written") from None
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -94,6 +105,11 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
+def _left(ending: BaseException | None) -> str:
+    """What an interrupted command leaves behind: what the interruption was given to say, or nothing."""
+    return "; ".join(getattr(ending, "__notes__", ())) or "nothing was written."
+
+
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -101,11 +117,11 @@ def main() -> None:
         cli.main(prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except _Terminated:
-        click.echo("Terminated; nothing was written.", err=True)
+    except _Terminated as ending:
+        click.echo(f"Terminated; {_left(ending)}", err=True)
         sys.exit(TERMINATED)
-    except click.Abort:
-        click.echo("Interrupted; nothing was written.", err=True)
+    except click.Abort as ending:
+        click.echo(f"Interrupted; {_left(ending.__cause__)}", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()

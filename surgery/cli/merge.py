@@ -9,7 +9,7 @@ import click
 
 from surgery.catalogue import TASK_TABLE
 from surgery.cli.options import common_options, let_idle_threads_sleep, set_verbosity
-from surgery.cli.output import note, progress_bar, show_json
+from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -57,7 +57,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        click.echo(report.out if report.out is not None else human_bytes(report.bytes))
+        show(report.out if report.out is not None else human_bytes(report.bytes))
     else:
         _show(report, verbose)
 
@@ -67,7 +67,7 @@ def _show(report: MergeReport, verbose: bool) -> None:
         note(f"Note: {line}")
     if verbose and report.sites:
         rows = [[s.module, f"{s.shape[0]} x {s.shape[1]}", _share(s.change), _share(s.rounding)] for s in report.sites]
-        click.echo(table(["module", "shape", "|dW| / |W|", "rounding / |dW|"], rows, right=(1, 2, 3)) + "\n")
+        show(table(["module", "shape", "|dW| / |W|", "rounding / |dW|"], rows, right=(1, 2, 3)) + "\n")
     dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in report.dtypes.items())
     lines = [
         ("base", f"{report.base} as {report.model_class}"),
@@ -79,7 +79,7 @@ def _show(report: MergeReport, verbose: bool) -> None:
         lines.append(("change", _changes(report)))
     lines.append(("time", f"{report.seconds:.2f} s on {report.device}"))
     lines.append(("dry run", "nothing written") if report.dry_run else ("written", str(report.out)))
-    click.echo(summary(lines))
+    show(summary(lines))
 
 
 def _changes(report: MergeReport) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from surgery.catalogue import METHODS
-from surgery.cli.output import show_json
+from surgery.cli.output import show, show_json
 from surgery.reports.tables import table
 
 
@@ -29,11 +29,11 @@ def command(as_json: bool, quiet: bool) -> None:
         show_json({"command": "methods", "methods": rows})
         return
     if quiet:
-        click.echo("\n".join(METHODS))
+        show("\n".join(METHODS))
         return
     cells = [[i.name, i.change, str(i.rank or "-"), f"{i.training_rate:g}", i.peft_type] for i in METHODS.values()]
-    click.echo(table(["method", "weight change", "rank", "lr", "PEFT type"], cells, right=(2, 3)))
+    show(table(["method", "weight change", "rank", "lr", "PEFT type"], cells, right=(2, 3)))
     for info in METHODS.values():
-        click.echo(f"\n{info.name}: {info.title}, {info.paper}")
-        click.echo(f"  trains {info.trains}")
-        click.echo(f"  stores {info.stores}")
+        show(f"\n{info.name}: {info.title}, {info.paper}")
+        show(f"  trains {info.trains}")
+        show(f"  stores {info.stores}")

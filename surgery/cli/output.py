@@ -10,7 +10,12 @@ from typing import Any
 
 import click
 
-__all__ = ["note", "progress_bar", "show_json"]
+__all__ = ["note", "printable", "progress_bar", "show", "show_json"]
+
+
+def show(text: str, err: bool = False) -> None:
+    """Print a result on stdout, or on stderr; names from files cannot steer the terminal."""
+    click.echo(printable(text), err=err)
 
 
 def show_json(value: dict[str, Any]) -> None:
@@ -20,7 +25,15 @@ def show_json(value: dict[str, Any]) -> None:
 
 def note(text: str) -> None:
     """Print a line on stderr."""
-    click.echo(text, err=True)
+    show(text, err=True)
+
+
+def printable(text: str) -> str:
+    """A text in which every character that is not shown, but does something, is written as its number."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 @contextlib.contextmanager

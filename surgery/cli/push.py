@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, show_json
+from surgery.cli.output import note, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -74,7 +74,7 @@ def command(
         return
     if shown and not dry_run:
         _show_result(report, plan[0])
-    click.echo(report.out if report.out is not None else human_bytes(sum(file.bytes for file in report.files)))
+    show(report.out if report.out is not None else human_bytes(sum(file.bytes for file in report.files)))
 
 
 def _show_plan(report: PushReport, dry_run: bool) -> None:
@@ -91,10 +91,10 @@ def _show_plan(report: PushReport, dry_run: bool) -> None:
     if dry_run:
         lines.append(("dry run", "nothing sent"))
     files = [[file.path, human_bytes(file.bytes)] for file in report.files]
-    click.echo(f"{summary(lines)}\n\n{table(['file', 'size'], files, right=(1,))}\n", err=not dry_run)
+    show(f"{summary(lines)}\n\n{table(['file', 'size'], files, right=(1,))}\n", err=not dry_run)
     if dry_run:
-        click.echo("README.md:\n")
-        click.echo("\n".join(f"  {line}".rstrip() for line in report.card.splitlines()) + "\n")
+        show("README.md:\n")
+        show("\n".join(f"  {line}".rstrip() for line in report.card.splitlines()) + "\n")
 
 
 def _show_result(report: PushReport, plan: PushReport) -> None:

@@ -13,7 +13,7 @@ import click
 from surgery.catalogue import TASK_TABLE
 from surgery.cli.main import INTERRUPTED, TERMINATED
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, progress_bar, show_json
+from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.reports.tables import human_bytes, summary, table
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        click.echo(report.out if report.out is not None else human_bytes(report.bytes))
+        show(report.out if report.out is not None else human_bytes(report.bytes))
     else:
         _show(report)
 
@@ -116,7 +116,7 @@ def _show(report: TrainReport) -> None:
     if rows:
         used = [index for index in range(len(HEADER)) if index == 0 or any(row[index] != "-" for row in rows)]
         cells = [[row[index] for index in used] for row in rows]
-        click.echo(table([HEADER[index] for index in used], cells, right=range(1, len(used))) + "\n")
+        show(table([HEADER[index] for index in used], cells, right=range(1, len(used))) + "\n")
     what = "the teacher's answers" if report.teacher is not None else "the data"
     where = "held-out data" if report.evaluated_on == "eval_data" else "samples that were trained on"
     lines = [
@@ -129,7 +129,7 @@ def _show(report: TrainReport) -> None:
         ("time", f"{report.seconds:.2f} s on {report.device}" + _pace(report)),
         ("dry run", "nothing trained, nothing written") if report.dry_run else ("written", str(report.out)),
     ]
-    click.echo(summary([line for line in lines if line[1] != "-"]))
+    show(summary([line for line in lines if line[1] != "-"]))
 
 
 HEADER = ["", "loss", "accuracy", "perplexity", "KL to the teacher", "agreement"]

@@ -11,6 +11,7 @@ from typing import Any
 from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.checkpoints.rewriting import read_header
 from surgery.checkpoints.tensor_files import read_json
+from surgery.checkpoints.untrusted import check_link
 from surgery.hub.checks import Checked
 from surgery.hub.private import machine_folders, refuse_private, without_paths
 
@@ -68,6 +69,9 @@ def package(checked: Checked, card: str, picture: Path | None) -> tuple[list[Pla
         checked: the adapter.
         card: the text of `README.md`.
         picture: one that was drawn for the card.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
     """
     folder = checked.folder
     files = {
@@ -81,6 +85,9 @@ def package(checked: Checked, card: str, picture: Path | None) -> tuple[list[Pla
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in files and _is_published(path):
             files[path.name] = PlannedFile.of(path.name, path)
+    for name in files:
+        if name != WEIGHTS_FILE:  # which is read as tensors, and nothing else
+            check_link(folder / name, folder)
     if "tokenizer_config.json" in files:
         found = read_json(folder / "tokenizer_config.json")
         # Only its own entries: what is below them are tokens, which may look like anything.

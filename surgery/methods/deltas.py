@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.catalogue import method_for_type
-from surgery.errors import AdapterError, listing
+from surgery.errors import AdapterError, SurgeryError, listing
 from surgery.linalg.delta import Delta
 from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod, Role, Tensors
@@ -74,9 +74,18 @@ def stock_delta(adapter: Adapter, module: str, parts: Tensors, weight: torch.Ten
 
 
 def own_config(adapter: Adapter, method: OwnMethod) -> Any:
-    """The configuration of an adapter of ours."""
+    """The configuration of an adapter of ours.
+
+    Raises:
+        AdapterError: its file holds values that PEFT or the method does not take.
+    """
     known = {field.name for field in dataclasses.fields(method.config_class)}
-    return method.config_class(**{key: value for key, value in adapter.config.items() if key in known})
+    try:
+        return method.config_class(**{key: value for key, value in adapter.config.items() if key in known})
+    except SurgeryError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise AdapterError(f"adapter_config.json: {str(error).strip() or type(error).__name__:.300}") from None
 
 
 def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Tensor | None, module: str) -> Delta:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from surgery.checkpoints.atomic_file import atomic_file
 from surgery.errors import MethodError, OutputError
 
 if TYPE_CHECKING:
@@ -212,10 +213,5 @@ def _draw(figure: Any, axes: Any, grid: Grid, rows: Sequence[str], columns: Sequ
 
 
 def _save(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: the picture cannot be written ({error.strerror or error})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
-from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
 from surgery.merged_config import with_labels
 from surgery.sites import Site, linear_sites, target_modules
 
@@ -84,11 +85,16 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
     """PEFT's loading, but what it reports in many lines, or not at all, is an error."""
     try:
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    except SurgeryError:
+        raise
     except KeyError as error:  # a module to save that the file lacks
         raise AdapterError(f"{folder}: the file lacks {error.args[0] if error.args else error}") from None
     except RuntimeError as error:  # torch's list of tensors whose shapes do not fit
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(f"{folder}: {lines[0] if lines else str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError, AttributeError, ImportError, IndexError, OverflowError, re.error) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__  # of a configuration that PEFT cannot use
+        raise AdapterError(f"{folder}: PEFT cannot open it ({reason})") from None
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(set(wanted) - set(adapter.file_tensors()))
     if missing:
@@ -175,6 +181,7 @@ def _load_base(
             config=opened.config,
             dtype=dtype,
             device_map=device_map,
+            use_safetensors=True,
             ignore_mismatched_sizes=labelled is not None,  # of the base's own head, which the adapter replaces
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -216,6 +216,7 @@ def load_model(base: BaseModel, settings: GradientSettings, carried: dict[str, t
                 config=base.config,
                 dtype=settings.dtype,
                 device_map=device_map,
+                use_safetensors=True,
                 ignore_mismatched_sizes=bool(carried),  # of a head of other labels, which `carried` replaces
             )
     except (ImportError, OSError, ValueError, RuntimeError) as error:

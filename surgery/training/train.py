@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import Adapter
+from surgery.checkpoints.places import refuse_inputs
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.devices import resolve_device
 from surgery.errors import MethodError
@@ -112,6 +113,8 @@ def train(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     taught_by = teacher if isinstance(teacher, Adapter) or teacher is None else Adapter.open(teacher)
     unfinished = Unfinished(Path(out)) if out is not None and not dry_run else None
+    if unfinished is not None:
+        refuse_inputs(unfinished.out, opened.folder, base, taught_by.folder if taught_by is not None else None)
     if unfinished is not None and int(os.environ.get("RANK", "0")) == 0:
         unfinished.check(resume, force)
     where = resolve_device(device)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from surgery.errors import MethodError
+from surgery.errors import CheckpointError, MethodError
 from surgery.training.codes import CodeTraining
 from surgery.training.data import Features, collated
 from surgery.training.distillation import Teacher, divergence
@@ -78,9 +81,18 @@ class AdapterTrainer(Trainer):
             self.codes.save(Path(output_dir or str(self.args.output_dir)) / CODES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.codes is not None:
-            self.codes.load(Path(resume_from_checkpoint) / CODES_FILE)
+        with _only_numbers(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.codes is not None:
+                self.codes.load(Path(resume_from_checkpoint) / CODES_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with _only_numbers(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with _only_numbers(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -89,6 +101,23 @@ class AdapterTrainer(Trainer):
             torch.distributed.barrier()  # each process has a file of its own in it
         if self.args.should_save:
             (folder / COMPLETE).touch()
+
+
+@contextlib.contextmanager
+def _only_numbers(checkpoint: Any) -> Iterator[None]:
+    """What a checkpoint holds is read as numbers (torch's `weights_only`); a pickle of anything else is an error.
+
+    Raises:
+        CheckpointError: it holds something else, or is broken.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+        raise CheckpointError(
+            f"{checkpoint}: is broken, or holds more than numbers, of which nothing was run ({reason}); start again "
+            "with --force"
+        ) from None
 
 
 class DistillingTrainer(AdapterTrainer):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoints.atomic import check_output
-from surgery.errors import MethodError, OutputError
+from surgery.checkpoints.tensor_files import read_json
+from surgery.errors import CheckpointError, MethodError, OutputError
 from surgery.training.trainer import last_checkpoint
 
 __all__ = ["Unfinished"]
@@ -74,7 +75,9 @@ class Unfinished:
         """
         noted: dict[str, Any] = {}
         if self.exists and resume:
-            noted = json.loads((self.folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+            noted = read_json(self.folder / OPTIONS_FILE)
+            if not isinstance(noted.get("options"), dict):
+                raise CheckpointError(f"{self.folder / OPTIONS_FILE}: has no options; start again with --force")
             changed = [name for name, value in options.items() if noted["options"].get(name) != value]
             if changed:
                 was = ", ".join(f"{name} {noted['options'].get(name)!r}, now {options[name]!r}" for name in changed)

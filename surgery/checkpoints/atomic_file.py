@@ -1,0 +1,76 @@
+"""Writing one file so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from surgery.errors import OutputError
+
+__all__ = ["atomic_file"]
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there takes the name of `target` when the block ends without an error.
+
+    It is a hidden file beside the target, with the target's ending. What a killed run has left in it is written over.
+
+    Raises:
+        OutputError: it cannot be written, or another process is writing it.
+    """
+    partial = target.absolute().with_name(f".{target.stem}.partial{target.suffix}")
+    lock: int | None = None
+    try:
+        lock = _locked(partial)
+        yield partial
+        _flush(partial)
+        partial.replace(target.absolute())
+        with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed
+            _flush(target.absolute().parent)
+    except BlockingIOError:
+        raise OutputError(f"{target}: another run is writing it") from None
+    except OSError as error:
+        _remove(partial, lock)
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
+    except BaseException:
+        _remove(partial, lock)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path) -> int:
+    """The descriptor of a file that this process alone writes.
+
+    Raises:
+        BlockingIOError: another one does.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the opening and the locking another process may have finished, and given the file its name.
+        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+            raise BlockingIOError
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove(partial: Path, lock: int | None) -> None:
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
