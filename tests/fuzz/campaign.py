@@ -1,0 +1,241 @@
+"""Mutants by number: each is made, run through its command, and judged by what can be seen from outside."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.fuzz.files import mutate_file
+from tests.fuzz.jsons import mutate_json
+from tests.fuzz.scenarios import SCENARIOS, Scenario
+from tests.fuzz.tensors import mutate_header, mutate_tensors
+from tests.isolated import Limits, Outcome, Place, run, run_and_learn, snapshot
+
+__all__ = ["Campaign", "Mutant", "Verdict", "faults_of"]
+
+SECRET = "kept-elsewhere-71c3"
+LONGEST = 4000
+NOT_ENOUGH = "not enough memory for these options"
+PLEASANT = re.compile(r"^(Note|Warning): ")
+ATTEMPTS = 20
+# The first time a command runs it imports libraries.
+CONTROL = Limits(seconds=120, memory=8 << 30)
+# Kinds of adapters that most commands refuse, and have to refuse in one line.
+REFUSED_WHOLE = {"dora"}
+
+
+@dataclass
+class Mutant:
+    """One broken input.
+
+    Attributes:
+        number: which, of the seed's.
+        scenario: the command over it.
+        adapter: the kind of adapter.
+        done: what was changed.
+        arguments: the command line.
+    """
+
+    number: int
+    scenario: Scenario
+    adapter: str
+    done: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verdict:
+    """What became of a mutant: `accepted`, `refused`, `no memory`, or what is wrong."""
+
+    mutant: Mutant
+    outcome: Outcome
+    wrong: list[str]
+
+    @property
+    def kind(self) -> str:
+        """In one word."""
+        if self.wrong:
+            return "wrong"
+        if NOT_ENOUGH in self.outcome.stderr:
+            return "no memory"
+        return "accepted" if self.outcome.code == 0 else "refused"
+
+    def __str__(self) -> str:
+        mutant = self.mutant
+        end = "\n      ".join(self.outcome.stderr.strip().splitlines()[-25:])
+        changes = "; ".join(mutant.done)
+        return (
+            f"mutant {mutant.number} ({mutant.scenario.name}, {mutant.adapter}): {', '.join(self.wrong)}\n"
+            f"    {changes}\n    surgery {' '.join(mutant.arguments)}\n      {end}"
+        )
+
+
+class Campaign:
+    """Mutants of a seed.
+
+    Args:
+        specimens: the whole folders (`make_specimens`).
+        place: where commands run.
+        seed: of all choices.
+        limits: of each command.
+    """
+
+    def __init__(self, specimens: Path, place: Place, seed: int, limits: Limits) -> None:
+        self.specimens, self.place, self.seed, self.limits = specimens, place, seed, limits
+
+    def controls(self) -> list[str]:
+        """Run every scenario on whole folders; what is wrong with those that do not succeed."""
+        wrong = []
+        for scenario in SCENARIOS:
+            mutant = Mutant(-1, scenario, next(name for name in scenario.adapters if name not in REFUSED_WHOLE))
+            self._lay_out(mutant)
+            outcome = run_and_learn(self.place, mutant.arguments, CONTROL)
+            if outcome.code != 0:
+                wrong.append(f"{scenario.name} on whole folders: {outcome.code} {outcome.stderr[-2000:]}")
+        return wrong
+
+    def verdicts(self, numbers: range) -> Iterator[Verdict]:
+        """Make and run these mutants, one after the other."""
+        for number in numbers:
+            yield self.verdict(number)
+
+    def verdict(self, number: int) -> Verdict:
+        """Make and run one mutant."""
+        mutant = self.made(number)
+        place = self.place
+        before = snapshot(place.root)
+        outcome = run(place, mutant.arguments, self.limits)
+        wrong = faults_of(outcome, mutant.scenario.writes)
+        wrong += _left(before, snapshot(place.root), outcome.code, place)
+        return Verdict(mutant, outcome, wrong)
+
+    def made(self, number: int) -> Mutant:
+        """A mutant's inputs in the place, and what it is."""
+        rng = random.Random(f"{self.seed}/{number}")
+        scenario = rng.choices(SCENARIOS, [scenario.weight for scenario in SCENARIOS])[0]
+        mutant = Mutant(number, scenario, rng.choice(scenario.adapters))
+        self._lay_out(mutant)
+        for _ in range(1 if rng.random() < 0.8 else 2):
+            victim = rng.choice(scenario.victims)
+            mutant.done.append(f"{victim}/{_mutated(self.place.input / victim, rng, self.place.root)}")
+        return mutant
+
+    def _lay_out(self, mutant: Mutant) -> None:
+        place, scenario = self.place, mutant.scenario
+        place.clear()
+        shutil.copytree(self.specimens / mutant.adapter, place.input / "adapter")
+        shutil.copytree(self.specimens / scenario.model, place.input / "model")
+        if scenario.other is not None:
+            shutil.copytree(self.specimens / scenario.other, place.input / "other")
+        for name in ("data", "labelled"):
+            shutil.copyfile(self.specimens / f"{name}.jsonl", place.input / f"{name}.jsonl")
+        _elsewhere(place.root / "elsewhere", self.specimens)
+        out = place.work / "out"
+        if "--force" in scenario.arguments:
+            out.mkdir()
+            (out / "precious.txt").write_text("an older output")
+        names = {name: str(place.input / name) for name in ("model", "adapter", "other")}
+        files = {name: str(place.input / f"{name}.jsonl") for name in ("data", "labelled")}
+        mutant.arguments = [each.format(**names, **files, out=out) for each in scenario.arguments.split()]
+
+
+def _elsewhere(folder: Path, specimens: Path) -> None:
+    """What links may lead to."""
+    (folder / "secret.txt").write_text(f"{SECRET}\n")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(specimens / "classifier" / name, folder / name)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": SECRET}))
+    shutil.copyfile(specimens / "classifier" / "model.safetensors", folder / "model.safetensors")
+
+
+def _mutated(folder: Path, rng: random.Random, root: Path) -> str:
+    """Break one file of a folder; what was done."""
+    for _ in range(ATTEMPTS):
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+        if not files:
+            return "empty already"
+        # What says what the folder is, twice as often.
+        main = [path for path in files if path.name in {"adapter_config.json", "config.json"}]
+        try:
+            return _changed(rng.choice(files + main), rng, root)
+        except Exception:  # a second change finds the file broken, and not to be changed in this way
+            continue
+    return "as it was"
+
+
+def _changed(path: Path, rng: random.Random, root: Path) -> str:
+    kinds: list[Callable[[], str]] = [lambda: mutate_file(path, rng, root)]
+    if path.suffix == ".json":
+        kinds += 3 * [lambda: mutate_json(path, rng)]
+    if path.suffix == ".safetensors":
+        kinds += 2 * [lambda: mutate_header(path, rng), lambda: mutate_tensors(path, rng)]
+    return rng.choice(kinds)()
+
+
+def faults_of(outcome: Outcome, writes: bool = True) -> list[str]:
+    """What is wrong with the way in which a command ended, as far as its words tell."""
+    lines = outcome.stderr.splitlines()
+    wrong = []
+    if outcome.code is None:
+        return ["ran out of time"]
+    if outcome.code not in {0, 1}:
+        wrong.append(f"exit code {outcome.code}")
+    if "Traceback (most recent call last)" in outcome.stderr:
+        wrong.append("traceback")
+    if SECRET in outcome.stdout + outcome.stderr:
+        wrong.append("tells what is elsewhere")
+    if any(character in outcome.stdout + outcome.stderr for character in "\x1b\x07\x00"):
+        wrong.append("control characters")
+    if outcome.code == 1:
+        said = [line for line in lines if line.startswith("Error: ")]
+        if len(said) != 1 or not lines or lines[-1] != said[0]:
+            wrong.append(f"{len(said)} error lines")
+        elif len(said[0]) > LONGEST:
+            wrong.append(f"an error of {len(said[0])} characters")
+        elif len(said[0]) < len("Error: ") + 12:
+            wrong.append("an error that says little")
+        if outcome.stdout:
+            wrong.append("output before an error")
+    if any(line and not PLEASANT.match(line) and not line.startswith("Error: ") for line in lines) and not wrong:
+        wrong.append("other lines on stderr")
+    return wrong
+
+
+def _left(
+    before: dict[str, tuple[object, ...]], after: dict[str, tuple[object, ...]], code: int | None, place: Place
+) -> list[str]:
+    """What is wrong with what a command left on the disk."""
+    wrong = []
+    allowed = "work/" if code == 0 else None
+    changed = sorted(
+        path
+        for path in before.keys() | after.keys()
+        if before.get(path) != after.get(path) and not (allowed and path.startswith(allowed))
+    )
+    # Folders that caches of libraries make in the user's home are theirs.
+    changed = [path for path in changed if not path.startswith("home/.cache")]
+    if changed:
+        wrong.append(f"touched {', '.join(changed[:3])}")
+    hidden = [path.name for path in place.work.iterdir() if path.name.startswith(".")]
+    if hidden:
+        wrong.append(f"left {hidden[0]}")
+    if any(SECRET.encode() in path.read_bytes() for path in place.work.rglob("*") if path.is_file()):
+        wrong.append("copied what is elsewhere")
+    return wrong
+
+
+def table(verdicts: Counter[tuple[str, str]]) -> str:
+    """Counts by command."""
+    kinds = ("accepted", "refused", "no memory", "wrong")
+    commands = sorted({command for command, _ in verdicts})
+    rows = [[command, *(verdicts[command, kind] for kind in kinds)] for command in commands]
+    rows.append(["all", *(sum(verdicts[command, kind] for command in commands) for kind in kinds)])
+    lines = [f"{'command':<10}{'mutants':>9}" + "".join(f"{kind:>11}" for kind in kinds)]
+    lines += [f"{row[0]:<10}{sum(row[1:]):>9}" + "".join(f"{count:>11}" for count in row[1:]) for row in rows]
+    return "\n".join(lines)
