@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.parts import Parts
 from surgery.errors import AdapterError
 from surgery.fitting import sites_on_base
 from surgery.linalg.delta import Delta
@@ -128,10 +129,17 @@ class Source:
         """What the adapter saves whole, by its name in the file."""
         return {name: self.adapter.tensors[name] for name in self.contents.carried.values()}
 
-    def deltas(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, Site | None, Delta]]:
-        """The weight changes one after the other, in the model's order; without a base in this one, or the file's."""
+    def deltas(
+        self, order: Sequence[str] | None = None, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, Site | None, Delta]]:
+        """The weight changes one after the other, in the model's order; without a base in this one, or the file's.
+
+        Layers that are left out are not read.
+        """
         if self.base is None:
             for module in self.contents.modules if order is None else order:
+                if module in without:
+                    continue
                 width = self.widths.get(module) if self.adapter.peft_type == "VERA" else None
                 # All that is asked of the weight is its width: one number, seen as a row of them.
                 row = torch.zeros(1, 1).expand(1, width) if width is not None else None
@@ -139,29 +147,54 @@ class Source:
             return
         on_base = ChangesOnBase(self.adapter, self.base, self.sites, self.device)
         for site, module in self.sites.items():
+            if module in without:
+                continue
             yield module, site, on_base.delta(site, self.base.weight(site, self.device))
 
-    def changes(self, rank: int | None = None, energy: float | None = None, seed: int = 0) -> Iterator[Change]:
+    def changes(
+        self, rank: int | None = None, energy: float | None = None, seed: int = 0, parts: Parts | None = None
+    ) -> Iterator[Change]:
         """The weight changes as factors.
 
         Exact where the type has thin factors; otherwise the truncated singular value decomposition at this rank, or
         at the lowest rank that keeps this share of the energy.
 
+        Args:
+            rank: where to cut.
+            energy: where to cut, if there is no rank.
+            seed: of the decompositions.
+            parts: takes the decompositions, and has those of a run that was killed.
+
         Raises:
             AdapterError: a layer has no thin factors, and neither rank nor energy says where to cut.
         """
-        for module, site, delta in self.deltas():
-            factors = delta.factors()
-            if factors is not None:
-                B, A = (factor.detach().float().cpu() for factor in factors)
-                yield Change(module, B, A, site)
-                continue
-            if rank is None and energy is None:
-                raise AdapterError(
-                    f"{module}: the change of a {self.adapter.peft_type} adapter has full rank; say with --rank or "
-                    "--energy how much of it to keep"
-                )
-            yield _truncated(module, site, delta.dense().float(), rank, energy, seed)
+        parts = parts if parts is not None else Parts()
+        sites = {module: site for site, module in self.sites.items()}
+        finished = {module for module in sites or self.contents.modules if _unit(module) in parts}
+        others = self.deltas(without=finished)
+        for module in sites or self.contents.modules:
+            if module not in finished:
+                _, site, delta = next(others)
+                factors = delta.factors()
+                if factors is not None:
+                    B, A = (factor.detach().float().cpu() for factor in factors)
+                    yield Change(module, B, A, site)
+                    continue
+                if rank is None and energy is None:
+                    raise AdapterError(
+                        f"{module}: the change of a {self.adapter.peft_type} adapter has full rank; say with --rank or "
+                        "--energy how much of it to keep"
+                    )
+                change = _truncated(module, site, delta.dense().float(), rank, energy, seed)
+                cut = {"B": change.B.contiguous(), "A": change.A.contiguous()}
+                parts.add(_unit(module), cut, {"lost": change.lost})
+            found = parts.tensors(_unit(module))
+            yield Change(module, found["B"], found["A"], sites.get(module), parts.facts(_unit(module))["lost"])
+
+
+def _unit(module: str) -> str:
+    """What the finished decomposition of a layer is called."""
+    return f"change {module}"
 
 
 def needs_base(adapter: Adapter) -> bool:

@@ -28,7 +28,7 @@ def changes_of(source: Source, request: Request) -> list[Change]:
         energy = 1 - budget.max_error**2
     if energy is None and budget.rank is None and budget.bytes(request.source_bytes) is not None:
         energy = 1.0
-    return list(source.changes(budget.rank, energy, request.seed))
+    return list(source.changes(budget.rank, energy, request.seed, request.parts))
 
 
 def decomposed(change: Change, request: Request) -> MetricSVD:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from surgery.checkpoints.parts import Parts
 from surgery.errors import MethodError
 from surgery.training.statistics import Moments
 
@@ -90,6 +91,7 @@ class Request:
         device: where to compute.
         accept_loss: make even what would be refused as useless.
         progress: called after each layer.
+        parts: takes finished layers, and has those that a run which was killed has left.
     """
 
     budget: Budget
@@ -102,6 +104,7 @@ class Request:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     accept_loss: bool = False
     progress: Progress | None = None
+    parts: Parts = field(default_factory=Parts)
 
 
 @dataclass

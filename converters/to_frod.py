@@ -52,9 +52,15 @@ def to_frod(source: Source, request: Request) -> Result:
     tensors: Tensors = {}
     fingerprint = Fingerprint()
     for number, group in enumerate(groups, 1):
-        tensors.update(_role(source.base, [changes[site] for site in group], group, rate, request))
-        for site in group:
-            fingerprint.add(site.key, source.base.raw_weight(site, check=False))
+        name, parts = METHOD.group_key(group[0]), request.parts
+        if name not in parts:
+            made = _role(source.base, [changes[site] for site in group], group, rate, request)
+            own = Fingerprint()
+            for site in group:
+                own.add(site.key, source.base.raw_weight(site, check=False))
+            parts.add(name, made, {"digests": own.taken})
+        tensors.update(parts.tensors(name))
+        fingerprint.take(parts.facts(name)["digests"])
         if request.progress is not None:
             request.progress(number, len(groups), group[0].role)
     config = METHOD.make_config({"sparse_rate": rate}, {"seed": request.seed})
@@ -74,7 +80,7 @@ def to_frod(source: Source, request: Request) -> Result:
 
 def _changes(source: Source, request: Request) -> dict[Site, Change]:
     """The changes that are any, in the model's order."""
-    found = {change.site: change for change in source.changes(energy=1.0, seed=request.seed)}
+    found = {change.site: change for change in source.changes(energy=1.0, seed=request.seed, parts=request.parts)}
     changes = {site: change for site, change in found.items() if site is not None and change.A.any() and change.B.any()}
     if not changes:
         raise MethodError("nothing is kept of any layer: the adapter changes nothing")
@@ -104,7 +110,8 @@ def _role(base: BaseModel, changes: Sequence[Change], group: Sequence[Site], rat
         own = {"l0": l0, "l": l0 + fit.diagonals[index].float(), "s": fit.values[index].to(dtype)}
         if index == 0:
             own.update(V=stored_V, positions=narrow_positions(fit.positions, size))
-        tensors.update({_name(change.module, name): tensor.cpu() for name, tensor in own.items()})
+        made = {_name(change.module, name): tensor.cpu().contiguous() for name, tensor in own.items()}
+        tensors.update(made)
     return tensors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -15,6 +15,7 @@ from surgery.converters.smoa_fit import fit_masked
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys
 from surgery.errors import MethodError
+from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import generator_for, kaiming_uniform
 from surgery.linalg.spectral import equal_share_cuts, top_components
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
@@ -48,21 +49,25 @@ def to_smoa(source: Source, request: Request) -> Result:
     dtype = request.dtype or torch.float32
     tensors: Tensors = {}
     fingerprint = Fingerprint()
-    for module, site, delta in source.deltas():
-        if site is None or site not in modules:
-            continue
+    parts, finished = request.parts, {module for module in modules.values() if module in request.parts}
+    for number, (module, site, delta) in enumerate(_of(modules, source.deltas(without=finished)), len(finished) + 1):
         raw = base.raw_weight(site)
-        fingerprint.add(site.key, raw)
+        own = Fingerprint()
+        own.add(site.key, raw)
         moments = _mean_squares(source, module, site, request)
-        target = delta.dense().to(request.device)
-        fitted = _fitted(config, site, target, raw.to(request.device, torch.float32), moments)
+        fitted = _fitted(config, site, delta.dense().to(request.device), raw.to(request.device, torch.float32), moments)
+        made: Tensors = {}
         for name, tensor in fitted.items():
             stored = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
             if not bool(torch.isfinite(stored).all()):
                 raise MethodError(f"{module}: its factors are not finite in {dtype}: give --dtype float32")
-            tensors[_name(module, name)] = stored
+            made[_name(module, name)] = stored.contiguous()
+        parts.add(module, made, {"digests": own.taken})
         if request.progress is not None:
-            request.progress(len(tensors) // len(fitted), len(modules), module)
+            request.progress(number, len(modules), module)
+    for module in modules.values():
+        tensors.update(parts.tensors(module))
+        fingerprint.take(parts.facts(module)["digests"])
     config.base_fingerprint, config.init_weights = fingerprint.digests(), False
     return Result(
         config=own_keys(config, source),
@@ -71,6 +76,13 @@ def to_smoa(source: Source, request: Request) -> Result:
         trainable=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
         notes=[*notes, "a change of low rank is seldom a multiple of the base's weights: --to giva holds it"],
     )
+
+
+def _of(
+    modules: Mapping[Site, str], deltas: Iterator[tuple[str, Site | None, Delta]]
+) -> Iterator[tuple[str, Site, Delta]]:
+    """The layers that are fitted."""
+    return ((module, site, delta) for module, site, delta in deltas if site is not None and site in modules)
 
 
 def _changed(source: Source) -> dict[Site, str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter
-from surgery.checkpoints.atomic import check_output
+from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, identity_of
+from surgery.checkpoints.atomic import check_output, resumable_folder
+from surgery.checkpoints.parts import Parts, run_key
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.conversion_base import Base, DataSettings, Measured
 from surgery.conversion_figures import converted_sites, largest_difference, overall
@@ -70,13 +71,16 @@ def convert(
     seed: int = 0,
     dry_run: bool = False,
     force: bool = False,
+    resume: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """Bring a trained adapter into another form, and measure what that loses.
 
     Heads, biases and whatever else the adapter saves whole are carried along bit for bit. The result is reopened and
-    compared with what was meant before it takes its name.
+    compared with what was meant before it takes its name. A long conversion keeps its finished layers (decompositions
+    of changes of full rank, fits of SMoA and FRoD) in the hidden folder beside `out`, and after a kill goes on with the
+    next one when it is called again.
 
     Args:
         adapter: a folder, a Hub id or an opened `Adapter`, of a type that `Adapter.delta` knows; or several of one
@@ -104,6 +108,7 @@ def convert(
         seed: of everything drawn at random.
         dry_run: do all but write.
         force: replace an output folder that exists.
+        resume: use the finished layers that a conversion which was killed has left.
         trust_remote_code: run model code that comes with the base.
         progress: called after each layer.
 
@@ -129,7 +134,8 @@ def convert(
     settings = DataSettings(data, samples, batch_size, max_length, seed, stats)
     with Base.open(base, settings, task, where, trust_remote_code, progress) as shared:
         pairs = [
-            _convert(each, folder, shared, options, where, progress) for each, folder in zip(opened, outs, strict=True)
+            _kept(each, given, folder, shared, options, resume, where, progress)
+            for each, given, folder in zip(opened, adapters, outs, strict=True)
         ]
     return pairs if several else pairs[0]
 
@@ -171,7 +177,7 @@ class _Options:
             raise MethodError("data and stats say something about a model: give it with base")
 
     def request(self, source_bytes: int, source_dtype: torch.dtype, metric: Metric | None, device: torch.device,
-                progress: Progress | None) -> Request:  # fmt: skip
+                progress: Progress | None, parts: Parts) -> Request:  # fmt: skip
         """What a converter is asked for."""
         budget = self.budget
         if self.to == "giva" and not budget.given:
@@ -187,23 +193,52 @@ class _Options:
             device=device,
             accept_loss=self.accept_loss,
             progress=progress,
+            parts=parts,
         )
+
+
+def _kept(
+    adapter: Adapter,
+    given: Any,
+    out: Path | None,
+    shared: Base,
+    options: _Options,
+    resume: bool,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Adapter, ConvertReport]:
+    """Convert one adapter, whose finished layers are kept beside its output until that is there."""
+    started = time.perf_counter()
+    if out is None or options.dry_run:
+        made, report, _ = _convert(adapter, shared, options, Parts(), device, progress)
+    else:
+        decisive = {**vars(options), "budget": vars(options.budget), "force": None, "device": device.type}
+        inputs = {"adapter": identity_of(adapter, given), **shared.identity}
+        with resumable_folder(out, options.force, run_key("convert", decisive, inputs), resume) as output:
+            made, report, source = _convert(adapter, shared, options, output.parts, device, progress)
+            with output.writing() as folder:
+                report.bytes = made.write(folder, str(out))
+        report.reload_difference = largest_difference(Adapter.open(out), made, source)
+        report.out = str(out)
+    report.dry_run = options.dry_run
+    report.device, report.base = str(device), shared.name
+    report.seconds = time.perf_counter() - started
+    return made, report
 
 
 def _convert(
     adapter: Adapter,
-    out: Path | None,
     shared: Base,
     options: _Options,
+    parts: Parts,
     device: torch.device,
     progress: Progress | None,
-) -> tuple[Adapter, ConvertReport]:
-    started = time.perf_counter()
+) -> tuple[Adapter, ConvertReport, Source]:
     source = Source.open(adapter, shared.model_for(adapter), device)
     refuse_output_biases(adapter)
     measured = shared.measured(source)
     source_bytes = _file_size(adapter)
-    request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress)
+    request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress, parts)
     module = importlib.import_module(f"surgery.converters.{FORMS[options.to]}")
     converter: Callable[[Source, Request], Result] = getattr(module, FORMS[options.to])
     result = converter(source, request)
@@ -217,20 +252,13 @@ def _convert(
     made.provenance["report"] = {
         name: getattr(report, name) for name in ("bytes", "weight_error", "output_error", "modules", "agreement", "kl")
     }
-    if out is not None and not options.dry_run:
-        report.bytes = made.save(out, options.force)
-        report.reload_difference = largest_difference(Adapter.open(out), made, source)
-        report.out = str(out)
-    report.dry_run = options.dry_run
-    report.device, report.base = str(device), shared.name
-    report.seconds = time.perf_counter() - started
-    return made, report
+    return made, report, source
 
 
 def _adapter(source: Source, result: Result, options: _Options, shared: Base) -> Adapter:
     """The result with what every configuration has, what the source carries, and how it came about."""
     old = source.adapter.config
-    config = {key: old.get(key) for key in COMMON_KEYS}
+    config = {key: old.get(key) for key in COMMON_KEYS} | {"bias": old.get("bias") or "none"}
     named = "target_modules" in result.config  # by a type that does not know all of the keys
     if not named and set(result.ranks) == set(source.contents.modules) and old.get("target_modules"):
         config.update({key: old[key] for key in TARGET_KEYS if key in old})

@@ -14,6 +14,7 @@ import torch
 from surgery.calibration import Calibration, StoredMoments, carried_in
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.parts import file_identities
 from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
@@ -171,6 +172,19 @@ class Base:
     def data_name(self) -> str | None:
         """The data file's own name."""
         return Path(self.settings.data).name if self.settings.data is not None else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What recognises the base, its class and the data: all of it that decides what a conversion comes to."""
+        settings, data = self.settings, Path(self.settings.data) if self.settings.data is not None else None
+        files = sorted(data.rglob("*")) if data is not None and data.is_dir() else [data]
+        return {
+            "base": file_identities(self.opened.folder) if self.opened is not None else None,
+            "class": type(self.opened.model).__name__ if self.opened is not None and self.fixed_class else None,
+            "data": file_identities(*files),
+            "stats": file_identities(Path(settings.stats)) if settings.stats is not None else None,
+            "settings": [settings.samples, settings.batch_size, settings.max_length, settings.seed],
+        }
 
     def model_for(self, adapter: Adapter) -> BaseModel | None:
         """The base under the class, and with the number of labels, that an adapter is for."""

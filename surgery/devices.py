@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from surgery.errors import MethodError
 
-__all__ = ["resolve_device"]
+__all__ = ["resolve_device", "working_devices"]
+
+
+def working_devices(device: torch.device) -> list[torch.device]:
+    """The devices that share out work: all visible GPUs where none is named by its number, else the one.
+
+    Under `torchrun` every process has its own.
+    """
+    if device.type != "cuda" or device.index is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; `auto` takes the first GPU, or the CPU.
+    """The device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; `auto` is `cuda`, or the CPU where there is no GPU.
 
     Raises:
         MethodError: there is no such device, or it lacks double precision.

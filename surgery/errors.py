@@ -23,7 +23,13 @@ __all__ = [
 
 
 class SurgeryError(Exception):
-    """Base of every error that names a problem in the input, the options or the output place."""
+    """Base of every error that names a problem in the input, the options or the output place.
+
+    Attributes:
+        told: whether another of several processes tells the user.
+    """
+
+    told = False
 
 
 class CheckpointError(SurgeryError):

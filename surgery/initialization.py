@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from surgery.catalogue import MethodInfo, method_info
-from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, Adapter
+from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.atomic import check_output
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.checkpoints.live_model import LiveModel
-from surgery.devices import resolve_device
+from surgery.checkpoints.parts import file_identities, run_key
+from surgery.devices import resolve_device, working_devices
 from surgery.errors import DataError, MethodError, OutputError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
-from surgery.memory import release_freed
-from surgery.methods.base import Method, OwnMethod, Start
+from surgery.methods.base import Method, OwnMethod
 from surgery.methods.giva import GradientSource
 from surgery.reports.report import Report, SiteReport
 from surgery.sites import Site, target_modules, unsupported_modules
 from surgery.training.data import labels_in
-from surgery.training.gradients import Gradients
-from surgery.training.processes import Processes
+from surgery.training.processes import Processes, processes
 from surgery.training.start import GradientRun, GradientSettings, gradient_run, is_file
+from surgery.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 
 __all__ = ["init"]
 
@@ -71,6 +69,7 @@ def init(
     dtype: str = "float32",
     dry_run: bool = False,
     force: bool = False,
+    resume: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Adapter, Report]:
@@ -79,6 +78,10 @@ def init(
     Weights are read one at a time; the base checkpoint is not touched. GiVA alone loads the model, for one forward
     and backward pass over `data` in which no weight's gradient is held. The adapter starts at a weight change of
     zero, and opens with `PeftModel.from_pretrained` (after `import surgery` for our own types).
+
+    A long run of a method that starts from the weights keeps its finished layers in the hidden folder beside `out`:
+    called again after a kill, with the same options on the same files, it goes on with the next one. Under `torchrun`
+    the processes share out the layers; the first one writes.
 
     Args:
         model: a folder with `config.json` and safetensors, or a Hub id; for GiVA also a loaded model of any kind.
@@ -102,11 +105,12 @@ def init(
         target: module names, endings of names, or regular expressions; default every linear of the blocks.
         task: what the model is for, which chooses its class; default the class that `config.json` names.
         seed: of everything drawn at random.
-        device: where to compute: auto, cpu, cuda.
+        device: where to compute: auto, cpu, cuda, cuda:1; methods that start from the weights use all GPUs for cuda.
         dtype: of the stored floating-point tensors: float32, bfloat16, float16 (fp32, bf16, fp16); for GiVA also of
             the model while its gradient is computed.
         dry_run: check everything and report sizes, but read no weights and write nothing.
         force: replace an output folder that exists.
+        resume: use the finished layers that a run which was killed has left.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: called after each weight that is read.
 
@@ -128,51 +132,161 @@ def init(
     options = _checked(method, {name: value for name, value in given.items() if value is not None}, seed, dtype)
     info = method_info(method)
     where = resolve_device(device)
-    base = _opened(model, info, task, options.get("data"), trust_remote_code)
-    if out is not None:
-        _check_place(Path(out), base, force)
-    if info.reads_weights:
-        base.refuse_quantized()
-    # A quantised checkpoint may hold its weights under other names.
-    present = info.reads_weights or (info.reads_gradients and not base.is_quantized)
-    sites = base.select([target] if isinstance(target, str) else target, present=present)
-    formulas = info.load()
-    options = formulas.complete(options, sites, base.config)
-    config = formulas.make_config(options, _common_config(base, sites, seed))
-    notes = formulas.notes(config, sites)
-    carried, fresh = carried_tensors(base, seed)
-    notes += _missing_notes(base, fresh, bool(carried), info.reads_weights or info.reads_gradients)
-    reader = _Reader(base, len(sites) * formulas.passes, where, _needs_base(formulas, config), progress)
-    run = None
-    if info.reads_gradients:
-        settings = _settings(options, DTYPES[dtype], seed, where, spread=device == "auto")
-        wanted = formulas.gradient_parts(config, sites)
-        run = _gradients(base, sites, wanted, options, settings, carried, dry_run, progress)
-        sites = [site for site in sites if site.module not in run.found.absent]
-        config = formulas.make_config(options, _common_config(base, sites, seed))
-        notes += run.notes
-    start = _start(formulas, config, sites, run, reader, dry_run)
-    tensors = {_file_name(name): _stored(name, tensor, DTYPES[dtype]) for name, tensor in start.tensors.items()}
-    tensors.update({f"{MODEL_PREFIX}{name}": tensor for name, tensor in carried.items()})
-    adapter = Adapter(_config_dict(config), tensors)
-    report = _report(adapter, base, sites, formulas, config, notes + _merged(start.notes))
+    place = Path(out) if out is not None else None
+    group = processes(where) if not (info.reads_gradients or dry_run) else Processes()
+    with group.in_step():
+        base = _opened(model, info, task, options.get("data"), trust_remote_code)
+        if place is not None and group.first:
+            _check_place(place, base, force)
+        plan = _Plan.make(info, base, options, [target] if isinstance(target, str) else target, seed, dtype)
+    if dry_run:
+        if info.reads_gradients:
+            plan.notes += _examples_notes(plan, where)
+        made = _planned(plan)
+    elif info.reads_gradients:
+        made = _from_gradients(plan, where, device == "auto", place, force, progress)
+    else:
+        made = _from_weights(plan, where, group, place, force, resume, progress)
+    adapter, report = made
     report.device = str(where) if info.reads_weights or info.reads_gradients else "cpu"
     report.dry_run = dry_run
-    report.labels = int(base.config.num_labels) if base.labels is not None else None
-    if run is not None:
-        report.loss, report.samples = run.found.loss, run.samples
-    elif not dry_run:
-        _add_weight_figures(report, adapter, formulas, config, reader.energies)
-    adapter.provenance = _provenance(report, options, seed, dtype, base)
-    if dry_run:
-        adapter.tensors = {}
-    elif out is not None:
-        if run is None or run.processes.first:
-            report.bytes = adapter.save(out, force)
-        if run is not None:
-            run.processes.wait()
-        report.out = str(out)
+    report.out = str(out) if place is not None and not dry_run else None
     report.seconds = time.perf_counter() - started
+    return adapter, report
+
+
+@dataclass
+class _Plan:
+    """What is to be made: the base, its layers, the method and its configuration.
+
+    Attributes:
+        formulas: the method.
+        base: the base model.
+        options: of the method, complete.
+        sites: the layers.
+        config: the PEFT configuration.
+        carried: parameters that are saved with the adapter, by name in the model.
+        notes: what the user should know.
+        seed: of everything drawn at random.
+        dtype_name: of the stored floating-point tensors.
+    """
+
+    formulas: Method
+    base: BaseModel
+    options: dict[str, Any]
+    sites: list[Site]
+    config: Any
+    carried: dict[str, torch.Tensor]
+    notes: list[str]
+    seed: int
+    dtype_name: str
+
+    @classmethod
+    def make(
+        cls, info: MethodInfo, base: BaseModel, options: dict[str, Any], target: Sequence[str], seed: int, dtype: str
+    ) -> _Plan:
+        """Choose the layers, and check the options on them."""
+        if info.reads_weights:
+            base.refuse_quantized()
+        # A quantised checkpoint may hold its weights under other names.
+        present = info.reads_weights or (info.reads_gradients and not base.is_quantized)
+        sites = base.select(target, present=present)
+        formulas = info.load()
+        options = formulas.complete(options, sites, base.config)
+        config = formulas.make_config(options, _common_config(base, sites, seed))
+        notes = formulas.notes(config, sites)
+        carried, fresh = carried_tensors(base, seed)
+        notes += _missing_notes(base, fresh, bool(carried), info.reads_weights or info.reads_gradients)
+        return cls(formulas, base, options, sites, config, carried, notes, seed, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored floating-point tensors."""
+        return DTYPES[self.dtype_name]
+
+    @property
+    def carried_in_file(self) -> dict[str, torch.Tensor]:
+        """The carried parameters by name in the file."""
+        return {f"{MODEL_PREFIX}{name}": tensor for name, tensor in self.carried.items()}
+
+    def key(self, device: torch.device) -> str:
+        """What recognises the run: its finished parts are of use to no other one."""
+        decisive = {
+            **self.options,
+            "method": self.formulas.info.name,
+            "seed": self.seed,
+            "dtype": self.dtype_name,
+            "device": device.type,
+            "class": type(self.base.model).__name__,
+            "sites": [site.module for site in self.sites],
+        }
+        return run_key("init", decisive, {"base": file_identities(self.base.folder)})
+
+    def adapter(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Adapter, Report]:
+        """The adapter of these tensors, and the report without what only a run can tell."""
+        adapter = Adapter(_config_dict(self.config), tensors)
+        report = _report(adapter, self)
+        report.labels = int(self.base.config.num_labels) if self.base.labels is not None else None
+        return adapter, report
+
+
+def _from_weights(
+    plan: _Plan,
+    device: torch.device,
+    group: Processes,
+    out: Path | None,
+    force: bool,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[Adapter, Report]:
+    """The start of a method that reads weights, or nothing but shapes."""
+    key = plan.key(device) if out is not None else ""
+    with group.in_step(), Sharing.open(group, out, force, key, resume) as sharing:
+        devices = working_devices(device)
+        start = weight_start(plan.formulas, plan.config, plan.sites, plan.base, plan.dtype, sharing, devices, progress)
+        if start.fingerprint is not None:
+            plan.config.base_fingerprint = start.fingerprint
+        plan.notes += _merged(start.notes)
+        streamed = sharing.parts.on_disk
+        tensors = start.tensors.beside(plan.carried_in_file)
+        adapter, report = plan.adapter({n: torch.empty_like(t, device="meta") for n, t in tensors.items()})
+        _add_weight_figures(report, start)
+        adapter.provenance = _provenance(report, plan)
+        if not streamed:
+            adapter.tensors = dict(tensors)
+        elif out is None:
+            adapter.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            group.wait()
+        if sharing.output is not None:
+            with sharing.output.writing() as folder:
+                report.bytes = adapter.write(folder, str(out), tensors if streamed else None)
+    if out is not None:
+        report.bytes = (out / WEIGHTS_FILE).stat().st_size
+        if streamed:
+            adapter.tensors = load_file(out / WEIGHTS_FILE)  # views of the file, read when they are used
+    return adapter, report
+
+
+def _from_gradients(
+    plan: _Plan, device: torch.device, spread: bool, out: Path | None, force: bool, progress: Progress | None
+) -> tuple[Adapter, Report]:
+    """The start of a method that reads the gradient of a loss."""
+    settings = _settings(plan, device, spread)
+    wanted = plan.formulas.gradient_parts(plan.config, plan.sites)
+    run = _gradients(plan, wanted, settings, progress)
+    plan.sites = [site for site in plan.sites if site.module not in run.found.absent]
+    plan.config = plan.formulas.make_config(plan.options, _common_config(plan.base, plan.sites, plan.seed))
+    plan.notes += run.notes
+    start = plan.formulas.start(plan.config, plan.sites, GradientSource(run.found.svds))
+    plan.notes += _merged(start.notes)
+    tensors = {file_name(name): stored(name, tensor, plan.dtype) for name, tensor in start.tensors.items()}
+    adapter, report = plan.adapter({**tensors, **plan.carried_in_file})
+    report.loss, report.samples = run.found.loss, run.samples
+    adapter.provenance = _provenance(report, plan)
+    if out is not None:
+        if run.processes.first:
+            report.bytes = adapter.save(out, force)
+        run.processes.wait()
     return adapter, report
 
 
@@ -208,51 +322,32 @@ def _opened(
     return base
 
 
-def _settings(
-    options: dict[str, Any], dtype: torch.dtype, seed: int, device: torch.device, spread: bool
-) -> GradientSettings:
+def _settings(plan: _Plan, device: torch.device, spread: bool) -> GradientSettings:
     names = ("samples", "batch_size", "max_length", "gradient_checkpointing")
-    given = {name: options[name] for name in names if name in options}
-    return GradientSettings(dtype=dtype, seed=seed, device=device, spread=spread, **given)
+    given = {name: plan.options[name] for name in names if name in plan.options}
+    return GradientSettings(dtype=plan.dtype, seed=plan.seed, device=device, spread=spread, **given)
+
+
+def _examples_notes(plan: _Plan, device: torch.device) -> list[str]:
+    """What is to be said of the data, which is read, though the model is not."""
+    examples = _settings(plan, device, spread=False).examples(plan.options["data"], plan.base)
+    return examples.notes if examples is not None else []
 
 
 def _gradients(
-    base: BaseModel,
-    sites: Sequence[Site],
-    wanted: tuple[int, dict[str, list[int]]],
-    options: dict[str, Any],
-    settings: GradientSettings,
-    carried: dict[str, torch.Tensor],
-    dry_run: bool,
-    progress: Progress | None,
+    plan: _Plan, wanted: tuple[int, dict[str, list[int]]], settings: GradientSettings, progress: Progress | None
 ) -> GradientRun:
-    """The gradients that a method starts from; for a dry run the data is read, but the model is not."""
-    data = options["data"]
-    if dry_run:
-        examples = settings.examples(data, base)
-        return GradientRun(Gradients(), None, Processes(), examples.notes if examples is not None else [])
+    """The gradients that a method starts from."""
     rank, parts = wanted
+    data, loss = plan.options["data"], plan.options.get("loss")
     run = gradient_run(
-        base, sites, rank, parts, data, options.get("loss"), settings, carried=carried, progress=progress
+        plan.base, plan.sites, rank, parts, data, loss, settings, carried=plan.carried, progress=progress
     )
     if run.found.absent:
         run.notes.append(f"no gradient reaches {listing(run.found.absent, 4)}: left out")
     if not run.found.svds:
-        raise TargetError(f"no gradient reaches any of the {len(sites)} layers: the loss does not depend on them")
+        raise TargetError(f"no gradient reaches any of the {len(plan.sites)} layers: the loss does not depend on them")
     return run
-
-
-def _start(
-    formulas: Method, config: Any, sites: Sequence[Site], run: GradientRun | None, reader: _Reader, dry_run: bool
-) -> Start:
-    if dry_run:
-        return _planned(formulas, config, sites)
-    if run is not None:
-        return formulas.start(config, sites, GradientSource(run.found.svds))
-    start = formulas.start(config, sites, reader)
-    if reader.fingerprinted:
-        config.base_fingerprint = reader.fingerprint.digests()
-    return start
 
 
 def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dict[str, Any]:
@@ -266,63 +361,12 @@ def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dic
     return options
 
 
-def _needs_base(method: Method, config: Any) -> bool:
-    return isinstance(method, OwnMethod) and method.needs_base(config)
-
-
 def _missing_notes(base: BaseModel, fresh: list[str], carries: bool, reads_weights: bool) -> list[str]:
     notes = [f"the checkpoint has no {name}: a fresh one, seeded, is saved with the adapter" for name in fresh]
     missing = missing_modules(base) if reads_weights and not carries else []
     if missing:
         notes.append(f"the checkpoint has no {listing(missing, 3)}: transformers draws them anew at every load")
     return notes
-
-
-class _Reader:
-    """Reads weights for a method, counting them and taking their squared norms and, where wanted, fingerprint."""
-
-    def __init__(
-        self, base: BaseModel, reads: int, device: torch.device, fingerprinted: bool, progress: Progress | None
-    ) -> None:
-        self.base = base
-        self.device = device
-        self.fingerprint = Fingerprint()
-        self.fingerprinted = fingerprinted
-        self.progress = progress
-        self.total = reads
-        self.count = 0
-        self.energies: dict[str, float] = {}
-
-    def __call__(self, site: Site) -> torch.Tensor:
-        self._tell(site)
-        return self._read(site).to(self.device)
-
-    def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
-        """Read one weight ahead of the one that is worked on."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            upcoming = deque([pool.submit(self._read, site) for site in sites[:1]])
-            for index, site in enumerate(sites):
-                upcoming.extend(pool.submit(self._read, following) for following in sites[index + 1 : index + 2])
-                self._tell(site)
-                yield upcoming.popleft().result().to(self.device)
-                release_freed()
-
-    def _tell(self, site: Site) -> None:
-        self.count += 1
-        if self.progress is not None:
-            self.progress(self.count, self.total, site.role)
-
-    def _read(self, site: Site) -> torch.Tensor:
-        first = site.module not in self.energies
-        raw = self.base.raw_weight(site, check=False)
-        if first:
-            norm = float(torch.linalg.vector_norm(raw.float()))
-            if not math.isfinite(norm):
-                self.base.raw_weight(site, check=True)  # names what is wrong with it
-            if self.fingerprinted:
-                self.fingerprint.add(site.key, raw)
-            self.energies[site.module] = norm**2
-        return raw.to(torch.float32)
 
 
 def _check_place(out: Path, base: BaseModel, force: bool) -> None:
@@ -347,53 +391,39 @@ def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[st
 
 
 def _config_dict(config: Any) -> dict[str, Any]:
-    """`adapter_config.json` exactly as PEFT writes it."""
+    """`adapter_config.json` as PEFT writes it, but with its sets in order: theirs changes from process to process."""
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         result: dict[str, Any] = json.loads((Path(folder) / CONFIG_FILE).read_text())
-    return result
+    sets = {name for name, value in vars(config).items() if isinstance(value, (set, frozenset))}
+    return {name: sorted(value) if name in sets else value for name, value in result.items()}
 
 
-def _file_name(name: str) -> str:
-    """Tensors above the model are marked by a leading dot."""
-    return f"{TUNER_PREFIX}{name[1:]}" if name.startswith(".") else f"{MODEL_PREFIX}{name}"
+def _planned(plan: _Plan) -> tuple[Adapter, Report]:
+    """The adapter that would be made, its tensors on the meta device; in the end it holds none."""
+    planned: dict[str, torch.Tensor] = {}
+    method, config = plan.formulas, plan.config
+    if isinstance(method, OwnMethod):
+        for group in method.groups(plan.sites):
+            for index, site in enumerate(group):
+                shapes = method.shapes(config, site)
+                for name in method.stored(config, owner=index == 0):
+                    empty = torch.empty(shapes[name], dtype=method.dtype(name, site), device="meta")
+                    planned[f"{site.module}.{method.prefix}{name}"] = empty
+    else:
+        planned = {name: t.to("meta") for name, t in method.start(config, plan.sites, None).tensors.items()}
+    tensors = {file_name(name): stored(name, tensor, plan.dtype) for name, tensor in planned.items()}
+    adapter, report = plan.adapter({**tensors, **plan.carried_in_file})
+    adapter.provenance, adapter.tensors = _provenance(report, plan), {}
+    return adapter, report
 
 
-def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in the dtype of the file.
-
-    Raises:
-        MethodError: it is not finite there.
-    """
-    if not tensor.is_floating_point():
-        return tensor
-    stored = tensor.to(dtype)
-    if tensor.device.type != "meta" and not torch.isfinite(stored).all():
-        raise MethodError(f"{name} is not finite in {dtype}: the weights, or alpha, are too large or too small for it")
-    return stored
-
-
-def _planned(method: Method, config: Any, sites: Sequence[Site]) -> Start:
-    """The tensors that would be made, on the meta device."""
-    if not isinstance(method, OwnMethod):
-        return Start({name: t.to("meta") for name, t in method.start(config, sites, None).tensors.items()})
-    planned = {}
-    for group in method.groups(sites):
-        for index, site in enumerate(group):
-            shapes = method.shapes(config, site)
-            for name in method.stored(config, owner=index == 0):
-                empty = torch.empty(shapes[name], dtype=method.dtype(name, site), device="meta")
-                planned[f"{site.module}.{method.prefix}{name}"] = empty
-    return Start(planned)
-
-
-def _report(
-    adapter: Adapter, base: BaseModel, sites: Sequence[Site], method: Method, config: Any, notes: list[str]
-) -> Report:
+def _report(adapter: Adapter, plan: _Plan) -> Report:
+    method, config, base = plan.formulas, plan.config, plan.base
     modules = adapter.modules
     trainable = set(method.trainable_names)
     entries = []
-    for site in sites:
+    for site in plan.sites:
         tensors = modules[site.module]
         parameters = sum(tensor.numel() for name, tensor in tensors.items() if name in trainable)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -405,14 +435,14 @@ def _report(
         out=None,
         method=method.info.name,
         peft_type=adapter.peft_type,
-        modules=len(sites),
+        modules=len(plan.sites),
         trainable_parameters=sum(entry.parameters for entry in entries) + carried,
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         seconds=0.0,
         base=base.name,
         model_class=type(base.model).__name__,
         device="cpu",
-        notes=notes,
+        notes=plan.notes,
         not_adapted=unsupported_modules(base.model),
         sites=entries,
     )
@@ -427,22 +457,14 @@ def _merged(notes: list[str]) -> list[str]:
     return [f"{listing(roles, 3)}: {text}" for text, roles in by_text.items()]
 
 
-def _add_weight_figures(
-    report: Report, adapter: Adapter, method: Method, config: Any, energies: dict[str, float]
-) -> None:
+def _add_weight_figures(report: Report, start: WeightStart) -> None:
     """Name weights that are zero, and state how much of each weight a start holds that approximates it."""
-    zero = [module for module, energy in energies.items() if energy == 0]
+    zero = [module for module, energy in start.energies.items() if energy == 0]
     if zero:
         report.notes.append(f"the weights of {listing(zero, 3)} are zero: what starts from them does not train")
-    if not isinstance(method, OwnMethod):
-        return
-    modules = adapter.modules
     for entry in report.sites:
-        tensors = {name.removeprefix(method.prefix): tensor for name, tensor in modules[entry.module].items()}
-        approximation = method.approximation(config, tensors)
-        if approximation is not None and energies.get(entry.module):
-            # The approximation is an orthogonal projection, so what it holds is its own norm.
-            entry.captured = min(float(approximation.norm()) ** 2 / energies[entry.module], 1.0)
+        if entry.module in start.held and start.energies.get(entry.module):
+            entry.captured = min(start.held[entry.module] / start.energies[entry.module], 1.0)
     shares = [entry.captured for entry in report.sites if entry.captured is not None]
     if shares:
         low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
@@ -456,20 +478,22 @@ def _head_prefixes(config: Any) -> tuple[str, ...]:
     return tuple(f"{MODEL_PREFIX}{name}." for name in config.modules_to_save or ())
 
 
-def _provenance(report: Report, options: dict[str, Any], seed: int, dtype: str, base: BaseModel) -> dict[str, Any]:
+def _provenance(report: Report, plan: _Plan) -> dict[str, Any]:
     """`surgery.json`: how the adapter came about, without paths of the machine it was made on."""
     from surgery import __version__
 
+    base = plan.base
     # A Hub id says which model it was; of a folder only its own name is kept.
     name = base.folder.resolve().name if base.name and Path(base.name).is_dir() else base.name
-    data, kept = options.get("data"), {k: v for k, v in options.items() if k not in {"data", "loss"}}
+    data = plan.options.get("data")
+    kept = {name: value for name, value in plan.options.items() if name not in {"data", "loss"}}
     return {
         "format_version": 1,
         "tool": "surgery",
         "version": __version__,
         "command": "init",
         "method": report.method,
-        "options": {**kept, "seed": seed, "dtype": dtype},
+        "options": {**kept, "seed": plan.seed, "dtype": plan.dtype_name},
         "data": Path(str(data)).name if is_file(data) else None,
         "labels": base.labels,
         "task": base.task.name if base.task else None,

@@ -70,7 +70,7 @@ class MergePlan:
         self._edited = self._edits()
         self._changes = ChangesOnBase(adapter, base, sites, device)
         self._groups: dict[int, dict[str, torch.Tensor]] = {}
-        self._figures: dict[Site, MergedSite] = {}
+        self._figures: dict[str, MergedSite] = {}
         self._check_names()
 
     @classmethod
@@ -154,7 +154,19 @@ class MergePlan:
 
     def figures(self) -> list[MergedSite]:
         """What was done to each layer, in the model's order."""
-        return [self._figures[site] for site in self.sites]
+        return [self._figures[site.module] for site in self.sites]
+
+    def taken_figures(self) -> dict[str, tuple[float | None, float | None]]:
+        """Change and rounding of the layers done so far, by module: what `take` gives to the plan of a later run."""
+        return {module: (site.change, site.rounding) for module, site in self._figures.items()}
+
+    def take(self, figures: Mapping[str, tuple[float | None, float | None]]) -> None:
+        """Take in the figures of layers that a run before this one has done."""
+        for site in self.sites:
+            if site.module in figures:
+                self._figures[site.module] = MergedSite(
+                    site.module, (site.out_features, site.in_features), *figures[site.module]
+                )
 
     @property
     def reshaped(self) -> dict[str, tuple[int, ...]]:
@@ -213,7 +225,7 @@ class MergePlan:
         stored = value.add_(whole).to(dtype)
         lost = 0.0 if stored is value else _distance(value, stored)
         shape = (site.out_features, site.in_features)
-        self._figures[site] = MergedSite(
+        self._figures[site.module] = MergedSite(
             site.module, shape, moved / size if size else None, lost / moved if moved else None
         )
         return stored, math.isfinite(size + moved + lost)

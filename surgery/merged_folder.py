@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.parts import Parts
 from surgery.checkpoints.rewriting import (
     DTYPES,
     Header,
@@ -104,8 +106,16 @@ class MergedFolder:
         if free < self.bytes:
             raise OutputError(f"{out}: needs {human_bytes(self.bytes)}, the disk has {human_bytes(free)} left")
 
-    def write(self, folder: Path, provenance: dict[str, Any], progress: Progress | None) -> int:
-        """Write everything; returns the bytes of the safetensors files."""
+    def write(self, folder: Path, provenance: dict[str, Any], parts: Parts, progress: Progress | None) -> int:
+        """Write everything; returns the bytes of the safetensors files.
+
+        Args:
+            folder: where to.
+            provenance: what goes into `surgery.json`.
+            parts: what is to be known of the weight files that are finished. Those that a run before this one has
+                finished are read, and stay if they are whole.
+            progress: called before each tensor that is written.
+        """
         for name in self.copied:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.plan.base.folder / name, folder / name)
@@ -118,6 +128,11 @@ class MergedFolder:
         _write_json(folder / PROVENANCE_FILE, provenance)
         total, done = sum(len(tensors) for tensors in self._tensors.values()), 0
         for name, tensors in self._tensors.items():
+            if self._is_finished(folder / name, parts):
+                self._digests[name] = parts.facts(name)["digests"]
+                self.plan.take(parts.facts(name)["figures"])
+                done += len(tensors)
+                continue
 
             def told(tensor: str, file: str = name) -> Iterator[Any]:
                 nonlocal done
@@ -128,8 +143,17 @@ class MergedFolder:
 
             metadata = {"format": "pt", **self._sources[name].metadata}
             self._digests[name] = write_file(folder / name, tensors, metadata, told)
+            parts.add(name, {}, {"digests": self._digests[name], "figures": self.plan.taken_figures()})
         self.plan.base.files.check_unchanged()
         return sum((folder / name).stat().st_size for name in self.weight_files)
+
+    def _is_finished(self, path: Path, parts: Parts) -> bool:
+        """Whether a run before this one has written a weight file, and it is still what was written."""
+        if path.name not in parts or not path.is_file():
+            return False
+        with contextlib.suppress(CheckpointError):
+            return read_digests(path) == parts.facts(path.name)["digests"]
+        return False
 
     def verify(self, folder: Path, target: str, trust_remote_code: bool) -> None:
         """Read back what was written, all of it, and open it as a model.

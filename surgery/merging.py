@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.atomic import atomic_folder, check_output
+from surgery.checkpoints.adapter import Adapter, identity_of
+from surgery.checkpoints.atomic import check_output, resumable_folder
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.parts import file_identities, run_key
 from surgery.devices import resolve_device
 from surgery.errors import MethodError, OutputError
 from surgery.merge_plan import MergePlan
@@ -36,6 +37,7 @@ def merge(
     device: str = "auto",
     task: str | None = None,
     force: bool = False,
+    resume: bool = True,
     dry_run: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -45,6 +47,7 @@ def merge(
     The base's files are read and written one tensor at a time, under their own names; `W + dW` is computed in float32
     and rounded once. What the adapter saves whole (heads, biases, embeddings) replaces the base's. All other files of
     the base's folder are copied, but for weights in other formats. The result is read back before it takes its name.
+    A merge that was killed goes on with the next weight file when it is called again.
 
     Args:
         adapter: a folder, a Hub id or an opened `Adapter`, of a type that `Adapter.delta` knows.
@@ -55,6 +58,7 @@ def merge(
         task: what the model is for, which chooses its class; default the base's own class, or, for an adapter with
             a head that this class does not have, the class of the adapter's task.
         force: replace an output folder that exists.
+        resume: keep the finished files that a merge which was killed has left.
         dry_run: check everything and report the sizes, but compute and write nothing.
         trust_remote_code: run model code that comes with the base.
         progress: called before each tensor that is written.
@@ -88,8 +92,9 @@ def merge(
     else:
         assert out is not None
         folder.check_space(Path(out))
-        with atomic_folder(Path(out), force) as partial:
-            report.bytes = folder.write(partial, _provenance(report), progress)
+        key = _key(plan, adapter, dtype, where)
+        with resumable_folder(Path(out), force, key, resume) as output, output.writing() as partial:
+            report.bytes = folder.write(partial, _provenance(report), output.parts, progress)
             folder.verify(partial, str(out), trust_remote_code)
         report.out = str(out)
         report.sites = plan.figures()
@@ -126,6 +131,13 @@ def _report(plan: MergePlan, folder: MergedFolder, device: torch.device) -> Merg
         left_out=folder.left_out,
         notes=[*plan.notes, *folder.notes],
     )
+
+
+def _key(plan: MergePlan, given: Any, dtype: str | None, device: torch.device) -> str:
+    """What recognises the run: its finished files are of use to no other one."""
+    decisive = {"dtype": dtype, "device": device.type, "class": type(plan.target.model).__name__}
+    inputs = {"adapter": identity_of(plan.adapter, given), "base": file_identities(plan.base.folder)}
+    return run_key("merge", decisive, inputs)
 
 
 def _change_notes(report: MergeReport) -> list[str]:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed, packed, unpacked
+from surgery.checkpoints.parts import file_identities
+from surgery.checkpoints.rewriting import Tensor, read_digests, tensor_bytes, write_file
 from surgery.checkpoints.tensor_files import read_json, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
@@ -23,7 +26,7 @@ from surgery.linalg.threads import one_torch_thread
 if TYPE_CHECKING:
     from surgery.linalg.delta import Delta
 
-__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter", "bits_equal"]
+__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter", "bits_equal", "identity_of"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,6 +35,8 @@ PROVENANCE_FILE = "surgery.json"
 CARD_FILE = "README.md"
 MODEL_PREFIX = "base_model.model."
 TUNER_PREFIX = "base_model."
+# The order in which safetensors writes dtypes, from the last to the first; by name within one.
+FILE_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 # Bytes of a file that are read back through one opening.
 PAGES = 1 << 26
 
@@ -193,22 +198,68 @@ class Adapter:
             OutputError: the folder may not be written, writing fails, or what was written is not what was meant.
         """
         with atomic_folder(Path(folder), force) as partial:
-            _write_json(partial / CONFIG_FILE, self.config)
+            return self.write(partial, str(folder))
+
+    def write(self, partial: Path, target: str, streamed: Mapping[str, torch.Tensor] | None = None) -> int:
+        """Write the adapter's files into a folder that is there, and read them back.
+
+        Args:
+            partial: the folder.
+            target: what an error calls it.
+            streamed: tensors by name, in place of this adapter's own: each is asked for when it is written, so that one
+                is held at a time.
+
+        Returns:
+            Bytes of `adapter_model.safetensors`.
+
+        Raises:
+            OutputError: what was written is not what was meant.
+        """
+        _write_json(partial / CONFIG_FILE, self.config)
+        if streamed is None:
             weights = _separate(self.file_tensors())
             try:
                 save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OutputError(
-                    f"{folder}: {WEIGHTS_FILE} cannot be written ({error}); nothing was changed"
+                    f"{target}: {WEIGHTS_FILE} cannot be written ({error}); nothing was changed"
                 ) from None
-            if self.provenance:
-                _write_json(partial / PROVENANCE_FILE, self.provenance)
-            if self.card is not None:
-                (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
-            # safetensors writes for the owner alone; the other files follow the user's mask, and so shall this one.
-            (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
-            _verify(partial, self.config, weights, str(folder))
-            return (partial / WEIGHTS_FILE).stat().st_size
+        else:
+            digests = _write_streamed(partial / WEIGHTS_FILE, streamed)
+        if self.provenance:
+            _write_json(partial / PROVENANCE_FILE, self.provenance)
+        if self.card is not None:
+            (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
+        # safetensors writes for the owner alone; the other files follow the user's mask, and so shall this one.
+        (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
+        try:
+            if read_json(partial / CONFIG_FILE) != _as_saved(self.config):
+                raise OutputError(f"{target}: {CONFIG_FILE} read back differs from what was written")
+            if streamed is None:
+                _verify(partial, weights, target)
+            elif read_digests(partial / WEIGHTS_FILE) != digests:
+                raise OutputError(f"{target}: {WEIGHTS_FILE} read back differs from what was written")
+        except CheckpointError as error:
+            raise OutputError(f"{target}: what was written cannot be read back ({error})") from None
+        return (partial / WEIGHTS_FILE).stat().st_size
+
+
+def identity_of(adapter: Adapter, given: Any) -> Any:
+    """What recognises an adapter: its files where a name was given, otherwise its settings and tensors to the last bit.
+
+    Args:
+        adapter: as it was opened.
+        given: what the caller gave: a name, or the adapter itself, which may have been changed since it was opened.
+    """
+    if adapter.folder is not None and not isinstance(given, Adapter):
+        return file_identities(adapter.folder)
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps([_as_saved(adapter.config), adapter.provenance], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(adapter.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for piece in tensor_bytes(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 class _Names:
@@ -261,19 +312,23 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _verify(written: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: str) -> None:
+def _write_streamed(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Write the file that safetensors would write, one tensor at a time; returns their digests."""
+    entries = {name: Tensor.like(tensors[name]) for name in tensors}
+    order = sorted(entries, key=lambda name: (-FILE_ORDER.index(entries[name].dtype), name))
+    return write_file(
+        path, {name: entries[name] for name in order}, {"format": "pt"}, lambda name: tensor_bytes(tensors[name])
+    )
+
+
+def _verify(written: Path, tensors: Mapping[str, torch.Tensor], target: str) -> None:
     """Read back what was written, one tensor at a time."""
-    try:
-        if read_json(written / CONFIG_FILE) != _as_saved(config):
-            raise OutputError(f"{target}: {CONFIG_FILE} read back differs from what was written")
-        names = tensor_names(written / WEIGHTS_FILE)
-        if sorted(names) != sorted(tensors):
-            raise OutputError(f"{target}: {WEIGHTS_FILE} read back holds other tensors than were written")
-        for name, found in _each_tensor(written / WEIGHTS_FILE, names):
-            if not bits_equal(found, tensors[name]):
-                raise OutputError(f"{target}: tensor {name} read back differs from what was written")
-    except CheckpointError as error:
-        raise OutputError(f"{target}: what was written cannot be read back ({error})") from None
+    names = tensor_names(written / WEIGHTS_FILE)
+    if sorted(names) != sorted(tensors):
+        raise OutputError(f"{target}: {WEIGHTS_FILE} read back holds other tensors than were written")
+    for name, found in _each_tensor(written / WEIGHTS_FILE, names):
+        if not bits_equal(found, tensors[name]):
+            raise OutputError(f"{target}: tensor {name} read back differs from what was written")
 
 
 def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

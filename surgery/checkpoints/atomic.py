@@ -1,7 +1,8 @@
 """Writing a folder so that it appears whole or not at all.
 
 The files are written to a hidden folder beside the target, flushed to the disk, checked, and only then renamed. An
-output that is replaced stays in place until the moment its successor takes its name.
+output that is replaced stays in place until the moment its successor takes its name. Work that is long keeps its
+finished parts in the hidden folder: after a kill the next run of the same key goes on with them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
 
-__all__ = ["atomic_folder", "check_output"]
+__all__ = ["PartialFolder", "atomic_folder", "check_output", "resumable_folder"]
 
 PARTIAL = ".partial"
+# Inside it: the finished parts, and what says whose they are.
+PARTS, KEY = ".parts", "key"
 
 
 def check_output(target: Path, force: bool = False) -> None:
@@ -51,6 +55,113 @@ def _check_output(target: Path, force: bool) -> None:
         raise OutputError(f"{target}: no permission to write in {parent}")
 
 
+class PartialFolder:
+    """The hidden folder beside a target in which it is made, and the finished parts in it.
+
+    Args:
+        target: the folder to appear.
+        key: what recognises the run; parts of another one are not used. None keeps no parts.
+        resume: go on with what a run of this key has left.
+
+    Attributes:
+        given: the target as it was given.
+        target: the target, from the root on.
+        path: the hidden folder.
+        parts: the finished parts.
+
+    Raises:
+        BlockingIOError: another process is writing the target.
+    """
+
+    def __init__(self, target: Path, key: str | None = None, resume: bool = True) -> None:
+        self.given, self.target = target, target.absolute()
+        self.path = self.target.parent / f".{self.target.name}{PARTIAL}"
+        self.parts = Parts(None if key is None else self._for_parts, self.path / PARTS)
+        self._key = key
+        self._new_parents = [folder for folder in self.target.parents if not folder.exists()]
+        self._held: int | None = None
+        if key is not None and self.path.is_dir():
+            lock = _lock(self.path)
+            if resume and _text(self.path / PARTS / KEY) == key:
+                self._held = lock
+                self.parts.look()
+            else:
+                os.close(lock)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Give the hidden folder to write into; what the system refuses is a named error.
+
+        Raises:
+            OutputError: it does.
+        """
+        try:
+            yield self._made()
+        except BlockingIOError:
+            raise OutputError(f"{self.given}: another run is writing it") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"{self.given}: cannot be written ({reason}); nothing was changed") from None
+
+    def parts_folder(self) -> Path:
+        """Where the parts lie, for other processes to write theirs into."""
+        with self._for_parts() as folder:
+            return folder
+
+    @contextlib.contextmanager
+    def _for_parts(self) -> Iterator[Path]:
+        """The folder of the parts; made when it is first asked for."""
+        with self.writing() as whole:
+            folder = whole / PARTS
+            if not folder.is_dir():
+                folder.mkdir()
+                (folder / KEY).write_text(str(self._key), encoding="ascii")
+            yield folder
+
+    def _made(self) -> Path:
+        """The hidden folder; made, in place of what another run left, when it is first asked for."""
+        if self._held is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                os.close(_lock(self.path))
+                shutil.rmtree(self.path)  # left by a run that was killed
+            self.path.mkdir()
+            self._held = _lock(self.path)
+        return self.path
+
+    def put_in_place(self) -> None:
+        """Give the folder its name."""
+        with self.writing() as folder:
+            if (folder / PARTS).is_dir():
+                shutil.rmtree(folder / PARTS)
+            _flush(folder)
+            _put_in_place(folder, self.target)
+
+    def keep(self) -> bool:
+        """Leave finished parts to the next run, if there are any; returns whether there are."""
+        if not self.parts.on_disk:
+            return False
+        with contextlib.suppress(OutputError):
+            self.parts.flush()
+        return True
+
+    def discard(self) -> None:
+        """Remove the folder and whatever was made for it, unless it is another process's."""
+        with contextlib.suppress(OSError):
+            if self._held is None:
+                self._held = _lock(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._new_parents:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where it is empty
+
+    def release(self) -> None:
+        """Let others write the target."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
     """Give a folder to write into that becomes `target` when the block ends without an error.
@@ -62,31 +173,55 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: the target may not be written, or writing fails (disk full, permission).
     """
+    with resumable_folder(target, force) as output, output.writing() as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def resumable_folder(
+    target: Path, force: bool = False, key: str | None = None, resume: bool = True
+) -> Iterator[PartialFolder]:
+    """As `atomic_folder`, for work that is long: its finished parts outlive a kill or an interruption.
+
+    They do not outlive an error. An interruption (Ctrl-C, SIGTERM) that leaves parts gets a note that says so.
+
+    Args:
+        target: the folder to appear.
+        force: replace a folder that is there.
+        key: what recognises the run (see `run_key`); None keeps nothing.
+        resume: use the parts that a run of this key has left.
+
+    Raises:
+        OutputError: as for `atomic_folder`.
+    """
     check_output(target, force)
-    partial = target.absolute().parent / f".{target.absolute().name}{PARTIAL}"
-    new_parents = [folder for folder in target.absolute().parents if not folder.exists()]
-    lock: int | None = None
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            os.close(_lock(partial))
-            shutil.rmtree(partial)  # left by a run that was killed
-        partial.mkdir()
-        lock = _lock(partial)
-        yield partial
-        _flush(partial)
-        _put_in_place(partial, target.absolute())
-    except BlockingIOError:
-        raise OutputError(f"{target}: another run is writing it") from None
+        output = PartialFolder(target, key, resume)
     except OSError as error:
-        _discard(partial, new_parents)
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
-    except BaseException:
-        _discard(partial, new_parents)
+        taken = isinstance(error, BlockingIOError)
+        reason = "another run is writing it" if taken else f"cannot be written ({error.strerror or error})"
+        raise OutputError(f"{target}: {reason}") from None
+    try:
+        yield output
+        output.put_in_place()
+    except Exception:
+        output.discard()
+        raise
+    except BaseException as interruption:
+        if output.keep():
+            interruption.add_note(f"finished parts are kept beside {target}, the same command goes on with them.")
+        else:
+            output.discard()
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        output.release()
+
+
+def _text(path: Path) -> str | None:
+    """What is in a small file; None where there is none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="ascii")
+    return None
 
 
 def _lock(folder: Path) -> int:
@@ -102,13 +237,6 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _discard(partial: Path, new_parents: list[Path]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in new_parents:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only where it is empty
 
 
 def _flush(folder: Path) -> None:

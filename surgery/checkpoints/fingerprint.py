@@ -35,6 +35,15 @@ class Fingerprint:
             for name in dtypes
         }
 
+    @property
+    def taken(self) -> dict[str, dict[str, str]]:
+        """The digests of every weight taken in, by name and dtype: what `take` gives to another fingerprint."""
+        return self._digests
+
+    def take(self, taken: Mapping[str, dict[str, str]]) -> None:
+        """Take in weights that another fingerprint has; a name already known is skipped."""
+        self._digests = {**taken, **self._digests}
+
     def digests(self) -> dict[str, str]:
         """One digest for each dtype, over all weights taken in."""
         result = {}

@@ -173,4 +173,5 @@ def read_digests(path: Path) -> dict[str, str]:
 
 
 def _item_size(tensor: Tensor) -> int:
-    return tensor.size // max(math.prod(tensor.shape), 1)
+    known = DTYPES.get(tensor.dtype)
+    return known.itemsize if known is not None else tensor.size // max(math.prod(tensor.shape), 1)

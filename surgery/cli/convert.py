@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.options import common_options, resume_option, set_verbosity
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -72,6 +72,7 @@ class Size(click.ParamType[int]):
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--dry-run", is_flag=True, help="Do all but write.")
 @click.option("--force", is_flag=True, help="Replace OUT where it exists.")
+@resume_option()
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()
 def command(

@@ -15,6 +15,7 @@ from surgery.cli.options import (
     let_idle_threads_sleep,
     output_options,
     refuse_idle_options,
+    resume_option,
     set_verbosity,
 )
 from surgery.cli.output import note, progress_bar, show, show_json
@@ -59,6 +60,7 @@ def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
 @click.argument("model")
 @click.option("--method", type=click.Choice(list(METHODS)), required=True, help="Adapter method; see surgery methods.")
 @output_options()
+@resume_option()
 @click.option("--rank", type=int, metavar="R", help="Rank of the adapter.")
 @click.option("--alpha", type=float, metavar="A", help="Scale is A / R.  [default: R]")
 @click.option("--sparse-rate", type=float, metavar="F", help="frod: share of S that trains.  [default: 0.01]")

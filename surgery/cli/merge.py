@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, let_idle_threads_sleep, set_verbosity
+from surgery.cli.options import common_options, let_idle_threads_sleep, resume_option, set_verbosity
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <adapter>-merged]")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the sizes; write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT where it exists.")
+@resume_option()
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -17,6 +17,7 @@ __all__ = [
     "let_idle_threads_sleep",
     "output_options",
     "refuse_idle_options",
+    "resume_option",
     "set_verbosity",
 ]
 
@@ -51,6 +52,18 @@ def output_options() -> Callable[[F], F]:
             click.option("--dry-run", is_flag=True, help="Check everything and show the sizes; write nothing."),
             click.option("--force", is_flag=True, help="Replace OUT where it exists."),
         ]
+    )
+
+
+def resume_option() -> Callable[[F], F]:
+    """`--no-resume`."""
+    return click.option(
+        "--no-resume",
+        "resume",
+        flag_value=False,
+        type=bool,
+        default=True,
+        help="Do not use the finished parts that a killed run of this command has left.",
     )
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 
+from surgery.errors import SurgeryError
 from surgery.linalg.token_products import Reduce
 
 __all__ = ["Processes", "processes"]
+
+# One process may wait for another's work for as long as that takes.
+PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,46 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What all processes say, in their order."""
+        if self.count == 1:
+            return [value]
+        said: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(said, value)
+        return said
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A block that all processes come through, or none: a named error of one of them is raised in all.
+
+        In all but the first it has `told` set: one process tells the user.
+        """
+        failure: SurgeryError | None = None
+        try:
+            yield
+        except SurgeryError as error:
+            if self.count == 1:
+                raise
+            failure = error
+        first = next((error for error in self.gathered(failure) if error is not None), None)
+        if first is not None:
+            first.told = not self.first
+            raise first
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """Which of several pieces of work are this process's: the dearest first, each to whom has least to do.
+
+        Args:
+            costs: of the pieces, the same in all processes.
+        """
+        loads, mine = [0.0] * self.count, []
+        for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+            taker = loads.index(min(loads))
+            loads[taker] += costs[piece]
+            if taker == self.rank:
+                mine.append(piece)
+        return sorted(mine)
+
 
 def processes(device: torch.device) -> Processes:
     """The processes that `torchrun` started, connected; one where it did not.
@@ -56,5 +104,5 @@ def processes(device: torch.device) -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)
