@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
+from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.parts import file_identities
 from surgery.checkpoints.rewriting import Tensor, read_digests, tensor_bytes, write_file
@@ -97,6 +98,8 @@ class Adapter:
             raise AdapterError(f"{folder}: no {CONFIG_FILE}; {_without_config(folder)}")
         config = read_json(folder / CONFIG_FILE)
         check_adapter_config(folder / CONFIG_FILE, config)
+        if "format_version" in config:
+            check_format_version(config["format_version"], folder / CONFIG_FILE)
         weights = folder / WEIGHTS_FILE
         if not weights.is_file():
             if (folder / PICKLE_FILE).is_file():
@@ -107,6 +110,8 @@ class Adapter:
             raise AdapterError(f"{folder}: no {WEIGHTS_FILE}")
         tensor_names(weights)  # a broken file is named here
         provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
+        if "format_version" in provenance:
+            check_format_version(provenance["format_version"], folder / PROVENANCE_FILE)
         card = folder / CARD_FILE
         text = read_text(card) if card.is_file() else None
         try:

@@ -16,14 +16,14 @@ import torch
 from peft import PeftConfig
 
 from surgery.catalogue import METHODS, MethodInfo
-from surgery.errors import AdapterError, MethodError
+from surgery.checkpoints.format_version import FORMAT_VERSION, check_format_version
+from surgery.errors import MethodError
 from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import sketch
 from surgery.sites import Site
 
 __all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
 
-FORMAT_VERSION = 1
 # Stored in place of the bases: what recognises a regenerated copy of them.
 CHECK = "check"
 # Relative to a base's norm. Regenerating on other hardware moves the sketch by about 1e-6; one column of 4096
@@ -146,11 +146,7 @@ class OwnConfig(PeftConfig):
             self.target_modules = sorted(self.target_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` is given without `layers_to_transform`")
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
-            raise AdapterError(
-                f"the adapter has format version {self.format_version}, this surgery reads up to {FORMAT_VERSION}: "
-                "upgrade with pip install -U adapter-surgery"
-            )
+        check_format_version(self.format_version, "adapter_config.json")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, saying that the start is in the file and need not be computed again."""

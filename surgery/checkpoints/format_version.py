@@ -1,0 +1,30 @@
+"""The version of our layout of files, and what happens to files of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.errors import AdapterError
+
+__all__ = ["FORMAT_VERSION", "check_format_version"]
+
+# Raised whenever a reader of the version before would misread a file; such a reader refuses it by this number.
+FORMAT_VERSION = 1
+
+
+def check_format_version(version: Any, where: object) -> None:
+    """Refuse what a later version wrote.
+
+    Args:
+        version: as in the file.
+        where: the file, or what an error calls the adapter.
+
+    Raises:
+        AdapterError: it is later than ours, or no version.
+    """
+    known = isinstance(version, int) and not isinstance(version, bool) and 1 <= version <= FORMAT_VERSION
+    if not known:
+        raise AdapterError(
+            f"{where}: the adapter has format version {version}, this surgery reads up to {FORMAT_VERSION}: "
+            "upgrade with pip install -U adapter-surgery"
+        )
