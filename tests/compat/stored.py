@@ -1,0 +1,145 @@
+"""Tiny adapters as text, one file for each kind and format version, with what their weight changes add up to.
+
+    python -m tests.compat.stored
+
+writes the examples of the present format version. Those of earlier versions are never written again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.models import llama_config
+
+__all__ = ["EXAMPLES", "base_in", "examples", "sums", "unfolded"]
+
+EXAMPLES = Path(__file__).parent / "examples"
+LARGEST = 4096
+TARGETS = ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]
+FILES = ("adapter_config.json", "surgery.json")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def base_in(folder: Path) -> Path:
+    """The base of all examples: a Llama whose weights come from whole numbers, the same on every machine."""
+    config = llama_config(
+        vocab_size=7, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            place = torch.arange(parameter.numel()) * 7919 + number * 104729
+            parameter.copy_((place % 251 - 125).reshape(parameter.shape) / 256)
+    model.save_pretrained(folder)
+    return folder
+
+
+def examples() -> Iterator[Path]:
+    """The files, oldest version first."""
+    yield from sorted(EXAMPLES.glob("v*/*.json"))
+
+
+def unfolded(example: Path, folder: Path) -> dict[str, list[float]]:
+    """Write an example as the adapter folder that it was.
+
+    Returns:
+        By module, the sums of its weight change.
+    """
+    stored = json.loads(example.read_text())
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_text(json.dumps(stored[name]))
+    (folder / WEIGHTS).write_bytes(base64.b64decode(stored[WEIGHTS]))
+    expected: dict[str, list[float]] = stored["sums"]
+    return expected
+
+
+def sums(change: torch.Tensor) -> list[float]:
+    """Three numbers that tell a weight change: its sum, its squares' sum, and one in which every place counts
+    otherwise.
+    """
+    wide = change.detach().double()
+    rows, columns = (torch.arange(1, size + 1, dtype=torch.float64) for size in wide.shape)
+    return [float(wide.sum()), float(wide.square().sum()), float(rows @ wide @ columns)]
+
+
+def changes(adapter: Path, base: Path) -> dict[str, list[float]]:
+    """The sums of every layer of an adapter on its base."""
+    from surgery.checkpoints.adapter import Adapter
+    from surgery.checkpoints.base_model import BaseModel
+    from surgery.converters.changes import Source
+
+    source = Source.open(Adapter.open(adapter), BaseModel.open(base), torch.device("cpu"))
+    return {module: sums(delta.dense()) for module, _, delta in source.deltas()}
+
+
+def _kinds() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> method and options of `surgery.init`."""
+    return {
+        "vera": ("vera", {"rank": 3}),
+        "giva": ("giva", {"rank": 2}),
+        "giva-regenerated": ("giva", {"rank": 2, "store_bases": False}),
+        "inilora": ("inilora", {"rank": 2}),
+        "inilora-regenerated": ("inilora", {"rank": 2, "store_bases": False}),
+        "inilora-beta-regenerated": ("inilora-beta", {"rank": 2, "store_bases": False}),
+        "frod": ("frod", {}),
+        "frod-regenerated": ("frod", {"store_bases": False}),
+        "smoa": ("smoa", {"rank": 2}),
+    }
+
+
+def _write(folder: Path, name: str, version: int, base: Path) -> None:
+    stored: dict[str, Any] = {each: json.loads((folder / each).read_text()) for each in FILES}
+    stored[WEIGHTS] = base64.b64encode((folder / WEIGHTS).read_bytes()).decode()
+    stored["sums"] = changes(folder, base)
+    text = json.dumps(stored, separators=(",", ":"), sort_keys=True) + "\n"
+    path = EXAMPLES / f"v{version}" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"{path.name}: {len(text)} bytes, of which the file {(folder / WEIGHTS).stat().st_size}")
+
+
+def main() -> None:
+    """Write the examples of this version."""
+    import surgery
+    from surgery.checkpoints.format_version import FORMAT_VERSION
+    from tests.models import distance
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = base_in(folder / "base")
+        batch = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 1, 3]])}
+        for kind, (method, options) in _kinds().items():
+            more: dict[str, Any] = {"data": [batch], "loss": distance} if method == "giva" else {}
+            adapter, _ = surgery.init(base, method, folder / kind, target=TARGETS, **options, **more)
+            for number, (key, value) in enumerate(sorted(adapter.tensors.items())):
+                if key.rpartition("_")[2] in {"b", "d", "o", "s", "l", "A", "B"} and not _frozen(method, key):
+                    place = torch.arange(value.numel()) * 31 + number * 17
+                    adapter.tensors[key] = value + (place % 13 - 6).reshape(value.shape) / 32
+            adapter.save(folder / kind, force=True)
+            _write(folder / kind, kind, FORMAT_VERSION, base)
+        for kind, to, options in (
+            ("giva-codes", "giva", {"ratio": 1.5}),
+            ("giva-floats", "giva", {"bits": 16, "rank": 2}),
+            ("lora", "lora", {"rank": 2}),
+            ("vera-fitted", "vera", {"energy": 1.0}),
+        ):
+            surgery.convert(folder / "inilora", to, folder / kind, base=base, **options)
+            _write(folder / kind, kind, FORMAT_VERSION, base)
+
+
+def _frozen(method: str, key: str) -> bool:
+    return key.endswith(("vera_A", "vera_B")) or (method == "giva" and key.endswith(("giva_A", "giva_B")))
+
+
+if __name__ == "__main__":
+    main()
