@@ -141,15 +141,19 @@ class Source:
                 if module in without:
                     continue
                 width = self.widths.get(module) if self.adapter.peft_type == "VERA" else None
-                # All that is asked of the weight is its width: one number, seen as a row of them.
-                row = torch.zeros(1, 1).expand(1, width) if width is not None else None
-                yield module, None, self.adapter.delta(module, row)
+                # All that is asked of the weight is its shape: one number, seen as many.
+                weight = torch.zeros(1, 1).expand(self._height(module), width) if width is not None else None
+                yield module, None, self.adapter.delta(module, weight)
             return
         on_base = ChangesOnBase(self.adapter, self.base, self.sites, self.device)
         for site, module in self.sites.items():
             if module in without:
                 continue
             yield module, site, on_base.delta(site, self.base.weight(site, self.device))
+
+    def _height(self, module: str) -> int:
+        """Of a layer of a VeRA adapter."""
+        return int(self.adapter.layer(module)["vera_lambda_b"].shape[0])
 
     def changes(
         self, rank: int | None = None, energy: float | None = None, seed: int = 0, parts: Parts | None = None

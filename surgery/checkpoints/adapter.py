@@ -37,7 +37,10 @@ CARD_FILE = "README.md"
 MODEL_PREFIX = "base_model.model."
 TUNER_PREFIX = "base_model."
 # The order in which safetensors writes dtypes, from the last to the first; by name within one.
-FILE_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+FILE_ORDER = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"),
+    *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
 # Bytes of a file that are read back through one opening.
 PAGES = 1 << 26
 

@@ -20,12 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from surgery.checkpoints.tensor_files import read_tensor
+from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
 
@@ -40,13 +41,13 @@ LIBRARIES = ("torch", "scipy", "numpy", "transformers", "peft")
 
 @dataclass
 class _Unit:
-    """One unit: what is to be known of it, its tensors where they wait, or the file that has them."""
+    """One unit: what is to be known of it, its tensors where they wait, or the file that has them and where."""
 
     facts: dict[str, Any]
     names: tuple[str, ...]
     waiting: dict[str, torch.Tensor] = field(default_factory=dict)
     path: Path | None = None
-    number: int = 0
+    places: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Parts:
@@ -107,7 +108,7 @@ class Parts:
     def tensor(self, name: str, tensor: str) -> torch.Tensor:
         """One tensor of a unit; from a file it is a view, which ends the mapping when it goes."""
         unit = self._units[name]
-        return unit.waiting[tensor] if unit.path is None else read_tensor(unit.path, f"{unit.number}/{tensor}")
+        return unit.waiting[tensor] if unit.path is None else _mapped(unit.path, unit.places[tensor])
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a unit."""
@@ -122,8 +123,8 @@ class Parts:
             with self._place() as folder:
                 path = _written(folder, waiting)
             self._known.add(path)
-            for number, unit in enumerate(waiting.values()):
-                unit.path, unit.number, unit.waiting = path, number, {}
+            for unit, places in zip(waiting.values(), _places(path, waiting.values()), strict=True):
+                unit.path, unit.places, unit.waiting = path, places, {}
             self._size, self._written = 0, time.monotonic()
 
     def look(self) -> None:
@@ -138,8 +139,10 @@ class Parts:
                 path.unlink(missing_ok=True)
                 continue
             self._known.add(path)
-            for number, (name, names, facts) in enumerate(listed):
-                self._units.setdefault(name, _Unit(facts, tuple(names), {}, path, number))
+            units = [_Unit(facts, tuple(names), {}, path) for _, names, facts in listed]
+            for (name, _, _), unit, places in zip(listed, units, _places(path, units), strict=True):
+                unit.places = places
+                self._units.setdefault(name, unit)
 
 
 class PartTensors(Mapping[str, torch.Tensor]):
@@ -183,6 +186,21 @@ def _written(folder: Path, units: Mapping[str, _Unit]) -> Path:
     path = folder / f"{_checksum(partial)}{SUFFIX}"
     partial.replace(path)
     return path
+
+
+def _places(path: Path, units: Iterable[_Unit]) -> list[dict[str, Tensor]]:
+    """Where the tensors of a file's units are in it: its header is read once for all of them."""
+    header = read_header(path).tensors
+    return [{name: header[f"{number}/{name}"] for name in unit.names} for number, unit in enumerate(units)]
+
+
+def _mapped(path: Path, place: Tensor) -> torch.Tensor:
+    dtype = DTYPES[place.dtype]
+    if not place.size:
+        return torch.empty(place.shape, dtype=dtype)
+    assert place.start is not None
+    data = np.memmap(path, np.uint8, "c", place.start, (place.size,))
+    return torch.from_numpy(data).view(dtype).reshape(place.shape)
 
 
 def _listed(path: Path) -> list[tuple[str, list[str], dict[str, Any]]] | None:
