@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint types format bench docs build clean
+.PHONY: demo sample examples test lint types format bench docs site build clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,8 +15,41 @@ BIN := .venv/bin
 demo: .venv/ready  ## start every method's adapter on real weights and print what came out
 	$(BIN)/python examples/demo.py
 
+sample: .venv/ready  ## a base model, data and a trained LoRA to try things on, in sample/
+	$(BIN)/python examples/sample.py
+
+.venv/examples: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[examples]'
+	touch $@
+
+# The sample first, which others use.
+SCRIPTS = sample $(filter-out sample,$(basename $(notdir $(wildcard examples/*.py))))
+
+examples: .venv/examples  ## every script of examples/, one after another, in examples-out/
+	rm -rf examples-out && mkdir examples-out
+	cd examples-out && for script in $(SCRIPTS); do \
+	  echo "== examples/$$script.py"; began=$$(date +%s); \
+	  ../$(BIN)/python ../examples/$$script.py || exit 1; \
+	  echo "== took $$(($$(date +%s) - began)) s"; \
+	done
+
 test: .venv/ready  ## all offline tests
 	$(BIN)/python -m pytest
+
+.PHONY: fuzz faults reliability audit
+
+fuzz: .venv/ready  ## thousands of broken folders through every command
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --mutants 5000 --seed 0
+
+faults: .venv/ready  ## every system call of every write fails, or is the last one
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+reliability: .venv/ready  ## all counts, into docs/reliability.md
+	$(BIN)/python benchmarks/reliability.py --write
+
+audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
+	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -29,15 +62,21 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/ready  ## every cost claim, each against its reference in the same run
-	$(BIN)/python benchmarks/init.py
-	$(BIN)/python benchmarks/convert.py
+bench: .venv/ready  ## every cost claim, each against its reference in the same run, into docs/performance.md
+	$(BIN)/python benchmarks/all.py --report docs/performance.md
 
 docs: .venv/ready  ## regenerate what the docs take from the code
 	$(BIN)/python docs/generate.py
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+site: .venv/docs  ## the docs site, in site/; any warning is an error
+	$(BIN)/mkdocs build --strict --quiet
 
 build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:
-	rm -rf .venv build dist demo-out *.egg-info
+	rm -rf .venv build dist demo-out examples-out sample site *.egg-info

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.floor import Work
 from benchmarks.process import Measured, alternating, in_process
 from benchmarks.rows import Row, show
 
@@ -87,11 +88,14 @@ class Bench:
         reference: Measured | None = None,
         target: str = "",
         holds: Callable[[Row], bool] | None = None,
+        floor: Work | None = None,
     ) -> None:
-        """Add a row; a target is not judged on the small shapes of a quick run."""
+        """Add a row; a target is not judged on the small shapes of a quick run, nor a floor worked out."""
         row = Row(case, ours, reference, target)
         met = holds(row) if holds and not self.quick else None
-        self.rows.append(Row(case, ours, reference, target, met))
+        # The rates are measured on the CPU.
+        seconds = floor.seconds() if floor and not self.quick and self.device == "cpu" else None
+        self.rows.append(Row(case, ours, reference, target, met, seconds))
 
     def note(self, text: str) -> None:
         """Add a line to what is printed below the table."""

@@ -105,7 +105,7 @@ def _giva_after_warm_up(rank: int) -> Callable[[Task, int], Any]:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "head": Contender("head only", 1e-2, _head),
+    "head": Contender("head only", 5e-2, _head),
     "full": Contender("full fine-tuning", 3e-4, _full),
     "lora-1": Contender("LoRA, r = 1", 2e-3, _lora(1)),
     "lora-8": Contender("LoRA, r = 8", 1e-3, _lora(8)),

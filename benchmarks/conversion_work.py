@@ -12,14 +12,14 @@ from benchmarks.process import Measured, measured
 __all__ = ["convert", "exported", "peft_exported", "trained_vera"]
 
 
-def convert(adapter: str, to: str, device: str, **options: Any) -> Measured:
-    """`surgery.convert`, from folder to verified folder."""
+def convert(adapter: str, to: str, device: str, out: str | None = None, **options: Any) -> Measured:
+    """`surgery.convert`, from folder to verified folder, which goes again unless `out` says where it is kept."""
     import surgery
 
     with tempfile.TemporaryDirectory() as folder:
 
         def work() -> dict[str, Any]:
-            _, report = surgery.convert(adapter, to, Path(folder) / "out", device=device, **options)
+            _, report = surgery.convert(adapter, to, out or Path(folder) / "out", device=device, **options)
             return {
                 "modules": report.modules,
                 "file_bytes": report.bytes,

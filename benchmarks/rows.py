@@ -24,6 +24,7 @@ class Row:
         reference: the reference's.
         target: what is claimed, in words.
         met: whether these figures bear the claim out; None where there is no claim, or nothing that can judge it.
+        floor: seconds that bytes and operations alone take on this machine; None where that was not worked out.
     """
 
     case: str
@@ -31,6 +32,7 @@ class Row:
     reference: Measured | None = None
     target: str = ""
     met: bool | None = None
+    floor: float | None = None
 
     def ratio(self, figure: str) -> float | None:
         """The reference's figure over ours."""
@@ -61,8 +63,8 @@ def show(rows: Sequence[Row]) -> str:
         line = [row.case]
         for figure, _, _, form in figures:
             line += [_cell(row.ours, figure, form), _cell(row.reference, figure, form), _ratio(row.ratio(figure))]
-        cells.append([*line, _target(row)])
-    return table([*header, "target"], cells, right=range(1, len(header)))
+        cells.append([*line, _floor(row), _target(row)])
+    return table([*header, "of the floor", "target"], cells, right=range(1, len(header) + 1))
 
 
 def _cell(measurement: Measured | None, figure: str, form: Callable[[float], str]) -> str:
@@ -82,6 +84,11 @@ def _ratio(value: float | None) -> str:
     if value is None:
         return ABSENT
     return f"{value:,.0f} x" if value >= 100 else f"{value:.2f} x"
+
+
+def _floor(row: Row) -> str:
+    seconds = row.ours.get("seconds")
+    return ABSENT if not row.floor or seconds is None else f"{seconds / row.floor:.1f} x"
 
 
 def _target(row: Row) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.conversion_work import convert, exported, peft_exported, trained_vera
 from benchmarks.gradient_work import frozen_step, giva_bases, giva_energy, plain_recipe
 from benchmarks.process import Measured, measured
+from benchmarks.use_work import forward_pass, loaded, merge, peft_merge, started, training_step
 
 __all__ = ["WORKERS", "run"]
 
@@ -253,6 +254,12 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         trained_vera,
         exported,
         peft_exported,
+        started,
+        loaded,
+        training_step,
+        forward_pass,
+        merge,
+        peft_merge,
     )
 }
 
