@@ -47,6 +47,14 @@ faults: .venv/ready  ## every system call of every write fails, or is the last o
 reliability: .venv/ready  ## all counts, into docs/reliability.md
 	$(BIN)/python benchmarks/reliability.py --write
 
+.PHONY: mutation compat
+
+mutation: .venv/ready  ## break formulas one at a time: the tests must notice
+	$(BIN)/python -m tests.mutation
+
+compat: .venv/ready  ## a part of the tests on released versions of peft, transformers and huggingface_hub
+	$(BIN)/python -m tests.compat.matrix
+
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
