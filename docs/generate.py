@@ -1,71 +1,116 @@
-"""Write the parts of the docs that come from the code: the command-line reference and the method table.
+"""Write the parts of the docs that come from the code: the command-line reference, the tables of methods and options.
 
-python docs/generate.py           writes docs/cli.md and the table in docs/methods.md
-python docs/generate.py --check   exits with 1 where they are out of date
+python docs/generate.py           writes what stands between the markers in docs/cli.md and docs/methods/
+python docs/generate.py --check   exits with 1 where that is out of date
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from surgery.catalogue import METHODS
+import click
+
+from surgery.catalogue import METHODS, MethodInfo
+from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
 
 DOCS = Path(__file__).parent
-BEGIN, END = "<!-- generated: methods -->", "<!-- end -->"
+BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
+# Of `surgery init`, for every method.
+SHARED = "`--target`, `--task`, `--device`, `--dtype`, `--seed` and the rest are those of every method"
 
 
 def command_reference() -> str:
     """`--help` of the program and of every command, at 80 columns."""
-    parts = ["# Command line\n\nGenerated from `--help` by `make docs`.\n"]
     root = cli.make_context("surgery", [], resilient_parsing=True, terminal_width=80)
-    parts.append(f"## surgery\n\n```text\n{cli.get_help(root)}\n```\n")
+    parts = [f"## surgery\n\n```text\n{cli.get_help(root)}\n```\n"]
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
         context = command.make_context(name, [], parent=root, resilient_parsing=True, terminal_width=80)
         parts.append(f"## surgery {name}\n\n```text\n{command.get_help(context)}\n```\n")
-    return "\n".join(parts)
+    return "\n".join(parts).rstrip()
+
+
+def rows(header: list[str], cells: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
 
 
 def method_table() -> str:
-    """The table of methods with their defaults."""
-    lines = [
-        "| method | dW | trains | stored besides | PEFT type | rank | alpha | learning rate | paper |",
-        "|---|---|---|---|---|---|---|---|---|",
+    """The methods with their defaults."""
+    found = {info: _facts(info) for info in METHODS.values()}
+    header = ["method", *next(iter(found.values()))]
+    return rows(header, [[f"[`{info.name}`]({info.module}.md)", *facts.values()] for info, facts in found.items()])
+
+
+def _facts(info: MethodInfo) -> dict[str, str]:
+    return {
+        "dW": f"`{info.change}`",
+        "trains": info.trains,
+        "stored besides": info.stores,
+        "PEFT type": f"`{info.peft_type}`",
+        "default rank": str(info.rank) if info.rank else "-",
+        "default alpha": "the rank" if "alpha" in info.options else "-",
+        "learning rate": f"{info.training_rate:g}",
+        "paper": info.paper,
+    }
+
+
+def fact_table(infos: list[MethodInfo]) -> str:
+    """The facts of the methods that share a page, side by side; what they share in one cell is not repeated."""
+    columns = [_facts(info) for info in infos]
+    return rows(
+        ["", *(f"`{info.name}`" for info in infos)],
+        [[name, *(column[name] for column in columns)] for name in columns[0]],
+    )
+
+
+def option_table(infos: list[MethodInfo]) -> str:
+    """The options of `surgery init` that the methods of a page take, with their help."""
+    command = cli.get_command(click.Context(cli), "init")
+    assert command is not None
+    taken = set().union(*(info.options for info in infos))
+    cells = [
+        [f"`{FLAGS[str(parameter.name)]}`", " ".join(str(parameter.help).split())]
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.name in taken
     ]
-    for info in METHODS.values():
-        rank = str(info.rank) if info.rank else "-"
-        alpha = "rank" if "alpha" in info.options else "-"
-        lines.append(
-            f"| `{info.name}` | `{info.change}` | {info.trains} | {info.stores} | `{info.peft_type}` | {rank} | "
-            f"{alpha} | {info.training_rate:g} | {info.paper} |"
-        )
-    return "\n".join(lines)
+    return f"{rows(['option', ''], cells)}\n\n{SHARED} ([command line](../cli.md#surgery-init))."
+
+
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """A page with its generated parts in place."""
+    for name, part in parts.items():
+        head, marker, rest = text.partition(BEGIN.format(name))
+        assert marker and END in rest, f"no place for {name}"
+        text = f"{head}{marker}\n{part}\n{END}{rest.partition(END)[2]}"
+    return text
 
 
 def generated() -> dict[Path, str]:
     """File -> what it should hold."""
-    methods = DOCS / "methods.md"
-    text = methods.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    return {
-        DOCS / "cli.md": command_reference(),
-        methods: f"{head}{BEGIN}\n{method_table()}\n{END}{tail}",
+    parts = {
+        DOCS / "cli.md": {"commands": command_reference()},
+        DOCS / "methods" / "index.md": {"methods": method_table()},
     }
+    for module in dict.fromkeys(info.module for info in METHODS.values()):
+        infos = [info for info in METHODS.values() if info.module == module]
+        parts[DOCS / "methods" / f"{module}.md"] = {"facts": fact_table(infos), "options": option_table(infos)}
+    return {page: filled(page.read_text(encoding="utf-8"), part) for page, part in parts.items()}
 
 
 def main() -> None:
     """Write or check."""
-    stale = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
+    stale = {page: text for page, text in generated().items() if page.read_text(encoding="utf-8") != text}
     if "--check" in sys.argv[1:]:
         if stale:
-            sys.exit(f"out of date, run make docs: {', '.join(path.name for path in stale)}")
+            sys.exit(f"out of date, run make docs: {', '.join(str(page.relative_to(DOCS)) for page in stale)}")
         return
-    for path, text in generated().items():
-        path.write_text(text, encoding="utf-8")
+    for page, text in stale.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
