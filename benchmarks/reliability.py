@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,32 +33,40 @@ class Row:
     Attributes:
         name: what is proved.
         module: of `python -m`.
-        parts: arguments of each call; several calls where one would be long.
-        counts: from the objects that the calls print to rows of the table.
+        parts: arguments of each call; several calls where one would be long. `{file}` is a file for the result, which
+            is otherwise the last line that is printed.
+        counts: from the results of the calls to rows of the table.
+        there: what has to be importable.
     """
 
     name: str
     module: str
     parts: Sequence[Sequence[str]]
-    counts: Callable[[list[dict[str, Any]]], Counts]
+    counts: Callable[[list[Any]], Counts]
+    there: str
 
     @property
     def command(self) -> str:
         """What a reader would type."""
-        return f"python -m {self.module}"
+        where = "" if self.there == self.module else f" {self.there.replace('.', '/')}"
+        return f"python -m {self.module}{where}"
 
     def run(self) -> Counts:
         """Run it."""
-        found = []
-        for arguments in self.parts:
-            command = [sys.executable, "-m", self.module, *arguments]
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
-            lines = result.stdout.strip().splitlines()
-            if not lines or not lines[-1].startswith("{"):
-                raise SystemExit(f"{' '.join(command[1:])} printed no result:\n{result.stderr[-3000:]}")
-            sys.stderr.write(result.stderr)
-            found.append(json.loads(lines[-1]))
-        return self.counts(found)
+        return self.counts([self._result(arguments) for arguments in self.parts])
+
+    def _result(self, arguments: Sequence[str]) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            command = [sys.executable, "-m", self.module, *(each.format(file=file) for each in arguments)]
+            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
+            sys.stderr.write(ended.stderr)
+            if file.is_file():
+                return json.loads(file.read_text())
+            lines = ended.stdout.strip().splitlines()
+            if not lines:
+                raise SystemExit(f"{' '.join(command[1:])} printed no result:\n{ended.stderr[-3000:]}")
+            return json.loads(lines[-1]) if lines[-1].startswith("{") else lines[-1]
 
 
 def _environment() -> dict[str, str]:
@@ -92,12 +102,19 @@ def _faults(found: list[dict[str, Any]]) -> Counts:
     ]
 
 
-def _plain(name: str, tried: str, failed: str) -> Callable[[list[dict[str, Any]]], Counts]:
-    def counts(found: list[dict[str, Any]]) -> Counts:
-        rows = [(name, tried, sum(each[tried] for each in found)), ("", failed, sum(each[failed] for each in found))]
-        return rows
+def _properties(found: list[str]) -> Counts:
+    """From the last line of pytest."""
+    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error)", " ".join(found))}
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    rows = [("properties on random inputs", "each on many examples", counts.get("passed", 0) + failed)]
+    return [*rows, ("", "failed", failed)]
 
-    return counts
+
+def _mutations(found: list[dict[str, Any]]) -> Counts:
+    """A formula that is broken and not noticed is listed with its reasons, and is no error of the tool."""
+    results = [each for state in found for each in state["results"].values()]
+    caught = sum(bool(each["caught"]) for each in results)
+    return [("formulas broken one by one", f"{caught:,} noticed by the tests", len(results))]
 
 
 FUZZ_PART = 1000
@@ -108,12 +125,11 @@ ROWS = [
         "tests.fuzz",
         [["--json", "--mutants", str(FUZZ_PART), "--first", str(first)] for first in range(0, 5000, FUZZ_PART)],
         _fuzz,
+        "tests.fuzz",
     ),
-    Row("faults", "tests.faults", [["--json", "--only", name] for name in WRITES], _faults),
-    # {"properties": examples tried, "failed": of them}
-    Row("properties", "tests.properties", [["--json"]], _plain("properties on random inputs", "properties", "failed")),
-    # {"mutations": broken formulas, "survived": of them}
-    Row("mutations", "tests.mutation", [["--json"]], _plain("formulas broken one by one", "mutations", "survived")),
+    Row("faults", "tests.faults", [["--json", "--only", name] for name in WRITES], _faults, "tests.faults"),
+    Row("properties", "pytest", [["-q", "tests/properties"]], _properties, "tests.properties"),
+    Row("mutations", "tests.mutation", [["--json", "{file}"]], _mutations, "tests.mutation"),
 ]
 
 
@@ -127,7 +143,7 @@ def main() -> int:
     for row in ROWS:
         if options.only and row.name not in options.only:
             continue
-        if find_spec(row.module) is None:
+        if find_spec(row.there) is None:
             print(f"{row.name}: {row.command} is not there yet", file=sys.stderr)
             continue
         counts = row.run()

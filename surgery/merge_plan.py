@@ -198,9 +198,11 @@ class MergePlan:
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The new value of one parameter on the CPU, in the model's orientation."""
         old = self.replaced[name] if name in self.replaced else self.base.parameter(name)
-        if not old.is_floating_point():
-            return old
         site = self._site_of.get(name)
+        if not old.is_floating_point():
+            if site is not None:
+                raise CheckpointError(f"{self.base.folder}: {name} is {old.dtype}, not floating point")
+            return old
         if site is not None:
             value, finite = self._merged(site, old.T if site.transposed else old, dtype)
             value = value.T if site.transposed else value

@@ -210,6 +210,7 @@ class MergedFolder:
             release_freed()
             return tensor_bytes(self.plan.value(name, DTYPES[planned.dtype]))
         if planned.dtype == source.dtype:
+            self.plan.base.files.check_unchanged(path)
             return file_bytes(path, source)
         return tensor_bytes(_finite(name, self.plan.base.files.read(name), DTYPES[planned.dtype]))
 

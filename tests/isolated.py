@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import importlib
 import io
+import logging
 import os
 import resource
 import select
@@ -18,13 +19,17 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Limits", "Outcome", "Place", "import_everything", "outcome", "run", "run_and_learn", "snapshot", "start"]
+__all__ = [
+    "Limits", "Outcome", "Place", "confine", "import_everything", "outcome", "run", "run_and_learn", "run_here",
+    "snapshot", "start",
+]  # fmt: skip
 
 CAPABILITY_VERSION_3 = 0x20080522
 # Rights of root to read and to write whatever the modes of files say: DAC_OVERRIDE, DAC_READ_SEARCH.
@@ -91,14 +96,19 @@ def _removed_all_the_same(function: Any, path: str, error: Any) -> None:
     function(path)
 
 
-def import_everything() -> None:
-    """Import what the commands import when they run, and see to it that nothing uses a second thread."""
+def import_everything(cache: Path) -> None:
+    """Import what the commands import when they run, and see to it that nothing uses a second thread.
+
+    Args:
+        cache: a folder for what libraries keep of data files.
+    """
     os.environ.update(
         OMP_NUM_THREADS="1",
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
         TQDM_DISABLE="1",
+        HF_DATASETS_CACHE=str(cache),
     )
     import torch
 
@@ -205,7 +215,9 @@ def start(
         return pid
     code = 70
     try:
-        _settle(place, limits, log)
+        stderr = _settled(place, log)
+        faulthandler.dump_traceback_later(max(limits.seconds - 1, 0.5), file=stderr)
+        confine(limits)
         if prepare is not None:
             prepare()
         code = _main([str(each) for each in arguments])
@@ -218,14 +230,37 @@ def start(
         os._exit(code)
 
 
-def _settle(place: Place, limits: Limits, log: str) -> None:
+def confine(limits: Limits) -> None:
+    """Bound what this process may take, and let the modes of files hold for it."""
+    _limit(resource.RLIMIT_AS, _address_space() + limits.memory)
+    _limit(resource.RLIMIT_FSIZE, limits.file_size)
+    _limit(resource.RLIMIT_CORE, 0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself
+    _drop_overrides()
+
+
+def run_here(place: Place, arguments: Sequence[Any], limits: Limits) -> Outcome:
+    """As `run`, in this process, which is a child and confined; its caller sees to the time."""
+    faulthandler.dump_traceback_later(max(limits.seconds - 1, 0.5), file=_settled(place, ""))
+    try:
+        code = _main([str(each) for each in arguments])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    logging.getLogger().handlers.clear()  # what -v has set
+    logging.getLogger().setLevel(logging.WARNING)
+    return outcome(place, code)
+
+
+def _settled(place: Place, log: str) -> Any:
+    """Make a place this process's own: working directory, temporary files, home, and what is printed; stderr."""
     os.chdir(place.work)
     os.environ.update(TMPDIR=str(place.root / "tmp"), HOME=str(place.root / "home"), COLUMNS="100")
-    import tempfile
-
     tempfile.tempdir = None
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
+    os.close(nothing)
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(place.root / f"{name}{log}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
@@ -234,12 +269,7 @@ def _settle(place: Place, limits: Limits, log: str) -> None:
     sys.stderr = io.TextIOWrapper(
         io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True
     )
-    faulthandler.dump_traceback_later(max(limits.seconds - 1, 0.5), file=sys.stderr)
-    _limit(resource.RLIMIT_AS, _address_space() + limits.memory)
-    _limit(resource.RLIMIT_FSIZE, limits.file_size)
-    _limit(resource.RLIMIT_CORE, 0)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself
-    _drop_overrides()
+    return sys.stderr
 
 
 def _limit(which: int, value: int) -> None:

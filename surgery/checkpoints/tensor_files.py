@@ -23,6 +23,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The indices of the largest models have some megabytes.
 LARGEST_JSON = 1 << 28
+DEEPEST = 64
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -80,7 +81,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if _is_deep(value):
+        raise CheckpointError(f"{path}: is nested more than {DEEPEST} deep")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value has more levels than what works on it, level by level, can stand."""
+    left = [(value, 0)]
+    while left:
+        inner, depth = left.pop()
+        if depth > DEEPEST:
+            return True
+        if isinstance(inner, (dict, list)):
+            left += [(each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner)]
+    return False
 
 
 def read_text(path: Path) -> str:
@@ -164,6 +179,8 @@ class TensorFiles:
         Raises:
             CheckpointError: the file is broken, lacks the tensor, or is another than it was when it was opened.
         """
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder}: has no tensor {name} in its index")
         self.check_unchanged(self.files[name])
         return read_tensor(self.files[name], name)
 

@@ -18,7 +18,6 @@ __all__ = ["check_adapter_config", "check_files", "check_link", "check_model_con
 # More than any model has. A library that is told more makes so many of them before it looks at the weights.
 MOST_LAYERS = 10_000
 MOST_LABELS = 1_000_000
-MOST_DEPTH = 64
 # Modules of a model: some without weights of their own, and few for each tensor of its files.
 SPARE_MODULES, MODULES_A_TENSOR = 5_000, 20
 COUNTS_OF_LAYERS = ("layer", "block", "depth")
@@ -74,7 +73,7 @@ def check_model_config(path: Path, config: Mapping[str, Any], trust_remote_code:
         CheckpointError: it asks for more layers or labels than any model has, for weights under another name, or for
             code from the Hub without leave.
     """
-    for key, value in _entries(path, config):
+    for key, value in _entries(config):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             most = MOST_LABELS if key == "num_labels" else MOST_LAYERS if _counts_layers(key) else None
             if most is not None and not abs(value) <= most:
@@ -92,21 +91,19 @@ def check_model_config(path: Path, config: Mapping[str, Any], trust_remote_code:
 
 
 def _counts_layers(key: str) -> bool:
-    return any(word in key for word in COUNTS_OF_LAYERS) and not any(word in key for word in ("size", "norm", "id"))
+    return any(word in key for word in COUNTS_OF_LAYERS) and not any(word in key for word in ("size", "norm", "_id"))
 
 
-def _entries(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every entry of a configuration and of those inside it, with its key; in lists, the key of the list."""
-    left: list[tuple[str, Any, int]] = [(str(key), value, 0) for key, value in config.items()]
+    left = [(str(key), value) for key, value in config.items()]
     while left:
-        key, value, depth = left.pop()
-        if depth > MOST_DEPTH:
-            raise CheckpointError(f"{path}: {key} is nested more than {MOST_DEPTH} deep")
+        key, value = left.pop()
         yield key, value
         if isinstance(value, Mapping):
-            left += [(str(inner), each, depth + 1) for inner, each in value.items()]
+            left += [(str(inner), each) for inner, each in value.items()]
         elif isinstance(value, list):
-            left += [(key, each, depth + 1) for each in value if isinstance(each, (Mapping, list))]
+            left += [(key, each) for each in value if isinstance(each, (Mapping, list))]
 
 
 @contextlib.contextmanager
@@ -155,6 +152,14 @@ def _is_rank(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 24)
 
 
+def _is_seed(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
 def _is_table(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(_is_text(key) for key in value))
 
@@ -175,6 +180,16 @@ ADAPTER_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (_are_names, "a list of names"),
     "layers_to_transform": (_are_layers, "a list of numbers"),
     "r": (_is_rank, "a whole number from 0 on"),
+    "groups": (_is_rank, "a whole number from 0 on"),
+    "variant": (_is_name, "a name"),
+    "split": (_is_table, "an object of heights"),
+    "sparse_rate": (_is_number, "a number"),
+    "store_bases": (_is_switch, "true or false"),
+    "save_projection": (_is_switch, "true or false"),
+    "use_rslora": (_is_switch, "true or false"),
+    "use_dora": (_is_switch, "true or false"),
+    "seed": (_is_seed, "a whole number"),
+    "projection_prng_key": (_is_seed, "a whole number"),
     "alpha": (_is_number, "a number"),
     "lora_alpha": (_is_number, "a number"),
     "rank_pattern": (_is_table, "an object of numbers"),

@@ -180,6 +180,8 @@ def _refuse_unreadable_card(path: Path) -> None:
             path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise HubError(f"{path}: is not UTF-8 text; save it as UTF-8, and it is kept") from None
+    except OSError as error:
+        raise HubError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _is_local(folder: Path, name: str) -> bool:

@@ -16,7 +16,7 @@ from surgery.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, listing
 from surgery.linalg.threads import one_torch_thread
-from surgery.methods.base import OwnMethod
+from surgery.methods.base import OwnMethod, Role
 from surgery.methods.lora import BIAS_NAME, refuse_variants
 from surgery.methods.stock import REFUSED, STOCK, StockType
 
@@ -37,6 +37,7 @@ Tensors = Mapping[str, torch.Tensor]
 VERA_NAMES = frozenset({"vera_lambda_b", "vera_lambda_d"})
 VERA_SHARED = frozenset({"vera_A", "vera_B"})
 TOKENS = "token_adapter."
+STORED = (Role.TRAINABLE, Role.KEPT, Role.BASE)
 # So many numbers are checked at a time.
 NUMBERS = 1 << 20
 
@@ -167,8 +168,21 @@ def check_layer(adapter: Adapter, module: str, tensors: Tensors) -> None:
         _check_stock(stock, module, tensors)
     elif adapter.peft_type == "VERA" and set(tensors) != VERA_NAMES:
         raise AdapterError(f"{module}: expected {listing(sorted(VERA_NAMES))}, found {listing(sorted(tensors))}")
+    elif adapter.peft_type in OWN_TYPES:
+        _check_complete(adapter, module, tensors)
     for name, tensor in tensors.items():
         _check_finite(f"{module}.{name}", tensor)
+
+
+def _check_complete(adapter: Adapter, module: str, tensors: Tensors) -> None:
+    """Check that a layer of ours has what each layer has for itself; what a role shares is in one of them."""
+    method = method_for_type(adapter.peft_type)
+    assert isinstance(method, OwnMethod)
+    roles = (Role.TRAINABLE, Role.KEPT) if adapter.config.get("store_bases") is False else STORED
+    wanted = [f"{method.prefix}{name}" for name in method.names(*roles, shared=False)]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise AdapterError(f"{module}: the file lacks {listing(missing)}; save the adapter again")
 
 
 def _check_stock(stock: StockType, module: str, tensors: Tensors) -> None:
@@ -194,6 +208,8 @@ def _check_stock(stock: StockType, module: str, tensors: Tensors) -> None:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_complex():
+        raise AdapterError(f"{name} is {tensor.dtype}: no adapter has complex numbers")
     if not tensor.is_floating_point():
         if name.rpartition(".")[2].startswith(tuple(f"{kind.lower()}_" for kind in OWN_TYPES)):
             return  # positions, cuts, checks of our own types

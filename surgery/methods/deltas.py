@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.catalogue import method_for_type
-from surgery.errors import AdapterError, SurgeryError, listing
+from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.linalg.delta import Delta
 from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
 from surgery.methods.regeneration import leaves_out_bases
 from surgery.methods.stock import STOCK
+from surgery.sites import Site
 
 if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter
@@ -97,13 +98,55 @@ def own_delta(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Te
         tensors: by short name.
         weight: the base weight `(out, in)`, float32, where the method needs it.
         module: the layer's name.
+
+    Raises:
+        AdapterError: tensors are missing, or of other kinds or shapes than the configuration says.
     """
+    _check_own(method, config, tensors, weight, module)
     if not set(method.names(Role.DERIVED, shared=True)) <= set(tensors):
         tensors = {**tensors, **method.shared_derived(config, tensors)}
     if weight is not None:
         whole = weight
         tensors = {**tensors, **method.derived(config, tensors, lambda: whole)}
     return method.delta(config, tensors, weight, module)
+
+
+def _check_own(method: OwnMethod, config: Any, tensors: Tensors, weight: torch.Tensor | None, module: str) -> None:
+    wanted = method.names(Role.TRAINABLE, Role.KEPT, Role.BASE)
+    missing = [f"{method.prefix}{name}" for name in wanted if name not in tensors]
+    if missing:
+        raise AdapterError(f"{module}: the file lacks {listing(missing)}")
+    site = _site_of(tensors, weight, module)
+    try:
+        shapes = _packed_shapes(tensors) if getattr(config, "packed", None) else method.shapes(config, site)
+        whole = {name for name in wanted if not method.dtype(name, site).is_floating_point}
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MethodError) as error:
+        raise AdapterError(f"{module}: adapter_config.json does not fit its tensors ({error})") from None
+    for name in wanted:
+        found, called = tensors[name], f"{module}.{method.prefix}{name}"
+        if tuple(found.shape) != shapes[name]:
+            raise AdapterError(f"{called} has shape {tuple(found.shape)}, adapter_config.json says {shapes[name]}")
+        if found.is_floating_point() == (name in whole) or found.is_complex():
+            raise AdapterError(f"{called} is {found.dtype}, expected {'whole' if name in whole else 'real'} numbers")
+
+
+def _site_of(tensors: Tensors, weight: torch.Tensor | None, module: str) -> Site:
+    """The layer that tensors are for, by the weight or by the tensors that are as high and as wide."""
+
+    def size(names: tuple[str, ...], axis: int) -> int:
+        if weight is not None:
+            return int(weight.shape[axis])
+        found = next((tensors[name] for name in names if name in tensors and tensors[name].ndim > axis), None)
+        return int(found.shape[axis]) if found is not None else 0
+
+    return Site(module, module, module, None, size(("o", "B"), 0), size(("A", "V"), 1))
+
+
+def _packed_shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Of factors that were unpacked, and are a pair: what belongs to them."""
+    A, B = tensors["A"], tensors["B"]
+    rank = A.shape[0] if A.ndim else 0
+    return {"A": tuple(A.shape), "B": (B.shape[0], rank), "s": (rank,), "o": (B.shape[0],)}
 
 
 def short_names(method: OwnMethod, parts: Tensors, device: torch.device | str = "cpu") -> Tensors:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import MethodError
+from surgery.errors import AdapterError, MethodError
 from surgery.linalg.delta import Delta, InputMap
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
@@ -125,7 +125,19 @@ class FRoD(OwnMethod):
         return {"l": frozen["l0"].clone(), "s": torch.zeros(count)}
 
     def shared_derived(self, config: FrodPortableConfig, bases: Tensors) -> Tensors:
-        return {"P": right_inverse_transposed(bases["V"]), "places": bases["positions"].to(torch.int64)}
+        V, positions = bases["V"], bases["positions"]
+        if V.ndim != 2 or V.shape[0] != V.shape[1]:
+            raise AdapterError(f"frod_portable_V has shape {tuple(V.shape)}, which is no square")
+        size = V.shape[0]
+        if positions.is_floating_point() or positions.ndim != 1:
+            raise AdapterError(f"frod_portable_positions is {positions.dtype} {tuple(positions.shape)}, not places")
+        places = positions.to(torch.int64)
+        if not V.is_meta and places.numel() and not bool(((places >= 0) & (places < size * size)).all()):
+            raise AdapterError(f"frod_portable_positions has places outside of a matrix of {size} x {size}")
+        try:
+            return {"P": right_inverse_transposed(V), "places": places}
+        except torch.linalg.LinAlgError:
+            raise AdapterError("frod_portable_V has no inverse: the file is broken") from None
 
     def delta(
         self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = ""

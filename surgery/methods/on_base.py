@@ -120,7 +120,10 @@ class ChangesOnBase:
             return stored
         if not self._shared:
             settings = self.adapter.config
-            A, B = projections(settings["r"], list(self._names), settings["projection_prng_key"])
+            rank, key = settings.get("r"), settings.get("projection_prng_key")
+            if not rank or key is None:
+                raise AdapterError(f"{who(self.adapter)}: adapter_config.json lacks r or projection_prng_key")
+            A, B = projections(rank, list(self._names), key)
             self._shared[""] = {"vera_A": A, "vera_B": B}
         return self._shared[""]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import MethodError
+from surgery.errors import AdapterError, MethodError
 from surgery.linalg.delta import Delta, Hadamard
 from surgery.linalg.seeded import generator_for, kaiming_uniform
 from surgery.linalg.spectral import equal_share_cuts, top_components
@@ -97,7 +97,11 @@ class SMoA(OwnMethod):
         return {"A": A, "B": torch.zeros(site.out_features, rank)}
 
     def derived(self, config: SmoaConfig, tensors: Tensors, weight: Callable[[], torch.Tensor]) -> Tensors:
-        return {"masks": top_components(weight(), tensors["cuts"].tolist())}
+        cuts = tensors["cuts"].tolist()
+        whole = weight()
+        if sorted(cuts) != cuts or not all(0 <= cut <= min(whole.shape) for cut in cuts):
+            raise AdapterError(f"smoa_cuts are {cuts}, no rising numbers up to {min(whole.shape)}")
+        return {"masks": top_components(whole, cuts)}
 
     def delta(self, config: SmoaConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
         if weight is None:

@@ -14,6 +14,7 @@ import torch
 from peft import VeraConfig
 
 from surgery.catalogue import METHODS as TABLE
+from surgery.errors import AdapterError
 from surgery.linalg.delta import Delta, LowRank
 from surgery.linalg.seeded import kaiming_uniform
 from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
@@ -64,8 +65,14 @@ class VeRA(Method):
     def delta(self, config: VeraConfig, tensors: Tensors, weight: torch.Tensor | None, module: str = "") -> Delta:
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
         assert weight is not None
+        A, B = tensors["vera_A"], tensors["vera_B"]
+        rank, (height, width) = d.numel(), weight.shape
+        thin = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == rank
+        if not thin or b.shape != (height,) or d.ndim != 1 or B.shape[0] < height or A.shape[1] < width:
+            found = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(tensors))
+            raise AdapterError(f"{module or 'vera'}: {found} do not fit a weight of {height} x {width}")
         # One pair for all layers, as large as the largest: each takes the corner that fits it.
-        B, A = tensors["vera_B"][: b.shape[0]], tensors["vera_A"][:, : weight.shape[1]]
+        B, A = B[:height], A[:, :width]
         used = d.detach().nonzero()[:, 0]
         if 0 < len(used) < len(d) and not d.requires_grad:
             # Fitted bases hold the ranks of all layers; each selects its own.

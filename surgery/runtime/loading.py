@@ -184,7 +184,7 @@ def _load_base(
             use_safetensors=True,
             ignore_mismatched_sizes=labelled is not None,  # of the base's own head, which the adapter replaces
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{name}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -114,12 +114,28 @@ def read_examples(
     empty = len(chosen) - len(features)
     if not features:
         raise DataError(f"{path}: none of {len(chosen)} samples has anything to learn from")
+    _check_tokens(features, base)
     notes = encoder.notes(len(chosen))
     if samples is not None and len(rows) < samples:
         notes.append(f"the data has {len(rows)} samples, {samples} were asked for: all of them are used")
     if empty:
         notes.append(f"{empty} samples have no token to learn from and are left out")
     return Examples(features, counts, encoder.padding, notes)
+
+
+def _check_tokens(features: Sequence[Features], base: BaseModel) -> None:
+    """Check that the model has a row for every token: a GPU would end the program with an assertion."""
+    if "input_ids" not in features[0]:
+        return
+    try:
+        size = getattr(base.model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of a class that does not say where they are
+        return
+    largest = max(int(each["input_ids"].max()) for each in features)
+    if size is not None and largest >= size:
+        raise DataError(
+            f"{base.folder}: its tokenizer gives the token {largest}, the model has {size}: it is of another model"
+        )
 
 
 def labels_in(path: str | Path, base: BaseModel) -> list[int | str]:

@@ -219,7 +219,8 @@ def load_model(base: BaseModel, settings: GradientSettings, carried: dict[str, t
                 use_safetensors=True,
                 ignore_mismatched_sizes=bool(carried),  # of a head of other labels, which `carried` replaces
             )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    # Of its configurations transformers makes errors of every kind.
+    except (ImportError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{base.folder}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)

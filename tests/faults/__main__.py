@@ -17,24 +17,35 @@ from tests.isolated import Place, import_everything
 RACES = 6
 
 
+def _write_in_place() -> None:
+    import contextlib
+
+    from surgery.reports import plots
+
+    plots.atomic_file = contextlib.nullcontext
+
+
 def main() -> int:
     """Exit code 1 where anything is lost or half-written."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", action="append", help="one operation; repeatable")
     parser.add_argument("--fault", action="append", choices=[KILL, *FAULTS], help="one kind of fault; repeatable")
     parser.add_argument("--step", type=int, default=1, help="each N-th call only")
+    parser.add_argument("--control", action="store_true", help="write pictures in place, which must be found wrong")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if not available():
         print("calls are traced on Linux on x86-64 only", file=sys.stderr)
         return 2
-    import_everything()
-    from tests.fuzz.specimens import make_specimens
-
     rows: dict[str, Counter[str]] = {}
     wrong: list[str] = []
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="surgery-faults-") as folder:
+        import_everything(Path(folder) / "cache")
+        from tests.fuzz.specimens import make_specimens
+
+        if options.control:
+            _write_in_place()
         make_specimens(Path(folder) / "specimens")
         for operation in OPERATIONS:
             if options.only and operation.name not in options.only:

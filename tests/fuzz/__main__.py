@@ -23,14 +23,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--show", action="store_true", help="print what every mutant came to")
     options = parser.parse_args()
-    import_everything()
-    from tests.fuzz.campaign import Campaign, table
-    from tests.fuzz.specimens import make_specimens
-    from tests.hub.guard import sitecustomize
-
-    for owner, attribute, checked in sitecustomize.guards():
-        setattr(owner, attribute, checked)
     with tempfile.TemporaryDirectory(prefix="surgery-fuzz-") as folder:
+        import_everything(Path(folder) / "cache")
+        from tests.fuzz.campaign import Campaign, table
+        from tests.fuzz.specimens import make_specimens
+        from tests.hub.guard import sitecustomize
+
+        for owner, attribute, checked in sitecustomize.guards():
+            setattr(owner, attribute, checked)
         make_specimens(Path(folder) / "specimens")
         campaign = Campaign(
             Path(folder) / "specimens", Place(Path(folder) / "place"), options.seed, Limits(seconds=options.seconds)
@@ -46,7 +46,9 @@ def main() -> int:
                 print(verdict, file=sys.stderr, flush=True)
             elif options.show:
                 last = (verdict.outcome.stderr.strip().splitlines() or [""])[-1]
-                print(f"{verdict.mutant.number} {verdict.kind}: {verdict.mutant.done} {last}", file=sys.stderr)
+                mutant = verdict.mutant
+                took = f"{mutant.scenario.name}, {mutant.adapter}, {mutant.seconds:.2f} s"
+                print(f"{mutant.number} {verdict.kind} ({took}): {mutant.done} {last}", file=sys.stderr)
         campaign.place.clear()
     seconds = time.perf_counter() - began
     if options.json:

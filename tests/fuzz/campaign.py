@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import pickle
 import random
 import re
+import select
 import shutil
+import signal
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, NoReturn
 
 from tests.fuzz.files import mutate_file
 from tests.fuzz.jsons import mutate_json
 from tests.fuzz.scenarios import SCENARIOS, Scenario
 from tests.fuzz.tensors import mutate_header, mutate_tensors
-from tests.isolated import Limits, Outcome, Place, run, run_and_learn, snapshot
+from tests.isolated import Limits, Outcome, Place, confine, outcome, run, run_and_learn, run_here, snapshot
 
 __all__ = ["Campaign", "Mutant", "Verdict", "faults_of"]
 
@@ -24,6 +31,8 @@ LONGEST = 4000
 NOT_ENOUGH = "not enough memory for these options"
 PLEASANT = re.compile(r"^(Note|Warning): ")
 ATTEMPTS = 20
+# Mutants that one child process takes: starting one takes longer than most commands.
+A_CHILD = 25
 # The first time a command runs it imports libraries.
 CONTROL = Limits(seconds=120, memory=8 << 30)
 # Kinds of adapters that most commands refuse, and have to refuse in one line.
@@ -40,6 +49,7 @@ class Mutant:
         adapter: the kind of adapter.
         done: what was changed.
         arguments: the command line.
+        seconds: the time that it took.
     """
 
     number: int
@@ -47,6 +57,7 @@ class Mutant:
     adapter: str
     done: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -95,25 +106,71 @@ class Campaign:
         for scenario in SCENARIOS:
             mutant = Mutant(-1, scenario, next(name for name in scenario.adapters if name not in REFUSED_WHOLE))
             self._lay_out(mutant)
-            outcome = run_and_learn(self.place, mutant.arguments, CONTROL)
-            if outcome.code != 0:
-                wrong.append(f"{scenario.name} on whole folders: {outcome.code} {outcome.stderr[-2000:]}")
+            ended = run_and_learn(self.place, mutant.arguments, CONTROL)
+            if ended.code != 0:
+                wrong.append(f"{scenario.name} on whole folders: {ended.code} {ended.stderr[-2000:]}")
+        if run(self.place, ["methods"], Limits(seconds=1), finish=lambda: time.sleep(60)).code is not None:
+            wrong.append("a command without an end is not ended")
+        # What the parent holds is not looked at again in every child, which would copy it.
+        gc.collect()
+        gc.freeze()
         return wrong
 
     def verdicts(self, numbers: range) -> Iterator[Verdict]:
-        """Make and run these mutants, one after the other."""
-        for number in numbers:
-            yield self.verdict(number)
+        """Make and run these mutants, one after the other, some of them in each child process."""
+        left = list(numbers)
+        while left:
+            mine, left = left[:A_CHILD], left[A_CHILD:]
+            done = 0
+            for verdict in self._in_a_child(mine):
+                done += 1
+                yield verdict
+            left = mine[done:] + left
+
+    def _in_a_child(self, numbers: Sequence[int]) -> Iterator[Verdict]:
+        """The verdicts of a child process; where it dies or hangs, on the mutant that it died of."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            self._serve(numbers, writing)
+        os.close(writing)
+        with open(reading, "rb", buffering=0) as answers:  # noqa: PTH123
+            for number in numbers:
+                ready, _, _ = select.select([answers], [], [], self.limits.seconds)
+                verdict = _received(answers) if ready else None
+                if verdict is None:
+                    os.kill(child, signal.SIGKILL)
+                    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    yield self._death(number, code if ready else None)
+                    return
+                yield verdict
+        os.waitpid(child, 0)
+
+    def _serve(self, numbers: Sequence[int], writing: int) -> NoReturn:
+        try:
+            confine(self.limits)
+            for number in numbers:
+                data = pickle.dumps(self.verdict(number))
+                os.write(writing, len(data).to_bytes(8, "little") + data)
+        finally:
+            os._exit(0)
+
+    def _death(self, number: int, code: int | None) -> Verdict:
+        said = outcome(self.place, code)
+        wrong = faults_of(said) or ["died"]
+        return Verdict(self.made(number), said, wrong)
 
     def verdict(self, number: int) -> Verdict:
-        """Make and run one mutant."""
+        """Make and run one mutant, in this process, which is a child."""
         mutant = self.made(number)
         place = self.place
-        before = snapshot(place.root)
-        outcome = run(place, mutant.arguments, self.limits)
-        wrong = faults_of(outcome, mutant.scenario.writes)
-        wrong += _left(before, snapshot(place.root), outcome.code, place)
-        return Verdict(mutant, outcome, wrong)
+        before, began = snapshot(place.root), time.perf_counter()
+        ended = run_here(place, mutant.arguments, self.limits)
+        mutant.seconds = time.perf_counter() - began
+        wrong = faults_of(ended, mutant.scenario.writes)
+        wrong += _left(before, snapshot(place.root), ended.code, place)
+        return Verdict(mutant, ended, wrong)
 
     def made(self, number: int) -> Mutant:
         """A mutant's inputs in the place, and what it is."""
@@ -133,16 +190,26 @@ class Campaign:
         shutil.copytree(self.specimens / scenario.model, place.input / "model")
         if scenario.other is not None:
             shutil.copytree(self.specimens / scenario.other, place.input / "other")
-        for name in ("data", "labelled"):
-            shutil.copyfile(self.specimens / f"{name}.jsonl", place.input / f"{name}.jsonl")
         _elsewhere(place.root / "elsewhere", self.specimens)
         out = place.work / "out"
         if "--force" in scenario.arguments:
             out.mkdir()
             (out / "precious.txt").write_text("an older output")
         names = {name: str(place.input / name) for name in ("model", "adapter", "other")}
-        files = {name: str(place.input / f"{name}.jsonl") for name in ("data", "labelled")}
+        files = {name: str(self.specimens / f"{name}.jsonl") for name in ("data", "labelled")}
         mutant.arguments = [each.format(**names, **files, out=out) for each in scenario.arguments.split()]
+
+
+def _received(answers: IO[bytes]) -> Verdict | None:
+    """What a child sends; None where it has ended."""
+    found = b""
+    while len(found) < 8 or len(found) < 8 + int.from_bytes(found[:8], "little"):
+        piece = answers.read(1 << 16)
+        if not piece:
+            return None
+        found += piece
+    verdict: Verdict = pickle.loads(found[8:])
+    return verdict
 
 
 def _elsewhere(folder: Path, specimens: Path) -> None:

@@ -104,7 +104,7 @@ SCENARIOS = (
     ),
     Scenario(
         "train, a dry run", "train {adapter} --base {model} --data {data} --dry-run",
-        adapters=tuple(name for name in LLAMA if name != "frod"), weight=4,
+        adapters=tuple(name for name in LLAMA if name != "frod"), weight=3,
     ),
     Scenario(
         "train", "train {adapter} --base {model} --data {data} --steps 1 --batch-size 2 -o {out}",
@@ -114,7 +114,7 @@ SCENARIOS = (
         "train a head", "train {adapter} --base {model} --data {labelled} --steps 1 --batch-size 2 -o {out}",
         "classifier", ("head",), weight=1,
     ),
-    Scenario("push, a dry run", "push {adapter} org/name --dry-run --base-model org/base", victims=ADAPTER, weight=8),
-    Scenario("push by the named base", "push {adapter} org/name --dry-run --json", victims=ADAPTER, weight=3),
+    Scenario("push, a dry run", "push {adapter} org/name --dry-run --base-model org/base", victims=ADAPTER, weight=5),
+    Scenario("push by the named base", "push {adapter} org/name --dry-run --json", victims=ADAPTER, weight=2),
     Scenario("methods", "methods --json", victims=ADAPTER, weight=1),
 )  # fmt: skip

@@ -84,7 +84,7 @@ def test_names_cannot_steer_a_terminal(folders: Folders) -> None:
     first = next(iter(tensors))
     tensors[f"{first}\x1b[2J\x07"] = tensors.pop(first)
     save_file(tensors, folders.lora / "adapter_model.safetensors")
-    result = invoke(*folders.commands()["inspect"])
+    result = invoke(*folders.commands()["merge"])
     assert result.exit_code == 1
     assert "\\x1b[2J\\x07" in result.stderr and "\x1b" not in result.stderr
     shown = invoke("inspect", folders.lora, "-v")
