@@ -81,7 +81,8 @@ docs: .venv/ready  ## regenerate what the docs take from the code
 	touch $@
 
 site: .venv/docs  ## the docs site, in site/; any warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	# Material announces its successor at every build; that is no warning about these pages.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
