@@ -169,9 +169,11 @@ def main() -> None:
                 if contender == "giva-8-warm" and not runs.task.carried:
                     continue  # no new head that could be warmed up
                 runs.run(contender, seed, runs.best_rate(contender, sweep), options.steps)
-        results += [run for run in runs.found if run["seed"] < SWEEP_SEED and run["steps"] == options.steps]
+        counted = [run for run in runs.found if run["seed"] < SWEEP_SEED]
+        # Of runs of several lengths in the folder the latest counts.
+        results += [run for run in counted if run["steps"] == counted[-1]["steps"]]
     if options.report:
-        write_report(results, options.report, f"{options.steps} steps, sweeps of {sweep}")
+        write_report(results, options.report)
 
 
 if __name__ == "__main__":
