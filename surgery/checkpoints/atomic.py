@@ -253,7 +253,10 @@ def _put_in_place(partial: Path, target: Path) -> None:
         target.rmdir()
     if target.exists():
         _exchange(partial, target)
-        shutil.rmtree(partial)
+        # The new one is in place: what is left of the old one is no failure, and the next run clears it.
+        with contextlib.suppress(OSError):
+            partial.chmod(0o700)
+        shutil.rmtree(partial, ignore_errors=True)
     else:
         os.rename(partial, target)
     with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed

@@ -63,8 +63,12 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in ENDINGS:
         raise MethodError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+    try:
+        is_folder, has_folder = path.is_dir(), path.absolute().parent.is_dir()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    if is_folder or not has_folder:
+        raise OutputError(f"{path}: {'is a folder' if is_folder else 'its folder does not exist'}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise OutputError(f"{path}: its folder may not be written")
 
