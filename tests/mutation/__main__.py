@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.equivalent import EQUIVALENT
+from tests.mutation.equivalent import reason_for
 from tests.mutation.operators import Mutant, mutants_of, sampled
 from tests.mutation.server import Server
 from tests.mutation.table import modules, tests_of
@@ -117,19 +117,18 @@ def _chosen(options: argparse.Namespace, tree: Path) -> list[Mutant]:
 
 def _summary(results: dict[str, dict[str, Any]]) -> int:
     survived = [key for key, each in results.items() if not each["caught"]]
-    equivalent = [key for key in survived if key in EQUIVALENT]
+    equivalent = [key for key in survived if reason_for(key)]
     left = sorted(set(survived) - set(equivalent))
-    stale = sorted(key for key in EQUIVALENT if key in results and results[key]["caught"])
     caught = len(results) - len(survived)
     print(f"\n{'module':34} made caught equivalent survived")
     for module in sorted({each["path"] for each in results.values()}):
         own = [key for key, each in results.items() if each["path"] == module]
-        counts = Counter("caught" if results[k]["caught"] else "same" if k in EQUIVALENT else "left" for k in own)
+        counts = Counter("caught" if results[k]["caught"] else "same" if reason_for(k) else "left" for k in own)
         print(f"{module:34} {len(own):4} {counts['caught']:6} {counts['same']:10} {counts['left']:8}")
     for key in left:
         print(f"survived: {key} (line {results[key]['line']})")
-    for key in stale:
-        print(f"listed as equivalent, but caught: {key}")
+    for key in equivalent:
+        print(f"equivalent: {key} ({reason_for(key)})")
     counted = caught + len(left)
     share = caught / counted if counted else 0.0
     print(

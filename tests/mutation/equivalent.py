@@ -1,7 +1,33 @@
-"""Changes that no test can or should notice, and why: by the name of the mutant."""
+"""Changes that no test can or should notice, and why: by the beginning of the mutant's name."""
 
 from __future__ import annotations
 
-__all__ = ["EQUIVALENT"]
+__all__ = ["EQUIVALENT", "reason_for"]
 
-EQUIVALENT: dict[str, str] = {}
+# A key ends where it says enough: everything in a function, or one change of it.
+EQUIVALENT: dict[str, str] = {
+    "surgery/linalg/threads.py::": "how many threads work, not what comes of it",
+    "surgery/linalg/workers.py::Workers.curvatures: size <= self._room": "what is kept in memory, not what it is",
+    "surgery/linalg/symmetric.py::_on_cpu:": "both roads are right on a CPU; the other one is there for GPUs",
+    "surgery/linalg/symmetric.py::triangular_product: L.T @ matrix": "only taken on a GPU",
+    "surgery/linalg/symmetric.py::add_gram_: wide.T -> (wide) #2": "only taken on a GPU",
+    "surgery/linalg/joint.py::joint_basis: columns < SMALL": "how many threads work",
+    "surgery/linalg/joint.py::_favours_wide:": "which of two roads is taken to the same matrix",
+    "surgery/linalg/joint.py::_sum_of_grams: (len(grams) + 1) * total.nbytes": "what is kept in memory",
+    "surgery/linalg/low_rank.py::truncated_svd: matrix.numel() < SMALL": "how many threads work",
+    "surgery/linalg/token_products.py::leading_svd: tokens * rows * columns": "which road is cheaper",
+    "surgery/linalg/entropy.py::class_bits: 1 << largest.bit_length() -> (2 << ": "a longer table, cut to the same",
+    "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
+        "a product of two square roots is never equal to the bound"
+    ),
+    "surgery/linalg/rounding.py::_Side.__init__: np.zeros(0)": "an empty array either way",
+    "surgery/linalg/rounding.py::_inverse: torch.linalg.pinv": "the matrix is symmetric",
+    "surgery/methods/deltas.py::_owner: adapter.layer(candidate)[stored].shape[0]": "the shared basis is square",
+    "surgery/methods/on_base.py::ChangesOnBase._regenerated: len(group) > 1": "what is kept, not what it is",
+    "surgery/methods/on_base.py::_ByKey.__getitem__: self.base.raw_weight": "a weight that is read is checked anyway",
+}
+
+
+def reason_for(key: str) -> str | None:
+    """Why a mutant changes nothing that a test can see; None for all others."""
+    return next((reason for start, reason in EQUIVALENT.items() if key.startswith(start)), None)

@@ -233,7 +233,7 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         yield "call", _with(node, func=other)
     if name == "where" and len(node.args) == 3:
         yield "branch", _with(node, args=[node.args[0], node.args[2], node.args[1]])
-    if name in {"getattr", "get", "field"}:
+    if name in {"getattr", "get", "field", "enumerate"}:
         return
     for index, value in enumerate(node.args):
         if isinstance(value, ast.Constant) and type(value.value) in {int, bool}:
@@ -241,6 +241,9 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
             changed[index] = ast.Constant(_other(value.value))
             yield "number", _with(node, args=changed)
     for index, keyword in enumerate(node.keywords):
+        # `strict` is a check, and what the random state is where nothing is drawn does not matter.
+        if keyword.arg in {"strict", "preserve_rng_state"}:
+            continue
         if isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, bool):
             flipped = ast.keyword(keyword.arg, ast.Constant(not keyword.value.value))
             yield "number", _with(node, keywords=[*node.keywords[:index], flipped, *node.keywords[index + 1 :]])
