@@ -136,7 +136,7 @@ class FRoD(OwnMethod):
             raise AdapterError(f"frod_portable_positions has places outside of a matrix of {size} x {size}")
         try:
             return {"P": right_inverse_transposed(V), "places": places}
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise AdapterError("frod_portable_V has no inverse: the file is broken") from None
 
     def delta(
