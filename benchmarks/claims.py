@@ -133,6 +133,11 @@ class Comparison:
         return math.hypot(self.ours.error, self.theirs.error)
 
     @property
+    def told(self) -> bool:
+        """Whether there are seeds enough to tell."""
+        return min(self.ours.seeds, self.theirs.seeds) > 1
+
+    @property
     def better(self) -> bool:
         """Beyond what seeds explain."""
         return self.gain > MEANT * self.error
@@ -157,7 +162,8 @@ def _as_good(name: str, other: str) -> Verdict:
             return "not run"
         pair = Comparison(found[name], found[other], higher)
         share = pair.ours.parameters / pair.theirs.parameters
-        return f"{'fails' if pair.worse else 'holds'}: {pair} with {share:.2g} of the parameters"
+        said = "one seed" if not pair.told else "fails" if pair.worse else "holds"
+        return f"{said}: {pair} with {share:.2g} of the parameters"
 
     return verdict
 
@@ -167,7 +173,7 @@ def _better(name: str, other: str) -> Verdict:
         if not {name, other} <= found.keys():
             return "not run"
         pair = Comparison(found[name], found[other], higher)
-        said = "holds" if pair.better else "fails" if pair.worse else "no difference"
+        said = "one seed" if not pair.told else "holds" if pair.better else "fails" if pair.worse else "no difference"
         return f"{said}: {pair} with {pair.ours.parameters / pair.theirs.parameters:.2g} of the parameters"
 
     return verdict

@@ -249,7 +249,8 @@ def _from_weights(
         plan.notes += _merged(start.notes)
         streamed = sharing.parts.on_disk
         tensors = start.tensors.beside(plan.carried_in_file)
-        adapter, report = plan.adapter({n: torch.empty_like(t, device="meta") for n, t in tensors.items()})
+        # By shape alone: the first of several processes may have put the output in place already.
+        adapter, report = plan.adapter(tensors.shapes())
         _add_weight_figures(report, start)
         adapter.provenance = _provenance(report, plan)
         if not streamed:

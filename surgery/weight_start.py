@@ -183,21 +183,21 @@ class _Work:
     def _drain(
         self, left: deque[_Unit], parts: Parts, device: torch.device, failed: Callable[[], bool], alone: bool
     ) -> None:
-        with _Ahead(self._read) as ahead:
-            while not failed():
-                try:
-                    unit = left.popleft()
-                except IndexError:
-                    return
-                following = left[0].sites[0] if alone and left and self._reads_once(unit) else None
-                try:
-                    tensors, facts = self._made(unit, _Reader(self, ahead, device, following))
-                except BaseException:
-                    left.clear()
-                    raise
-                parts.add(unit.name, tensors, facts)
-                del tensors
-                release_freed()
+        ahead = _Ahead(self._read)
+        while not failed():
+            try:
+                unit = left.popleft()
+            except IndexError:
+                return
+            following = left[0].sites[0] if alone and left and self._reads_once(unit) else None
+            try:
+                tensors, facts = self._made(unit, _Reader(self, ahead, device, following))
+            except BaseException:
+                left.clear()
+                raise
+            parts.add(unit.name, tensors, facts)
+            del tensors
+            release_freed()
 
     def _reads_once(self, unit: _Unit) -> bool:
         return len(unit.sites) == 1 and self.method.passes == 1
@@ -256,19 +256,20 @@ class _Ahead:
 
     def __init__(self, read: Callable[[Site], torch.Tensor]) -> None:
         self._read = read
-        self._pool = ThreadPoolExecutor(1)
         self._expected: dict[Site, Future[torch.Tensor]] = {}
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
     def expect(self, site: Site | None) -> None:
         """Begin to read a weight."""
         if site is not None and site not in self._expected:
-            self._expected[site] = self._pool.submit(self._read, site)
+            weight = self._expected[site] = Future()
+            # No pool: an interrupted run would wait at its end for what the pool still reads.
+            threading.Thread(target=self._fetch, args=(site, weight), daemon=True).start()
+
+    def _fetch(self, site: Site, weight: Future[torch.Tensor]) -> None:
+        try:
+            weight.set_result(self._read(site))
+        except BaseException as error:
+            weight.set_exception(error)
 
     def take(self, site: Site, following: Site | None) -> torch.Tensor:
         """A weight; the next one is begun when it is there."""

@@ -110,6 +110,14 @@ class Parts:
         unit = self._units[name]
         return unit.waiting[tensor] if unit.path is None else _mapped(unit.path, unit.places[tensor])
 
+    def shape(self, name: str, tensor: str) -> torch.Tensor:
+        """One tensor of a unit on the meta device; its file is not opened, and may be gone."""
+        unit = self._units[name]
+        if unit.path is None:
+            return torch.empty_like(unit.waiting[tensor], device="meta")
+        place = unit.places[tensor]
+        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a unit."""
         return {tensor: self.tensor(name, tensor) for tensor in self._units[name].names}
@@ -162,6 +170,11 @@ class PartTensors(Mapping[str, torch.Tensor]):
     def beside(self, others: Mapping[str, torch.Tensor]) -> PartTensors:
         """The same with further tensors."""
         return PartTensors(self.parts, self.units, others)
+
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """All of them on the meta device, without a look at the files."""
+        others = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._others.items()}
+        return {tensor: self.parts.shape(unit, tensor) for tensor, unit in self._owners.items()} | others
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._others[name] if name in self._others else self.parts.tensor(self._owners[name], name)
