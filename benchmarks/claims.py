@@ -17,6 +17,7 @@ __all__ = ["write_report"]
 START, STOP = "<!-- figures -->", "<!-- end of figures -->"
 REFERENCE = "lora-8"  # whose training loss is what the others' steps are counted to
 MEANT = 2.0  # standard errors that make a difference
+CLOSE = 0.02  # of the score: as good, unless seeds say worse
 WINDOW = 10  # steps over which a training loss is averaged
 
 
@@ -162,7 +163,8 @@ def _as_good(name: str, other: str) -> Verdict:
             return "not run"
         pair = Comparison(found[name], found[other], higher)
         share = pair.ours.parameters / pair.theirs.parameters
-        said = "one seed" if not pair.told else "fails" if pair.worse else "holds"
+        close = pair.gain >= -CLOSE * abs(pair.theirs.score)
+        said = "one seed" if not pair.told else "fails" if pair.worse else "holds" if close else "unclear"
         return f"{said}: {pair} with {share:.2g} of the parameters"
 
     return verdict
