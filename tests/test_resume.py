@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 
 import surgery
 from surgery.checkpoints import parts as parts_module
@@ -21,6 +22,15 @@ from tests.models import edit_tensors, load_base, save_model
 from tests.test_conversion import trained
 
 Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A forked process has none of the threads that its parent's linear algebra counts on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
