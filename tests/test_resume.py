@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A forked process has none of the threads that its parent's linear algebra counts on."""
+    """As many as the processes that are killed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,16 +114,22 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def killed(run: Run, place: Path, out: Path, units: int) -> None:
-    """Run in a process that is killed when so many units are finished."""
-    child = os.fork()
-    if child == 0:
-        with pytest.MonkeyPatch.context() as patch:
-            stop_after(units, patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run(place, out)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+def killed(name: str, place: Path, out: Path, units: int) -> None:
+    """Run in a process that is killed when so many units are finished. A fork of this one would lack its threads."""
+    code = "import sys; from tests.test_resume import die; die(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, name, str(place), str(out), str(units)]
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, timeout=120)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+
+
+def die(name: str, place: str, out: str, units: str) -> None:
+    """Begin a run, and kill this process."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_module, "BYTES", 0)
+        patch.setattr(parts_module, "SECONDS", 0.0)
+        stop_after(int(units), patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        RUNS[name][0](Path(place), Path(out))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -147,7 +155,7 @@ def test_goes_on_after_an_interruption(name: str, place: Path, tmp_path: Path, m
 def test_goes_on_after_a_kill(name: str, place: Path, tmp_path: Path, monkeypatch) -> None:
     run, _ = RUNS[name]
     run(place, tmp_path / "expected")
-    killed(run, place, tmp_path / "out", 2)
+    killed(name, place, tmp_path / "out", 2)
     assert {path.name for path in tmp_path.iterdir()} == {"expected", ".out.partial"}
     added = stop_after(0, monkeypatch, interrupt)
     run(place, tmp_path / "out")
