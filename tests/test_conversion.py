@@ -41,6 +41,7 @@ def trained(model: Any, config: Any, folder: Path, seed: int = 0) -> Path:
 @pytest.fixture
 def lora(llama: Path, tmp_path: Path) -> Path:
     """A LoRA on all linears of the tiny Llama."""
+    torch.manual_seed(0)  # PEFT draws A, not from what other tests have left
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return trained(load_base(llama), config, tmp_path / "source")
 
@@ -198,7 +199,7 @@ def test_a_config_of_the_least_keys(lora: Path, llama: Path, tmp_path: Path) -> 
     (lora / "adapter_config.json").write_text(json.dumps(least))
     for to in ("lora", "giva", "vera"):
         surgery.convert(lora, to, tmp_path / to, energy=1.0)
-        assert relative_difference(logits(llama, tmp_path / to), logits(llama, lora)) <= 0.05
+        assert relative_difference(logits(llama, tmp_path / to), logits(llama, lora)) <= 1e-4
 
 
 def test_narrow_dtypes_load_in_peft_and_state_their_error(lora: Path, llama: Path, tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_recovery_learns_the_answers_again_in_no_more_bytes(to, options, lora, t
     options = {**options, "base": text_llama, "data": data, "samples": 48}
     _, before = surgery.convert(lora, to, tmp_path / "before", **options)
     adapter, after = surgery.convert(lora, to, tmp_path / "after", recover=30, **options)
-    assert after.kl < 0.97 * before.kl and after.bytes <= before.bytes
+    assert after.kl < 0.9 * before.kl and after.bytes <= before.bytes
     assert (tmp_path / "after" / WEIGHTS).stat().st_size == after.bytes
     assert adapter.provenance["options"]["recover"] == 30 and adapter.provenance["report"]["kl"] == after.kl
     assert surgery_kl(text_llama, lora, tmp_path / "after", data) < surgery_kl(
