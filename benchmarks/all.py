@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import convert, giva, growth, init, train, use
-from benchmarks.bench import Case, measure, surroundings
+from benchmarks.bench import Case, measure, possible, surroundings
 from benchmarks.floor import rates
-from benchmarks.rows import Row, show
+from benchmarks.rows import Row, markdown, show
 
 START, STOP = "<!-- figures -->", "<!-- end of figures -->"
 # Name, title, cases, rows that follow from others.
@@ -34,15 +34,13 @@ PARTS: dict[str, tuple[str, Mapping[str, Case], MoreRows | None]] = {
     "train": ("`surgery train`", train.CASES, None),
     "growth": ("Growth", growth.CASES, None),
 }
-GPU_ONLY = {"frod-7b", "giva-7b"}
+GPU_ONLY = init.GPU_ONLY | giva.GPU_ONLY
 
 
 def part(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one part."""
     _, cases, more = PARTS[name]
-    on_gpu = settings["device"].startswith("cuda")
-    chosen = {case: work for case, work in cases.items() if on_gpu or case not in GPU_ONLY}
-    rows, notes = measure(chosen, dict(settings))
+    rows, notes = measure(possible(cases, settings["device"], GPU_ONLY), dict(settings))
     rows += more(rows, settings["quick"]) if more else []
     print(show(rows))
     print("\n".join(notes))
@@ -56,37 +54,9 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         if name not in found:
             continue
         rows = [Row(**row) for row in found[name]["rows"]]
-        lines += [f"## {title}", "", *_table(rows), ""]
+        lines += [f"## {title}", "", *markdown(rows), ""]
         lines += [f"- {note}" for note in found[name]["notes"]] + [""]
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    header = "| case | ours | reference | ratio | our peak | its peak | ratio | of the floor | target |"
-    lines = [header, "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        theirs = row.reference or {}
-        cells = [row.case]
-        for figure, form in (("seconds", _seconds), ("bytes", _megabytes)):
-            cells += [form(row.ours.get(figure)), form(theirs.get(figure)), _ratio(row.ratio(figure))]
-        seconds = row.ours.get("seconds")
-        cells.append(f"{seconds / row.floor:.1f} x" if row.floor and seconds else "")
-        cells.append(row.target if row.met is None else f"{row.target}: {'met' if row.met else '**missed**'}")
-        if any(cells[1:]):
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g} s"
-
-
-def _megabytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e6:,.0f} MB"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f} x" if value < 100 else f"{value:,.0f} x"
 
 
 def write(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -144,6 +144,11 @@ def arguments(cases: Mapping[str, Case], description: str) -> argparse.Namespace
     return parser.parse_args()
 
 
+def possible(cases: Mapping[str, Case], device: str, gpu_only: frozenset[str]) -> dict[str, Case]:
+    """The cases that a device can run."""
+    return {case: work for case, work in cases.items() if device.startswith("cuda") or case not in gpu_only}
+
+
 def measure(cases: Mapping[str, Case], settings: dict[str, Any]) -> tuple[list[Row], list[str]]:
     """Measure these cases, with settings as in `Bench`.
 
@@ -179,9 +184,8 @@ def main(
         more_rows: rows that follow from others; called with them and whether the shapes are small.
     """
     options = arguments(cases, description)
-    on_gpu = options.device.startswith("cuda")
-    wanted = [case for case in cases if case in (options.case or cases)]
-    chosen = {case: cases[case] for case in wanted if options.case or on_gpu or case not in gpu_only}
+    wanted = {case: work for case, work in cases.items() if case in (options.case or cases)}
+    chosen = wanted if options.case else possible(wanted, options.device, gpu_only)
     runs = options.runs or (1 if options.quick else 3)
     settings = {"device": options.device, "runs": runs, "quick": options.quick, "threads": options.threads}
     rows, notes = measure(chosen, settings)

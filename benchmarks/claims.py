@@ -155,30 +155,31 @@ class Comparison:
 Verdict = Callable[[Outcomes, bool], str]
 
 
-def _as_good(name: str, other: str) -> Verdict:
-    """Not worse, with the share of the parameters."""
+def _pair(name: str, other: str, said: Callable[[Comparison], str]) -> Verdict:
+    """What is said of two contenders, with their scores and the share of the parameters."""
 
     def verdict(found: Outcomes, higher: bool) -> str:
         if not {name, other} <= found.keys():
             return "not run"
         pair = Comparison(found[name], found[other], higher)
         share = pair.ours.parameters / pair.theirs.parameters
-        close = pair.gain >= -CLOSE * abs(pair.theirs.score)
-        said = "one seed" if not pair.told else "fails" if pair.worse else "holds" if close else "unclear"
-        return f"{said}: {pair} with {share:.2g} of the parameters"
+        return f"{said(pair) if pair.told else 'one seed'}: {pair} with {share:.2g} of the parameters"
 
     return verdict
+
+
+def _as_good(name: str, other: str) -> Verdict:
+    """Not worse beyond the spread, and close."""
+
+    def said(pair: Comparison) -> str:
+        close = pair.gain >= -CLOSE * abs(pair.theirs.score)
+        return "fails" if pair.worse else "holds" if close else "unclear"
+
+    return _pair(name, other, said)
 
 
 def _better(name: str, other: str) -> Verdict:
-    def verdict(found: Outcomes, higher: bool) -> str:
-        if not {name, other} <= found.keys():
-            return "not run"
-        pair = Comparison(found[name], found[other], higher)
-        said = "one seed" if not pair.told else "holds" if pair.better else "fails" if pair.worse else "no difference"
-        return f"{said}: {pair} with {pair.ours.parameters / pair.theirs.parameters:.2g} of the parameters"
-
-    return verdict
+    return _pair(name, other, lambda pair: "holds" if pair.better else "fails" if pair.worse else "no difference")
 
 
 def _as_fast(name: str, other: str) -> Verdict:

@@ -106,6 +106,7 @@ def _rows(bench: Bench, case: str, ours: Any, frozen: Any, plain: Any, judged: b
 
 
 CASES: dict[str, Case] = {"giva-minilm": giva_minilm, "giva-llama": giva_llama, "giva-7b": giva_7b}
+GPU_ONLY = frozenset({"giva-7b"})
 
 if __name__ == "__main__":
-    main(CASES, "Measure the cost of GiVA's start against its references.", gpu_only=frozenset({"giva-7b"}))
+    main(CASES, "Measure the cost of GiVA's start against its references.", gpu_only=GPU_ONLY)

@@ -140,7 +140,7 @@ def smoa(bench: Bench) -> None:
         adapters.append(result.pop("out"))
         return result
 
-    started, loaded = bench.alternating(start, lambda: bench.work("load", model=str(model), adapter=adapters[-1]))
+    started, loaded = bench.alternating(start, lambda: bench.work("loaded", model=str(model), adapter=adapters[-1]))
     bench.row("smoa, K = 2, all linears of MiniLM: init", started)
     bench.row("smoa, K = 2, all linears of MiniLM: load", loaded)
 
@@ -182,10 +182,12 @@ CASES: dict[str, Case] = {
     "frod-7b": frod_7b,
 }
 
+GPU_ONLY = frozenset({"frod-7b"})
+
 if __name__ == "__main__":
     main(
         CASES,
         "Measure the cost of `surgery init` against its references.",
-        gpu_only=frozenset({"frod-7b"}),
+        gpu_only=GPU_ONLY,
         more_rows=frod_growth,
     )

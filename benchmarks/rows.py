@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.process import Measured
 from surgery.reports.tables import table
 
-__all__ = ["Row", "show"]
+__all__ = ["Row", "markdown", "show"]
 
 ABSENT = "-"
 
@@ -51,6 +51,18 @@ class Row:
 
 def show(rows: Sequence[Row]) -> str:
     """The rows that cost something as a table; what a GPU holds has columns of its own where one was used."""
+    header, cells = _cells(rows)
+    return table(header, cells, right=range(1, len(header) - 1))
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The same as lines of Markdown; none where no row costs anything."""
+    header, cells = _cells(rows)
+    lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells]]
+    return lines if cells else []
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     rows = [row for row in rows if {"seconds", "bytes"} & set(row.ours)]
     figures = [("seconds", "", "(s)", _seconds), ("bytes", "peak ", "(MB)", _megabytes)]
     if any("gpu_bytes" in row.ours for row in rows):
@@ -64,7 +76,7 @@ def show(rows: Sequence[Row]) -> str:
         for figure, _, _, form in figures:
             line += [_cell(row.ours, figure, form), _cell(row.reference, figure, form), _ratio(row.ratio(figure))]
         cells.append([*line, _floor(row), _target(row)])
-    return table([*header, "of the floor", "target"], cells, right=range(1, len(header) + 1))
+    return [*header, "of the floor", "target"], cells
 
 
 def _cell(measurement: Measured | None, figure: str, form: Callable[[float], str]) -> str:

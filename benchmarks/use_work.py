@@ -101,9 +101,11 @@ def peft_merge(model: str, adapter: str, out: str, device: str) -> Measured:
 
 
 def _base(model: str, device: str) -> Any:
+    """The model in memory, of the class that its configuration names."""
     import transformers
 
-    return transformers.LlamaForCausalLM.from_pretrained(Path(model)).to(device)
+    config = transformers.AutoConfig.from_pretrained(Path(model))
+    return getattr(transformers, config.architectures[0]).from_pretrained(Path(model)).to(device)
 
 
 def _opened(base: Any, adapter: str, **options: Any) -> Any:

@@ -180,19 +180,6 @@ def adam_factors(model: str, rank: int, targets: list[str], device: str, steps: 
     return {**result, "layers": len(weights), "errors": errors}
 
 
-def load(model: str, adapter: str, device: str) -> Measured:
-    """`PeftModel.from_pretrained` of one of our adapters, on a base model that is loaded."""
-    import peft
-    import transformers
-
-    base = transformers.AutoModel.from_pretrained(model).to(device)
-
-    def work() -> None:
-        peft.PeftModel.from_pretrained(base, adapter)
-
-    return measured(work, device)
-
-
 def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measured:
     """The joint decomposition of every role of a model whose weights are drawn when they are asked for.
 
@@ -244,7 +231,6 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         frod_errors,
         inilora_factors,
         adam_factors,
-        load,
         joint,
         giva_bases,
         frozen_step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -224,8 +223,3 @@ def _truncated(
 
 def _first_guess(dense: torch.Tensor) -> int:
     return max(1, min(dense.shape) // 8)
-
-
-def total_norm(norms: Mapping[str, float]) -> float:
-    """Root of the sum of squares."""
-    return math.sqrt(sum(value**2 for value in norms.values()))

@@ -14,6 +14,7 @@ import torch
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, identity_of
 from surgery.checkpoints.atomic import check_output, resumable_folder
 from surgery.checkpoints.parts import Parts, run_key
+from surgery.checkpoints.places import refuse_inputs
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.conversion_base import Base, DataSettings, Measured
 from surgery.conversion_figures import converted_sites, largest_difference, overall
@@ -350,13 +351,7 @@ def _outputs(adapters: Sequence[Adapter], out: str | Path | None, several: bool)
 def _check_place(out: Path | None, adapter: Adapter, base: str | Path | None, force: bool) -> None:
     if out is None:
         return
-    target = out.resolve()
-    taken = [adapter.folder] if adapter.folder is not None else []
-    if base is not None and Path(base).is_dir():
-        taken.append(Path(base))
-    for folder in (path.resolve() for path in taken):
-        if target == folder or target in folder.parents:
-            raise OutputError(f"{out}: holds the adapter or its base model; choose another output with -o")
+    refuse_inputs(out, adapter.folder, base, called="the adapter or its base model")
     check_output(out, force)
 
 

@@ -20,8 +20,9 @@ from surgery.checkpoints.atomic import check_output
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.live_model import LiveModel
 from surgery.checkpoints.parts import file_identities, run_key
+from surgery.checkpoints.places import refuse_inputs
 from surgery.devices import resolve_device, working_devices
-from surgery.errors import DataError, MethodError, OutputError, TargetError, listing
+from surgery.errors import DataError, MethodError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.methods.base import Method, OwnMethod
 from surgery.methods.giva import GradientSource
@@ -260,7 +261,7 @@ def _from_weights(
             group.wait()
         if sharing.output is not None:
             with sharing.output.writing() as folder:
-                report.bytes = adapter.write(folder, str(out), tensors if streamed else None)
+                adapter.write(folder, str(out), tensors if streamed else None)
     if out is not None:
         report.bytes = (out / WEIGHTS_FILE).stat().st_size
         if streamed:
@@ -371,9 +372,8 @@ def _missing_notes(base: BaseModel, fresh: list[str], carries: bool, reads_weigh
 
 
 def _check_place(out: Path, base: BaseModel, force: bool) -> None:
-    folder, target = base.folder.resolve(), out.resolve()
-    if base.live is None and (target == folder or target in folder.parents):
-        raise OutputError(f"{out}: holds the base model; choose another output with -o")
+    if base.live is None:
+        refuse_inputs(out, base.folder, called="the base model")
     check_output(out, force)
 
 

@@ -13,6 +13,7 @@ from surgery.checkpoints.adapter import Adapter, identity_of
 from surgery.checkpoints.atomic import check_output, resumable_folder
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.parts import file_identities, run_key
+from surgery.checkpoints.places import refuse_inputs
 from surgery.devices import resolve_device
 from surgery.errors import MethodError, OutputError
 from surgery.merge_plan import MergePlan
@@ -104,11 +105,8 @@ def merge(
 
 
 def _check_place(out: Path, base: Path, adapter: Path | None, force: bool) -> None:
-    target = out.resolve()
-    for folder in (path.resolve() for path in (base, adapter) if path is not None):
-        if target == folder or target in folder.parents:
-            raise OutputError(f"{out}: holds the base model or the adapter; choose another output with -o")
-    if base.resolve() in target.parents:
+    refuse_inputs(out, base, adapter, called="the base model or the adapter")
+    if base.resolve() in out.resolve().parents:
         raise OutputError(f"{out}: lies in the base model's folder, which is copied; choose another output with -o")
     check_output(out, force)
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from surgery.checkpoints.atomic_file import flush
 from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
 
@@ -241,11 +242,7 @@ def _lock(folder: Path) -> int:
 
 def _flush(folder: Path) -> None:
     for path in [*sorted(folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
@@ -260,9 +257,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
     else:
         os.rename(partial, target)
     with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(target.parent)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 
-__all__ = ["atomic_file"]
+__all__ = ["atomic_file", "flush"]
 
 
 @contextlib.contextmanager
@@ -27,10 +27,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
     try:
         lock = _locked(partial)
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(target.absolute())
         with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed
-            _flush(target.absolute().parent)
+            flush(target.absolute().parent)
     except BlockingIOError:
         raise OutputError(f"{target}: another run is writing it") from None
     except OSError as error:
@@ -68,7 +68,8 @@ def _remove(partial: Path, lock: int | None) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write what it still holds of a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

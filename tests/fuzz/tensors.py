@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,54 +46,54 @@ def _entry(header: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, A
     return name, header[name]
 
 
-def _dtype(path: Path, rng: random.Random) -> str:
+@contextlib.contextmanager
+def _edited(path: Path, rng: random.Random) -> Iterator[tuple[dict[str, Any], bytes, str, dict[str, Any]]]:
+    """A file's header, the bytes after it, and the name and entry of one of its tensors, written back at the end."""
     header, body = split(path)
-    name, entry = _entry(header, rng)
-    entry["dtype"] = rng.choice(CODES)
+    yield header, body, *_entry(header, rng)
     join(path, header, body)
+
+
+def _dtype(path: Path, rng: random.Random) -> str:
+    with _edited(path, rng) as (_, _, name, entry):
+        entry["dtype"] = rng.choice(CODES)
     return f"{name} has dtype {entry['dtype']!r}"
 
 
 def _shape(path: Path, rng: random.Random) -> str:
-    header, body = split(path)
-    name, entry = _entry(header, rng)
-    old = entry["shape"]
-    entry["shape"] = rng.choice(
-        (
-            [], [0], [-1], old[::-1], [*old, 1], [1, *old], [2**62, 4], [2**32, 2**32], [1e308], "x", None, [True],
-            [1.5], [*old[:-1], 0], [sum(old)], nested(3), [1] * 70, [2**63], [rng.choice(NUMBERS)],
-        )
-    )  # fmt: skip
-    join(path, header, body)
+    with _edited(path, rng) as (_, _, name, entry):
+        old = entry["shape"]
+        entry["shape"] = rng.choice(
+            (
+                [], [0], [-1], old[::-1], [*old, 1], [1, *old], [2**62, 4], [2**32, 2**32], [1e308], "x", None, [True],
+                [1.5], [*old[:-1], 0], [sum(old)], nested(3), [1] * 70, [2**63], [rng.choice(NUMBERS)],
+            )
+        )  # fmt: skip
     return f"{name} has shape {entry['shape']!r:.60}"
 
 
 def _offsets(path: Path, rng: random.Random) -> str:
-    header, body = split(path)
-    name, entry = _entry(header, rng)
-    begin, end = entry["data_offsets"]
-    other = header[_entry(header, rng)[0]]["data_offsets"]
-    entry["data_offsets"] = rng.choice(
-        (
-            [end, begin], [begin + 4, end + 4], [begin, end + 4], [begin, end - 4], other, [0, 2**63], [-4, end],
-            [begin], [], None, "x", [0, len(body)], [begin, begin], [2**64, 2**64 + 4], [begin + 1, end + 1],
-        )
-    )  # fmt: skip
-    join(path, header, body)
+    with _edited(path, rng) as (header, body, name, entry):
+        begin, end = entry["data_offsets"]
+        other = header[_entry(header, rng)[0]]["data_offsets"]
+        entry["data_offsets"] = rng.choice(
+            (
+                [end, begin], [begin + 4, end + 4], [begin, end + 4], [begin, end - 4], other, [0, 2**63], [-4, end],
+                [begin], [], None, "x", [0, len(body)], [begin, begin], [2**64, 2**64 + 4], [begin + 1, end + 1],
+            )
+        )  # fmt: skip
     return f"{name} has offsets {entry['data_offsets']!r}"
 
 
 def _field(path: Path, rng: random.Random) -> str:
-    header, body = split(path)
-    name, entry = _entry(header, rng)
-    key = rng.choice(("dtype", "shape", "data_offsets", "more"))
-    if rng.random() < 0.5:
-        entry.pop(key, None)
-        done = f"{name} without {key}"
-    else:
-        entry[key] = strange(rng)
-        done = f"{name} has {key} {entry[key]!r:.60}"
-    join(path, header, body)
+    with _edited(path, rng) as (_, _, name, entry):
+        key = rng.choice(("dtype", "shape", "data_offsets", "more"))
+        if rng.random() < 0.5:
+            entry.pop(key, None)
+            done = f"{name} without {key}"
+        else:
+            entry[key] = strange(rng)
+            done = f"{name} has {key} {entry[key]!r:.60}"
     return done
 
 
