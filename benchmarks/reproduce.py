@@ -32,7 +32,7 @@ from benchmarks.contenders import CONTENDERS, trained_bytes
 
 STEPS = 150
 FACTOR = 3.0  # between the rates of a sweep
-WIDEST = 4  # rates tried at most
+WIDEST = 6  # rates tried at most
 SWEEP_SEED = 100  # its order and start are of no run that counts
 END = 5  # the last fifth of the steps is what a loss at the end is the mean of
 WARM = 3  # steps whose time does not count
@@ -128,7 +128,7 @@ class Runs:
         return result
 
     def best_rate(self, contender: str, steps: int) -> float:
-        """The rate with the lowest loss at the end of short runs."""
+        """The rate with the lowest loss at the end of runs whose seed does not count."""
         middle = CONTENDERS[contender].rate
 
         def loss(power: int) -> float:
@@ -154,13 +154,13 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=list(CONTENDERS), help="only this one; repeatable")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of a run that counts (default: {STEPS})")
-    parser.add_argument("--sweep-steps", type=int, help="of a run that finds the rate (default: a third)")
+    parser.add_argument("--sweep-steps", type=int, help="of a run that finds the rate (default: as many)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables there and plots beside it")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sweep = options.sweep_steps or max(options.steps // 3, 1)
+    sweep = options.sweep_steps or options.steps  # short ones favour rates that a longer run does not bear
     results: list[Result] = []
     for name in options.task or TASKS:
         runs = Runs(TASKS[name](options.folder), options.folder)
@@ -170,8 +170,10 @@ def main() -> None:
                     continue  # no new head that could be warmed up
                 runs.run(contender, seed, runs.best_rate(contender, sweep), options.steps)
         counted = [run for run in runs.found if run["seed"] < SWEEP_SEED]
-        # Of runs of several lengths in the folder the latest counts.
-        results += [run for run in counted if run["steps"] == counted[-1]["steps"]]
+        # Of runs of several lengths in the folder the latest counts, and of several rates of one method the latest.
+        counted = [run for run in counted if run["steps"] == counted[-1]["steps"]]
+        rates = {run["contender"]: run["rate"] for run in counted}
+        results += [run for run in counted if run["rate"] == rates[run["contender"]]]
     if options.report:
         write_report(results, options.report)
 

@@ -7,12 +7,15 @@ the same formula.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from surgery.linalg.sparse import Pattern, sampled_outer, sparse_product
 
 __all__ = ["Delta", "Hadamard", "InputMap", "LowRank", "Sum"]
 
@@ -29,6 +32,10 @@ class Delta(ABC):
     @abstractmethod
     def dense(self) -> torch.Tensor:
         """`dW` itself, `(out, in)`."""
+
+    def adapted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """`x (W + dW)^T + bias` in fewer products than base and change apart; None where there is no such form."""
+        return None
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(B, A)` with `dW = B A` exactly, `B (out, k)` and `A (k, in)`; None where no thin factors exist."""
@@ -128,21 +135,13 @@ class Hadamard(Delta):
         self.shape = (int(whole.shape[0]), int(whole.shape[1]))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.dense())
-        # The product is as large as the weight: rebuilt in the backward pass instead of kept for every layer.
-        flat = [tensor for pair in self.pairs for tensor in pair]
-        result: torch.Tensor = checkpoint(self._apply, x, *flat, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return _product(x, self.dense)
+
+    def adapted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _product(x, lambda: self.whole + self.dense(), bias)
 
     def dense(self) -> torch.Tensor:
-        return self._dense(self.pairs)
-
-    def _apply(self, x: torch.Tensor, *flat: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._dense(list(zip(flat[::2], flat[1::2], strict=True))))
-
-    def _dense(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        *products, last = [B @ A for B, A in pairs]
+        *products, last = [B @ A for B, A in self.pairs]
         # sum_{k<K} M_k * P_k + (W - sum_{k<K} M_k) * P_K, with the masks' common factor taken out
         total = self.whole * last
         for mask, product in zip(self.top, products, strict=True):
@@ -151,19 +150,21 @@ class Hadamard(Delta):
 
 
 class InputMap(Delta):
-    """`W T` with `T = P diag(g) (diag(c) + S) Q`: a change that acts on the layer's input.
+    """`W T` with `T = P K Q`, `K = diag(g) (diag(c) + S)`: a change that acts on the layer's input.
 
     `W x + dW x = W (x + T x)`, so a layer that has `W` needs no copy of it. FRoD's `U (diag(l) + S) V^T - W` is of
-    this form, with `Q = V^T`, `P = V^-T`, `g = 1 / l0` and `c = l - l0`.
+    this form, with `Q = V^T`, `P = V^-T`, `g = 1 / l0` and `c = l - l0`. As `P Q = I`, with `W P` at hand
+    `W x + dW x = W P (I + K) Q x` costs no more than two products.
 
     Args:
         weight: `W (out, in)`, or None where only `input_shift` is wanted.
         P: `(in, in)`.
-        gain: `(in,)`.
-        diagonal: `(in,)`.
-        values: nonzeros of `S`, `(nnz,)`.
-        positions: their places `row * in + column`, int64 `(nnz,)`.
+        gain: `g (in,)`.
+        diagonal: `c (in,)`.
+        values: entries of `S`, `(nnz,)`, row by row.
+        pattern: where these entries are.
         Q_transposed: `Q^T (in, in)`.
+        left: `W P (out, in)`, for `adapted`.
     """
 
     def __init__(
@@ -173,30 +174,44 @@ class InputMap(Delta):
         gain: torch.Tensor,
         diagonal: torch.Tensor,
         values: torch.Tensor,
-        positions: torch.Tensor,
+        pattern: Pattern,
         Q_transposed: torch.Tensor,
+        left: torch.Tensor | None = None,
     ) -> None:
-        self.weight, self.P, self.gain, self.diagonal = weight, P, gain, diagonal
-        self.values, self.positions, self.Q_transposed = values, positions, Q_transposed
+        self.weight, self.P, self.gain, self.diagonal, self.left = weight, P, gain, diagonal, left
+        self.values, self.pattern, self.Q_transposed = values, pattern, Q_transposed
         size = P.shape[0]
         self.shape = (weight.shape[0] if weight is not None else size, size)
 
     def input_shift(self, x: torch.Tensor) -> torch.Tensor:
         """`T x`: `(..., in)` to `(..., in)`."""
-        z = x @ self.Q_transposed
-        mixed = z * self.diagonal
-        if self.values.numel():
-            mixed = mixed + _ScatteredLinear.apply(z, self.values, self.positions)
-        return F.linear(mixed * self.gain, self.P)
+        return F.linear(self._mixed(self._turned(x)).T, self.P).reshape(x.shape)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.input_shift(x), self._weight())
 
     def dense(self) -> torch.Tensor:
-        size = self.P.shape[0]
-        middle = torch.diag(self.diagonal).flatten()
-        middle = middle.scatter_add(0, self.positions, self.values).reshape(size, size)
-        return ((self._weight() @ self.P) * self.gain) @ middle @ self.Q_transposed.T
+        left = self._weight() @ self.P if self.left is None else self.left
+        return left @ self._mixed(self.Q_transposed.T)
+
+    def adapted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        if self.left is None:
+            return None
+        (rows, size), tokens = self.shape, x.numel() // x.shape[-1]
+        # Forward and backward products: with the factors, or with W + dW, formed twice and its gradient reduced once.
+        if 2 * tokens * size * (size + rows) > 3 * tokens * size * rows + 3 * rows * size**2:
+            return _product(x, lambda: self._weight() + self.dense(), bias)
+        z = self._turned(x)
+        return F.linear((z + self._mixed(z)).T, self.left, bias).reshape(*x.shape[:-1], rows)
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        """`Q x`, a column for each token."""
+        return self.Q_transposed.T @ x.reshape(-1, x.shape[-1]).T
+
+    def _mixed(self, z: torch.Tensor) -> torch.Tensor:
+        """`K z`."""
+        mixed: torch.Tensor = _Mixed.apply(z, self.gain, self.diagonal, self.values, *self.pattern)
+        return mixed
 
     def _weight(self) -> torch.Tensor:
         if self.weight is None:
@@ -204,31 +219,43 @@ class InputMap(Delta):
         return self.weight
 
 
-class _ScatteredLinear(torch.autograd.Function):
-    """`x S^T` for a sparse square `S`, through a dense matrix that lives only inside each call.
-
-    A dense product is faster than a sparse one at these densities; keeping the dense matrix for the backward pass
-    would cost as much memory as the layer's weight, so it is scattered again there.
-    """
+class _Mixed(torch.autograd.Function):
+    """`diag(g) (diag(c) + S) z`, differentiable in z, c and the entries of S."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, values, positions)
-        return F.linear(x, _scattered(values, positions, x.shape[-1], x.dtype))
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        gain: torch.Tensor,
+        diagonal: torch.Tensor,
+        values: torch.Tensor,
+        starts: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z, gain, diagonal, values, starts, columns)
+        mixed = sparse_product(Pattern(starts, columns), values, z)
+        return mixed.addcmul_(z, diagonal[:, None].to(z.dtype)).mul_(gain[:, None].to(z.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, values, positions = ctx.saved_tensors
-        size = x.shape[-1]
-        grad_x = grad_values = None
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, gain, diagonal, values, *places = ctx.saved_tensors
+        pattern = Pattern(*places)
+        scaled = grad.to(z.dtype) * gain[:, None].to(z.dtype)
+        grad_z = grad_diagonal = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.to(x.dtype) @ _scattered(values, positions, size, x.dtype)
-        if ctx.needs_input_grad[1]:
-            outer = grad.reshape(-1, size).T.to(x.dtype) @ x.reshape(-1, size)  # (in, in)
-            grad_values = outer.flatten()[positions].to(values.dtype)
-        return grad_x, grad_values, None
+            grad_z = sparse_product(pattern, values, scaled, transposed=True)
+            grad_z = grad_z.addcmul_(scaled, diagonal[:, None].to(z.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_diagonal = (scaled * z).sum(1).to(diagonal.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_values = sampled_outer(pattern, scaled, z).to(values.dtype)
+        return grad_z, None, grad_diagonal, grad_values, None, None
 
 
-def _scattered(values: torch.Tensor, positions: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    dense = torch.zeros(size * size, dtype=dtype, device=values.device)
-    return dense.scatter_(0, positions, values.to(dtype)).reshape(size, size)
+def _product(x: torch.Tensor, whole: Callable[[], torch.Tensor], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x whole()^T + bias`, where the matrix is as large as the weight: rebuilt in the backward pass, not kept."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, whole(), bias)
+    result: torch.Tensor = checkpoint(lambda: F.linear(x, whole(), bias), use_reentrant=False, preserve_rng_state=False)
+    return result

@@ -279,6 +279,10 @@ class OwnMethod(Method):
         """What a site computes from its stored tensors and its weight, on load."""
         return {}
 
+    def held(self, config: Any, tensors: Tensors, weight: torch.Tensor) -> Tensors:
+        """What a site holds while it is trained, for the `adapted` of its change: from all its tensors and weight."""
+        return {}
+
     @abstractmethod
     def trainables(self, config: Any, site: Site, frozen: Tensors) -> Tensors:
         """The trainable tensors at the start, where the weight change is zero."""

@@ -5,8 +5,9 @@ The layers of one role share the right basis V; `W = U diag(l0) V^T` with unit c
 
     dW = W T,   T = V^-T diag(1 / l0) (diag(l - l0) + S) V^T,
 
-so the adapted layer computes `W (x + T x)`. No U is stored, computed or held in memory, the start is exactly the
-base in every dtype, and U always belongs to the V in use: a file cannot be opened with a U that does not fit.
+so the adapted layer computes `W (x + T x)`. No U is stored, the start is exactly the base in every dtype, and U
+always belongs to the V in use: a file cannot be opened with a U that does not fit. Training in float32 holds `W V^-T`
+of every layer, a copy of the adapted weights, and computes `W V^-T (I + diag(1 / l0) (diag(l - l0) + S)) V^T x`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from surgery.errors import AdapterError, MethodError
 from surgery.linalg.delta import Delta, InputMap
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
+from surgery.linalg.sparse import Pattern
 from surgery.methods.base import Bases, OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
 from surgery.sites import Site
 
 DEFAULT_SPARSE_RATE = 0.01
 ROUNDING = 1e-5
+LEFT = "WP"  # W V^-T, what training holds of each layer
 FALLBACKS = {
     "single matrix": "one layer alone has nothing to share; its basis is its own right singular basis",
     "few rows": "all layers together have fewer rows than columns; the basis is their right singular basis",
@@ -66,7 +69,9 @@ class FRoD(OwnMethod):
         Spec("V", Role.BASE, shared=True),
         Spec("positions", Role.BASE, shared=True),
         Spec("P", Role.DERIVED, shared=True),
-        Spec("places", Role.DERIVED, shared=True),
+        Spec("starts", Role.DERIVED, shared=True),
+        Spec("columns", Role.DERIVED, shared=True),
+        Spec("order", Role.DERIVED, shared=True),
     )
 
     def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> FrodPortableConfig:
@@ -111,7 +116,7 @@ class FRoD(OwnMethod):
             "V": joint.V.to(torch.float32),
             "P": joint.inverse_transposed.to(torch.float32),
             "positions": narrow_positions(positions, size),
-            "places": positions,
+            **_compressed(positions, size),
         }
         notes = [f"{sites[0].role}: {FALLBACKS[joint.fallback]}"] if joint.fallback else []
         return Bases(shared, [{} for _ in sites], notes)
@@ -134,8 +139,10 @@ class FRoD(OwnMethod):
         places = positions.to(torch.int64)
         if not V.is_meta and places.numel() and not bool(((places >= 0) & (places < size * size)).all()):
             raise AdapterError(f"frod_portable_positions has places outside of a matrix of {size} x {size}")
+        if not V.is_meta and places.unique().numel() < places.numel():
+            raise AdapterError("frod_portable_positions names a place twice")
         try:
-            return {"P": right_inverse_transposed(V), "places": places}
+            return {"P": right_inverse_transposed(V), **_compressed(places, size)}
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise AdapterError("frod_portable_V has no inverse: the file is broken") from None
 
@@ -144,11 +151,25 @@ class FRoD(OwnMethod):
     ) -> Delta:
         l0 = tensors["l0"]
         gain = torch.where(l0 > 0, 1.0 / torch.where(l0 > 0, l0, 1.0), 0.0).to(l0.dtype)
-        diagonal = tensors["l"] - l0
-        return InputMap(weight, tensors["P"], gain, diagonal, tensors["s"], tensors["places"], tensors["V"])
+        diagonal, values = tensors["l"] - l0, tensors["s"][tensors["order"]]
+        pattern = Pattern(tensors["starts"], tensors["columns"])
+        return InputMap(weight, tensors["P"], gain, diagonal, values, pattern, tensors["V"], tensors.get(LEFT))
+
+    def held(self, config: FrodPortableConfig, tensors: Tensors, weight: torch.Tensor) -> Tensors:
+        left = weight @ tensors["P"]
+        error = torch.linalg.matrix_norm(left @ tensors["V"].T - weight) / torch.linalg.matrix_norm(weight)
+        # A basis too ill-conditioned would train at another base than the one it is used with.
+        return {LEFT: left} if bool(error <= ROUNDING) else {}
 
     def needs_base(self, config: FrodPortableConfig) -> bool:
         return True
+
+
+def _compressed(places: torch.Tensor, size: int) -> Tensors:
+    """The places of S as compressed rows, and the order that sorts its values into them."""
+    ascending, order = torch.sort(places)
+    pattern = Pattern.of(ascending, size)
+    return {"starts": pattern.starts, "columns": pattern.columns, "order": order}
 
 
 def narrow_positions(positions: torch.Tensor, size: int) -> torch.Tensor:

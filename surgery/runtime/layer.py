@@ -9,6 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from surgery.errors import AdapterError
 from surgery.linalg.delta import Delta, InputMap
@@ -23,7 +24,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """A linear layer with any number of adapters of one method.
 
     It computes `base(x + sum_a T_a x) + sum_a dW_a x`: an adapter acts on the layer's input or adds to its output,
-    as its method's `Delta` says.
+    as its method's `Delta` says. In training, where one adapter is active and its method can, base and change are one
+    product.
     """
 
     def __init__(self, base_layer: nn.Module, method: OwnMethod, site: Site) -> None:
@@ -45,6 +47,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._weight_before_merge: torch.Tensor | None = None
+        self._held: dict[str, tuple[list[tuple[int, int]], Tensors]] = {}
         self._copies: dict[tuple[str, str, torch.device], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     @property
@@ -145,11 +148,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self._active() if name in self.attachments]
+        if len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x):
+            adapted = self._delta_in_training(names[0]).adapted(x, self.linear.bias)
+            if adapted is not None:
+                return adapted
         shift: torch.Tensor | None = None
         added: torch.Tensor | None = None
-        for name in self._active():
-            if name not in self.attachments:
-                continue
+        for name in names:
             delta = self.delta(name)
             h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
             if isinstance(delta, InputMap):
@@ -160,6 +166,46 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 added = part if added is None else added + part
         result = self.base_layer(x if shift is None else x + shift.to(x.dtype), *args, **kwargs)
         return result if added is None else result + added.to(result.dtype)
+
+    def _trains_as_one(self, name: str, x: torch.Tensor) -> bool:
+        """Whether base and adapter may be computed together: a plain frozen linear in training, one dtype throughout.
+
+        Half precision keeps them apart, so that rounding leaves the base's own output as it is.
+        """
+        linear = self.base_layer
+        if not self.training or type(linear) not in {nn.Linear, Conv1D} or self.is_quantized:
+            return False
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+        hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+        return (
+            not weight.requires_grad
+            and not hooked
+            and weight.dtype in {torch.float32, torch.float64}
+            and x.dtype == self._dtype(name) == weight.dtype
+            and x.device == weight.device
+            and not torch.is_autocast_enabled(x.device.type)
+            and isinstance(self.adapter_dropout[name], nn.Identity)
+        )
+
+    def _delta_in_training(self, name: str) -> Delta:
+        """The weight change with what the method holds in training, computed anew when what it comes from changes."""
+        attachment = self.attachments[name]
+        tensors = attachment.tensors(self.site)
+        weight = self.pristine_weight()
+        frozen = self.method.names(Role.KEPT, Role.BASE, Role.DERIVED)
+        sources = [(t.data_ptr(), t._version) for t in (weight, *(tensors[n] for n in frozen if n in tensors))]
+        if name not in self._held or self._held[name][0] != sources:
+            with torch.no_grad():
+                self._held[name] = sources, self.method.held(attachment.config, tensors, weight)
+        needed = weight if self._needs_weight(attachment) else None
+        return self.method.delta(attachment.config, {**tensors, **self._held[name][1]}, needed, self.site.module)
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Training or evaluation; evaluation holds nothing for training."""
+        if not mode:
+            self._held.clear()
+        super().train(mode)
+        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weight changes to the base weight, keeping what `unmerge` puts back.
@@ -198,6 +244,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Delete an adapter, and the copies made of what it shares."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self._copies = {key: value for key, value in self._copies.items() if key[0] != adapter_name}
+        self._held.pop(adapter_name, None)
 
     def unmerge(self) -> None:
         """Put the base weight back as it was, to the last bit."""

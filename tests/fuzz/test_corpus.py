@@ -164,6 +164,7 @@ CASES = [
     ),
     case("base-of-whole-numbers", "inilora", MERGE, each("_B0", lambda t: t.to(torch.int8)), "B0 is torch.int8"),
     case("complex-numbers", "frod", MERGE, each("_l", lambda t: t.to(torch.complex64)), "complex numbers"),
+    case("places-twice", "frod", MERGE, each("_positions", lambda t: t[:1].expand(t.shape)), "names a place twice"),
     case("places-outside", "frod", MERGE, each("_positions", lambda t: t - 10**6), "places outside of a matrix"),
     case("basis-without-inverse", "frod", MERGE, each("_V", torch.zeros_like), "has no inverse"),
     case("basis-that-is-no-square", "frod", MERGE, each("_V", lambda t: t[:-1]), "frod_portable_V"),

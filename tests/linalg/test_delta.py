@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from surgery.linalg.delta import Delta, Hadamard, InputMap, LowRank, Sum
+from surgery.linalg.sparse import Pattern
 
 OUT, IN = 7, 5
 
@@ -25,8 +26,8 @@ def hadamard() -> Hadamard:
 
 
 def input_map() -> InputMap:
-    positions = torch.tensor([1, 8, 14, 20])
-    return InputMap(draw(OUT, IN), draw(IN, IN), draw(IN), draw(IN, seed=1), draw(4), positions, draw(IN, IN, seed=1))
+    pattern = Pattern.of(torch.tensor([1, 8, 14, 20]), IN)
+    return InputMap(draw(OUT, IN), draw(IN, IN), draw(IN), draw(IN, seed=1), draw(4), pattern, draw(IN, IN, seed=1))
 
 
 def difference() -> Delta:
@@ -45,7 +46,7 @@ def test_dense_forms_follow_the_definitions() -> None:
     assert torch.allclose(h.dense(), naive)
     m = input_map()
     S = torch.zeros(IN * IN, dtype=torch.float64)
-    S[m.positions] = m.values
+    S[[1, 8, 14, 20]] = m.values
     middle = torch.diag(m.diagonal) + S.reshape(IN, IN)
     assert torch.allclose(m.dense(), m.weight @ m.P @ torch.diag(m.gain) @ middle @ m.Q_transposed.T)
 
@@ -108,8 +109,45 @@ def test_shapes_must_match() -> None:
 
 def test_an_input_map_without_weight_only_shifts() -> None:
     full = input_map()
-    bare = InputMap(None, full.P, full.gain, full.diagonal, full.values, full.positions, full.Q_transposed)
+    bare = InputMap(None, full.P, full.gain, full.diagonal, full.values, full.pattern, full.Q_transposed)
     x = draw(2, IN)
     assert torch.equal(bare.input_shift(x), full.input_shift(x))
     with pytest.raises(ValueError, match="weight"):
         bare.apply(x)
+
+
+def with_left() -> InputMap:
+    """`P` the inverse of `Q`, as `adapted` presumes, and `W P` at hand."""
+    m, weight = input_map(), draw(OUT, IN)
+    P = torch.linalg.inv(m.Q_transposed.T)
+    return InputMap(weight, P, m.gain, m.diagonal, m.values, m.pattern, m.Q_transposed, weight @ P)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 400])  # by factors, and by the whole matrix
+@pytest.mark.parametrize("make", [with_left, hadamard])
+@pytest.mark.parametrize("biased", [True, False])
+def test_base_and_change_in_one_product(make, tokens: int, biased: bool) -> None:
+    grads = []
+    bias = draw(OUT) if biased else None
+    for one in (True, False):
+        delta = make()
+        weight = delta.whole if isinstance(delta, Hadamard) else delta.weight
+        trained = [t for p in delta.pairs for t in p] if isinstance(delta, Hadamard) else [delta.diagonal, delta.values]
+        x = draw(2, tokens, IN).requires_grad_()
+        leaves = [x, *(t.requires_grad_() for t in trained)]
+        plain = torch.nn.functional.linear(x, weight + delta.dense(), bias)
+        y = delta.adapted(x, bias) if one else plain
+        assert y.shape == (2, tokens, OUT)
+        assert torch.allclose(y, plain)
+        with torch.no_grad():
+            assert torch.allclose(delta.adapted(x, bias), plain)
+        (y * draw(2, tokens, OUT)).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for found, expected in zip(*grads, strict=True):
+        assert torch.allclose(found, expected)
+
+
+def test_what_has_no_form_in_one_product_says_so() -> None:
+    x = draw(4, IN)
+    assert low_rank().adapted(x) is None
+    assert input_map().adapted(x) is None  # without W P

@@ -12,6 +12,7 @@ from peft.helpers import rescale_adapter_scale  # noqa: F401 - imports with our 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
+from surgery.linalg.delta import Hadamard, InputMap
 from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.inilora import IniloraConfig
 from surgery.methods.smoa import SmoaConfig
@@ -441,3 +442,101 @@ def test_a_quantised_base_serves_what_reads_no_weights(model_folder) -> None:
                 get_peft_model(base, config)
         else:
             assert relative_difference(run(get_peft_model(base, config)), run(load_base(model_folder("llama")))) < 1e-6
+
+
+def gradients(model, kind: str) -> dict[str, torch.Tensor]:
+    """Of a loss that every output takes part in, with the model as it is."""
+    model.zero_grad()
+    out = model(**model_inputs(kind)).logits
+    (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def layers(model) -> list[AdapterLayer]:
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """The layers that computed base and change together."""
+    used = []
+    for kind in (InputMap, Hadamard):
+        original = kind.adapted
+
+        def spied(self, x, bias=None, original=original):
+            result = original(self, x, bias)
+            used.append(result is not None)
+            return result
+
+        monkeypatch.setattr(kind, "adapted", spied)
+    return used
+
+
+@pytest.mark.parametrize("method", ["frod", "smoa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_in_one_product_is_training_apart(method, kind, model_folder, together, monkeypatch) -> None:
+    model = get_peft_model(load_base(model_folder(kind)), config_for(method, kind))
+    train_a_little(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    apart = run(model.eval(), kind)
+    assert not together
+    one = gradients(model.train(), kind)
+    assert len(together) == len(layers(model)) and all(together)
+    assert relative_difference(run(model, kind), apart) < 1e-5
+    monkeypatch.setattr(AdapterLayer, "_trains_as_one", lambda *_: False)
+    expected = gradients(model, kind)
+    assert one.keys() == expected.keys() and one
+    for name, gradient in expected.items():
+        assert relative_difference(one[name], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("method", ["frod", "smoa"])
+@pytest.mark.parametrize("why", ["two", "dropout", "trained base", "hook", "autocast", "bfloat16"])
+def test_computed_apart_where_one_product_would_be_another(method, why, model_folder, together) -> None:
+    base = load_base(model_folder("llama"))
+    model = get_peft_model(base, config_for(method, **({"dropout": 0.5} if why == "dropout" else {}))).train()
+    if why == "two":
+        model.add_adapter("second", config_for(method))
+        model.base_model.set_adapter(["default", "second"])
+    for layer in layers(model):
+        if why == "trained base":
+            layer.base_layer.weight.requires_grad_(True)
+        if why == "hook":
+            layer.base_layer.register_forward_hook(lambda *_: None)
+    if why == "bfloat16":
+        model.base_model.model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        run(model)
+    assert not together
+
+
+def test_what_training_holds_follows_its_sources_and_is_given_back(model_folder, together) -> None:
+    model = get_peft_model(load_base(model_folder("llama")), config_for("frod")).train()
+    run(model)
+    first = layers(model)[0]
+    assert all(together) and all(layer._held for layer in layers(model))
+    before = first._held["default"][1]["WP"]
+    run(model)
+    assert first._held["default"][1]["WP"] is before
+    first.base_layer.weight.data = 2 * first.base_layer.weight.data
+    run(model)
+    assert torch.allclose(first._held["default"][1]["WP"], 2 * before)
+    model.eval()
+    assert not any(layer._held for layer in layers(model))
+
+
+def test_a_basis_too_ill_conditioned_is_not_trained_with(model_folder, together) -> None:
+    """`W V^-T V^T` is not W to rounding: the change is computed on the layer's input, as in evaluation."""
+    model = get_peft_model(load_base(model_folder("llama")), config_for("frod")).eval()
+    for layer in layers(model):
+        if "default" in layer.frod_portable_V:
+            V = layer.frod_portable_V["default"]
+            left, _, right = torch.linalg.svd(V)
+            V.copy_(left @ torch.diag(torch.logspace(0, -6, len(V))) @ right)
+        layer.attachments["default"].invalidate()
+    apart = run(model)
+    found = run(model.train())
+    assert together and not any(together)
+    assert torch.equal(found, apart)
