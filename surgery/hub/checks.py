@@ -18,6 +18,7 @@ from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed
+from surgery.checkpoints.patterns import check_patterns
 from surgery.checkpoints.rewriting import DTYPES, Tensor, file_bytes, read_header
 from surgery.checkpoints.tensor_files import read_tensor
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
@@ -243,6 +244,7 @@ def _check_targets(
     kind = str(config["peft_type"])
     if not changed and _prefix(kind):
         raise AdapterError(f"{folder / WEIGHTS_FILE}: changes no layer: none of its tensors is {kind}'s")
+    check_patterns(folder, config, changed)
     lost = [module for module in changed if not _is_target(module, config)]
     if lost:
         raise AdapterError(

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.patterns import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
 from surgery.merged_config import with_labels
 from surgery.sites import Site, linear_sites, target_modules
@@ -83,6 +84,7 @@ def load(
 
 def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> PeftModel:
     """PEFT's loading, but what it reports in many lines, or not at all, is an error."""
+    check_patterns(folder, adapter.config, [name for name, _ in model.named_modules()])
     try:
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except SurgeryError:
