@@ -89,7 +89,9 @@ def test_stock_peft_says_what_the_lora_says(kind: str, model_folder, tmp_path: P
 
 
 def test_the_file_is_as_peft_writes_it(lora: Path, llama: Path, tmp_path: Path) -> None:
-    surgery.convert(lora, "vera", tmp_path / "out", energy=1.0)
+    _, report = surgery.convert(lora, "vera", tmp_path / "out", energy=1.0)
+    vectors = {name: t for name, t in load_file(tmp_path / "out" / WEIGHTS).items() if "lambda" in name}
+    assert report.trainable_parameters == sum(tensor.numel() for tensor in vectors.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of keys that PEFT does not know
         model = PeftModel.from_pretrained(load_base(llama), tmp_path / "out")

@@ -98,6 +98,17 @@ def test_regenerated_variants_depend_on_the_seed_not_the_base(model_folder, tmp_
     PeftModel.from_pretrained(load_base(other), tmp_path / "out")
 
 
+def test_only_what_is_computed_again_from_weights_depends_on_them(llama: Path) -> None:
+    for method, store_bases, depends in (
+        ("inilora", False, True),
+        ("inilora", True, False),
+        ("inilora-alpha", False, False),
+        ("inilora-beta", True, False),
+    ):
+        adapter, _ = surgery.init(llama, method, rank=2, target=["q_proj"], store_bases=store_bases)
+        assert bool(adapter.config["base_fingerprint"]) == depends, (method, store_bases)
+
+
 def test_bad_configurations() -> None:
     for settings, words in (
         ({"r": 0}, "rank"),

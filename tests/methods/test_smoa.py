@@ -67,6 +67,15 @@ def test_trainable_count_is_that_of_a_lora_and_the_change_is_not_low_rank(llama:
     assert int(torch.linalg.matrix_rank(layer.get_delta_weight("default"))) > 4
 
 
+def test_the_start_is_as_wide_as_a_linear_layers_own(llama: Path) -> None:
+    """A uniform in +-1 / sqrt(in), B zero."""
+    adapter, _ = surgery.init(llama, "smoa", rank=16, target=["q_proj", "down_proj"])
+    for tensors in adapter.modules.values():
+        A, bound = tensors["smoa_A"], tensors["smoa_A"].shape[1] ** -0.5
+        assert 0.95 * bound < float(A.abs().max()) <= bound and not tensors["smoa_B"].any()
+        assert float(A.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 def test_split_rank() -> None:
     assert split_rank(7, 3) == [3, 2, 2]
     assert split_rank(32, 2) == [16, 16]
