@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,18 @@ START, STOP = "<!-- figures -->", "<!-- end of figures -->"
 REFERENCE = "lora-8"  # whose training loss is what the others' steps are counted to
 MEANT = 2.0  # standard errors that make a difference
 CLOSE = 0.02  # of the score: as good, unless seeds say worse
+# Of the methods, distinct with every kind of colour vision (Okabe and Ito); within a method shapes differ.
+COLOURS = {
+    "head": "#999999",
+    "full": "#000000",
+    "lora": "#0072B2",
+    "vera": "#E69F00",
+    "giva": "#009E73",
+    "inilora": "#CC79A7",
+    "frod": "#D55E00",
+    "smoa": "#56B4E9",
+}
+SHAPES = (("o", "-"), ("s", "--"), ("^", ":"))
 WINDOW = 10  # steps over which a training loss is averaged
 
 
@@ -260,19 +273,24 @@ def _plot(found: Outcomes, score: str, title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for index, (name, one) in enumerate(found.items()):
-        colour, marker = colours[index % 20], "os^Dv<>phX*dP8H"[index]
-        label = CONTENDERS[name].title
-        left.errorbar(one.parameters, one.score, yerr=one.spread, color=colour, marker=marker, capsize=3, label=label)
-        right.plot(range(1, len(one.curve) + 1), one.curve, color=colour, label=label, linewidth=1.5)
+    drawn: Counter[str] = Counter()
+    for name, one in found.items():
+        family = name.partition("-")[0]
+        marker, style = SHAPES[drawn[family]]
+        drawn[family] += 1
+        look = {"color": COLOURS[family], "label": CONTENDERS[name].title}
+        left.errorbar(one.parameters, one.score, yerr=one.spread, marker=marker, linestyle="", capsize=3, **look)
+        right.plot(range(1, len(one.curve) + 1), one.curve, linestyle=style, linewidth=1.5, marker=marker, **look,
+                   markevery=max(len(one.curve) // 6, 1), markersize=4)  # fmt: skip
     left.set(xscale="log", xlabel="trained parameters", ylabel=f"{score}, mean and spread over seeds")
     right.set(xlabel="step", ylabel=f"training loss, mean of {WINDOW} steps")
     if score == "perplexity":
         left.set_yscale("log")
+        for formatted in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            formatted("{x:g}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
