@@ -24,7 +24,7 @@ RATIOS = (80, 40, 20, 10)
 def three_loras(folder: Path, data: Path) -> Path:
     """Adapters of three tenants."""
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for place, (name, steps, rank) in enumerate((("ada", 40, 8), ("ben", 20, 8), ("cleo", 20, 16))):
+    for place, (name, steps, rank) in enumerate((("ada", 24, 8), ("ben", 12, 8), ("cleo", 12, 16))):
         if not (folder / name).exists():
             train_lora(data / "model", rows[600 * place :], folder / name, steps, rank)
     return folder
@@ -67,7 +67,7 @@ def main() -> None:
         parser.error("LORAS needs --base and --data")
     arguments.out.mkdir(parents=True, exist_ok=True)
     # Gathered for the first adapter, read for all others.
-    calibration = {"base": arguments.base, "data": arguments.data, "samples": 256, "max_length": 64,
+    calibration = {"base": arguments.base, "data": arguments.data, "samples": 128, "max_length": 48,
                    "stats": arguments.out / "base.stats"}  # fmt: skip
     rows = []
     for lora in sorted(path.parent for path in arguments.loras.glob("*/adapter_config.json")):
