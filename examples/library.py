@@ -43,10 +43,6 @@ original = surgery.Adapter.open(lora)
 curves: dict[str, list[tuple[float, float]]] = {"without data": [], "with data": []}
 # Few texts, and short ones, so that this takes a minute: for numbers to trust leave the last two out.
 few = {"base": model, "samples": 128, "max_length": 48}
-    "base": model,
-    "samples": 128,
-    "max_length": 48,
-}  # so that this takes a minute; leave it out for numbers to trust
 statistics = {**few, "data": data / "texts.jsonl", "stats": out / "model.stats"}
 smallest = original
 for ratio in (10, 20, 40):
