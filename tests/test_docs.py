@@ -58,6 +58,14 @@ def test_every_command_option_method_and_call_is_documented() -> None:
     assert calls <= documented, calls - documented
 
 
+def test_help_fits_80_columns() -> None:
+    reference = (DOCS / "cli.md").read_text()
+    helps = [block.text for block in blocks(reference) if block.text.startswith("Usage: ")]
+    assert len(helps) == len(COMMANDS) + 1
+    assert not [line for text in helps for line in text.splitlines() if len(line) > 80]
+    assert "..." not in helps[0].partition("Commands:")[2]  # a sentence that is cut short
+
+
 def test_api_page_names_what_is_there() -> None:
     for path in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE):
         module, _, name = path.rpartition(".")

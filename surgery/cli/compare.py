@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
@@ -52,9 +51,7 @@ NOT_FASTER = (
     help="Do not time forward passes of the base, of A and of B.",
 )
 @click.option("--plot", metavar="FILE.png", help="Draw a heat map, layers by roles (.png, .svg or .pdf).")
-@click.option(
-    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: config.json's]"
-)
+@task_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the loaded model.  [default: float32]"
@@ -72,8 +69,8 @@ def command(a: str, b: str, as_json: bool, quiet: bool, verbose: bool, **options
 
     \b
     Examples:
-      surgery compare lora/ small/
-      surgery compare lora/ small/ --base model/ --data test.jsonl --plot errors.png
+      surgery compare lora/ small/ --base model/ --data test.jsonl
+      surgery compare lora/ small/ --plot errors.png
     """
     if options["data"] is None:
         idle = [flag for name, flag in DATA_FLAGS.items() if options[name] is not None]

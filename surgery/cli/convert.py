@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, resume_option, set_verbosity
+from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -65,9 +64,7 @@ class Size(click.ParamType[int]):
     type=click.Choice(["float32", "bfloat16", "float16", "float8_e4m3fn"]),
     help="Type of the stored factors. [default: the adapter's]",
 )
-@click.option(
-    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: config.json's]"
-)
+@task_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--dry-run", is_flag=True, help="Do all but write.")
@@ -84,7 +81,7 @@ def command(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Bring a trained adapter into another form, and state what that loses.
+    """Bring a trained adapter into another form, and say what it loses.
 
     ADAPTER is a folder or a Hub id. giva stores it in few bits; lora is what everything loads; vera, frod and
     smoa are best fits. With --base and --data errors are measured in what they do to the model's predictions. Several

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import METHODS, TASK_TABLE
+from surgery.catalogue import METHODS
 from surgery.cli.options import (
     common_options,
     compute_options,
@@ -17,6 +17,7 @@ from surgery.cli.options import (
     refuse_idle_options,
     resume_option,
     set_verbosity,
+    task_option,
 )
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
@@ -102,9 +103,7 @@ def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
     metavar="NAME_OR_REGEX",
     help="Modules to adapt: names, endings of names, or regular expressions. Repeatable. [default: all-linear]",
 )
-@click.option(
-    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: config.json's]"
-)
+@task_option()
 @compute_options()
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()
@@ -121,7 +120,7 @@ def command(
     Examples:
       surgery init --method frod model/
       surgery init --method giva --data train.jsonl model/
-      surgery init --method inilora --rank 16 --target q_proj --target v_proj model/ -o start/
+      surgery init --method inilora --rank 16 --target q_proj model/ -o start/
     """
     refuse_idle_options(method, FLAGS, options)
     if METHODS[method].reads_gradients and options["data"] is None:

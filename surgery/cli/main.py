@@ -89,11 +89,13 @@ def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def cli() -> None:
     """Model surgery and adapter compression.
 
-    Make adapters that start well from any base model, and open them with PEFT.
+    Make adapters that start well from any base model, bring trained ones into smaller forms, and say what that costs.
+    All of them open with PEFT.
 
     \b
-    Example:
+    Examples:
       surgery init --method frod model/
+      surgery convert lora/ --to giva --base model/ --data texts.jsonl
     """
 
 

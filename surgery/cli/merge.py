@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import TASK_TABLE
-from surgery.cli.options import common_options, let_idle_threads_sleep, resume_option, set_verbosity
+from surgery.cli.options import common_options, let_idle_threads_sleep, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes, summary, table
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the written tensors. [default: each as in MODEL]",
 )
-@click.option(
-    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: config.json's]"
-)
+@task_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from surgery.catalogue import method_info
+from surgery.catalogue import TASK_TABLE, method_info
 
 __all__ = [
     "common_options",
@@ -19,6 +19,7 @@ __all__ = [
     "refuse_idle_options",
     "resume_option",
     "set_verbosity",
+    "task_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,6 +84,16 @@ def compute_options() -> Callable[[F], F]:
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
         ]
+    )
+
+
+def task_option(default: str = "config.json's") -> Callable[[F], F]:
+    """`--task`; its values stand in the help, where they can be broken into lines."""
+    return click.option(
+        "--task",
+        type=click.Choice(list(TASK_TABLE)),
+        metavar="TASK",
+        help=f"Which model class to open: {', '.join(TASK_TABLE)}.  [default: {default}]",
     )
 
 

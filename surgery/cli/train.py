@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import TASK_TABLE
 from surgery.cli.main import INTERRUPTED, TERMINATED
-from surgery.cli.options import common_options, set_verbosity
+from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json
 from surgery.reports.tables import human_bytes, summary, table
 
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 @click.option("--cache-teacher", is_flag=True, help="Teacher: keep up to 1 GiB of its answers for later epochs.")
 @click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints.  [default: a tenth of them]")
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice instead of holding them.")
-@click.option(
-    "--task", type=click.Choice(list(TASK_TABLE)), help="Task, which chooses the model class. [default: the adapter's]"
-)
+@task_option("the adapter's")
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype",
@@ -79,7 +76,7 @@ def command(
     \b
     Examples:
       surgery train start/ --base model/ --data train.jsonl --eval-data test.jsonl
-      surgery train small/ --base model/ --data texts.txt --teacher lora/ --steps 300
+      surgery train small/ --base model/ --data texts.txt --teacher lora/
     """
     if teacher is None and (hidden_weight is not None or cache_teacher):
         raise click.UsageError("--hidden-weight and --cache-teacher belong to a training with --teacher")
