@@ -74,17 +74,18 @@ def check_model_config(path: Path, config: Mapping[str, Any], trust_remote_code:
             code from the Hub without leave.
     """
     for key, value in _entries(config):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = _largest(value) if isinstance(value, list) and "depth" in key else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
             most = MOST_LABELS if key == "num_labels" else MOST_LAYERS if _counts_layers(key) else None
-            if most is not None and not abs(value) <= most:
-                raise CheckpointError(f"{path}: {key} is {value!r}, more than any model has")
+            if most is not None and not abs(number) <= most:
+                raise CheckpointError(f"{path}: {key} is {value!r:.80}, more than any model has")
         if key in {"id2label", "label2id"} and hasattr(value, "__len__") and len(value) > MOST_LABELS:
             raise CheckpointError(f"{path}: {key} has {len(value)} entries, more than any model has")
         if key.strip("_") in KERNELS and not trust_remote_code and "/" in str(value):
             raise CheckpointError(
                 f"{path}: {key} names code on the Hub ({value!r:.80}); --trust-remote-code runs it, if you trust it"
             )
-    if config.get("transformers_weights") not in {None, "model.safetensors", "model.safetensors.index.json"}:
+    if config.get("transformers_weights") not in (None, "model.safetensors", "model.safetensors.index.json"):
         raise CheckpointError(
             f"{path}: names other weights (transformers_weights); call the file model.safetensors and leave that out"
         )
@@ -92,6 +93,15 @@ def check_model_config(path: Path, config: Mapping[str, Any], trust_remote_code:
 
 def _counts_layers(key: str) -> bool:
     return any(word in key for word in COUNTS_OF_LAYERS) and not any(word in key for word in ("size", "norm", "_id"))
+
+
+def _largest(depths: list[Any]) -> int | float:
+    """Of the layers of several stages: a number that is too many by itself, otherwise how many they are together.
+
+    Libraries count them out one by one before they make a module.
+    """
+    counts = [abs(each) for each in depths if isinstance(each, (int, float))]
+    return next((count for count in counts if not count <= MOST_LAYERS), sum(counts))
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -156,12 +166,27 @@ def _is_seed(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
 
 
+def _is_width(value: Any) -> bool:
+    return _is_rank(value) or _is_text(value)
+
+
 def _is_switch(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
 def _is_table(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(_is_text(key) for key in value))
+
+
+def _are_numbers(value: Any) -> bool:
+    return _is_table(value) and all(_is_number(each) and each is not None for each in (value or {}).values())
+
+
+def _are_heights(value: Any) -> bool:
+    return _is_table(value) and all(
+        isinstance(each, list) and all(_is_rank(height) and height for height in each)
+        for each in (value or {}).values()
+    )
 
 
 def _are_layers(value: Any) -> bool:
@@ -182,7 +207,8 @@ ADAPTER_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number from 0 on"),
     "groups": (_is_rank, "a whole number from 0 on"),
     "variant": (_is_name, "a name"),
-    "split": (_is_table, "an object of heights"),
+    "split": (_are_heights, "an object of lists of heights"),
+    "bits": (_is_width, "a number of bits or auto"),
     "sparse_rate": (_is_number, "a number"),
     "store_bases": (_is_switch, "true or false"),
     "save_projection": (_is_switch, "true or false"),
@@ -192,8 +218,9 @@ ADAPTER_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "projection_prng_key": (_is_seed, "a whole number"),
     "alpha": (_is_number, "a number"),
     "lora_alpha": (_is_number, "a number"),
-    "rank_pattern": (_is_table, "an object of numbers"),
-    "alpha_pattern": (_is_table, "an object of numbers"),
+    "randlora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_are_numbers, "an object of numbers"),
+    "alpha_pattern": (_are_numbers, "an object of numbers"),
     "packed": (_is_table, "an object of shapes"),
     "base_fingerprint": (_is_table, "an object of digests"),
 }

@@ -173,7 +173,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Half precision keeps them apart, so that rounding leaves the base's own output as it is.
         """
         linear = self.base_layer
-        if not self.training or type(linear) not in {nn.Linear, Conv1D} or self.is_quantized:
+        if (
+            not self.training
+            or torch.compiler.is_compiling()
+            or type(linear) not in {nn.Linear, Conv1D}
+            or self.is_quantized
+        ):
             return False
         weight: torch.Tensor = linear.weight  # type: ignore[assignment]
         hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
