@@ -74,7 +74,7 @@ def check_model_config(path: Path, config: Mapping[str, Any], trust_remote_code:
             code from the Hub without leave.
     """
     for key, value in _entries(config):
-        number = _largest(value) if isinstance(value, list) and "depth" in key else value
+        number = _together(value) if isinstance(value, list) and "depth" in key else value
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             most = MOST_LABELS if key == "num_labels" else MOST_LAYERS if _counts_layers(key) else None
             if most is not None and not abs(number) <= most:
@@ -95,13 +95,14 @@ def _counts_layers(key: str) -> bool:
     return any(word in key for word in COUNTS_OF_LAYERS) and not any(word in key for word in ("size", "norm", "_id"))
 
 
-def _largest(depths: list[Any]) -> int | float:
+def _together(depths: list[Any]) -> int | float:
     """Of the layers of several stages: a number that is too many by itself, otherwise how many they are together.
 
     Libraries count them out one by one before they make a module.
     """
     counts = [abs(each) for each in depths if isinstance(each, (int, float))]
-    return next((count for count in counts if not count <= MOST_LAYERS), sum(counts))
+    beyond = [count for count in counts if not count <= MOST_LAYERS]
+    return beyond[0] if beyond else sum(counts)
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
