@@ -181,10 +181,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         ):
             return False
         weight: torch.Tensor = linear.weight  # type: ignore[assignment]
-        hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
         return (
             not weight.requires_grad
-            and not hooked
+            and not _is_watched(linear)
             and weight.dtype in {torch.float32, torch.float64}
             and x.dtype == self._dtype(name) == weight.dtype
             and x.device == weight.device
@@ -197,8 +196,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         attachment = self.attachments[name]
         tensors = attachment.tensors(self.site)
         weight = self.pristine_weight()
-        frozen = self.method.names(Role.KEPT, Role.BASE, Role.DERIVED)
-        sources = [(t.data_ptr(), t._version) for t in (weight, *(tensors[n] for n in frozen if n in tensors))]
+        names = self.method.names(Role.KEPT, Role.BASE, Role.DERIVED)
+        frozen = [tensors[name] for name in names if name in tensors]
+        # The parameter too: what is written into it is not counted by its `data`.
+        sources = [(t.data_ptr(), t._version) for t in (weight, self.linear.weight, *frozen)]
         if name not in self._held or self._held[name][0] != sources:
             with torch.no_grad():
                 self._held[name] = sources, self.method.held(attachment.config, tensors, weight)
@@ -210,6 +211,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not mode:
             self._held.clear()
         super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
+        """What is held for training does not stay where the layer was, or as it was."""
+        self._held.clear()
+        super()._apply(fn, recurse)
         return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -308,3 +315,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"surgery.{self.method.info.title}{super().__repr__().removeprefix(type(self).__name__)}"
+
+
+def _is_watched(linear: nn.Module) -> bool:
+    """Whether somebody wants to see the layer's inputs, outputs or their gradients, or computes it in another way."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(linear) or hasattr(linear, "_hf_hook")

@@ -493,7 +493,9 @@ def test_training_in_one_product_is_training_apart(method, kind, model_folder, t
 
 
 @pytest.mark.parametrize("method", ["frod", "smoa"])
-@pytest.mark.parametrize("why", ["two", "dropout", "trained base", "hook", "autocast", "bfloat16"])
+@pytest.mark.parametrize(
+    "why", ["two", "dropout", "trained base", "hook", "backward hook", "replaced", "autocast", "bfloat16"]
+)
 def test_computed_apart_where_one_product_would_be_another(method, why, model_folder, together) -> None:
     base = load_base(model_folder("llama"))
     model = get_peft_model(base, config_for(method, **({"dropout": 0.5} if why == "dropout" else {}))).train()
@@ -505,6 +507,10 @@ def test_computed_apart_where_one_product_would_be_another(method, why, model_fo
             layer.base_layer.weight.requires_grad_(True)
         if why == "hook":
             layer.base_layer.register_forward_hook(lambda *_: None)
+        if why == "backward hook":
+            layer.base_layer.register_full_backward_hook(lambda *_: None)
+        if why == "replaced":
+            layer.base_layer.forward = layer.base_layer.forward
     if why == "bfloat16":
         model.base_model.model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
@@ -523,6 +529,14 @@ def test_what_training_holds_follows_its_sources_and_is_given_back(model_folder,
     first.base_layer.weight.data = 2 * first.base_layer.weight.data
     run(model)
     assert torch.allclose(first._held["default"][1]["WP"], 2 * before)
+    with torch.no_grad():
+        first.base_layer.weight.mul_(2)
+    run(model)
+    assert torch.allclose(first._held["default"][1]["WP"], 4 * before)
+    model.to(torch.float32)
+    assert not any(layer._held for layer in layers(model))
+    run(model)
+    assert all(layer._held for layer in layers(model))
     model.eval()
     assert not any(layer._held for layer in layers(model))
 
