@@ -65,9 +65,12 @@ from matplotlib import pyplot  # noqa: E402
 figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
 for (name, points), colour, marker in zip(curves.items(), ("#d55e00", "#0072b2"), ("s", "o"), strict=True):
     axes.loglog(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+sizes = [round(size) for size, _ in curves["with data"]]
+axes.set_xticks(sizes, sizes)
+axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 axes.set_xlabel("size of the file (KiB)")
 axes.set_ylabel("KL divergence from the original (nats)")
 axes.legend(frameon=False)
-axes.grid(which="both", alpha=0.25)
+axes.grid(alpha=0.25)
 figure.savefig(out / "size-fidelity.png", dpi=150)
 print(f"pictures: {', '.join(sorted(path.name for path in out.glob('*.png')))} in {out}/")

@@ -19,7 +19,7 @@ from surgery.errors import AdapterError, CheckpointError, MethodError, OutputErr
 from surgery.linalg.delta import LowRank, Sum
 from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
-from surgery.reports.plots import short_roles
+from surgery.reports.plots import short_number, short_roles
 from tests.command_line import contents, invoke
 from tests.models import edit_tensors, llama_config, load_base
 from tests.test_merging import trained
@@ -231,6 +231,11 @@ def test_short_roles() -> None:
     assert short_roles(["model.layers.*.self_attn.q_proj", "lm_head"]) == ["self_attn.q_proj", "lm_head"]
     both = ["encoder.block.*.layer.0.q", "decoder.block.*.layer.0.q"]
     assert short_roles(both) == ["encoder: layer.0.q", "decoder: layer.0.q"]
+
+
+def test_short_numbers() -> None:
+    numbers = [0.0, 0.0123, 4.56, 99.4, 99.6, 108.7, 1234.0, 1e6]
+    assert [short_number(number) for number in numbers] == ["0", "0.012", "4.6", "99", "100", "109", "1234", "1e+06"]
 
 
 def test_bad_input_is_named(lora: Path, llama: Path, tmp_path: Path) -> None:

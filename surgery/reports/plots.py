@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.inspection import InspectedSite, Inspection
     from surgery.reports.comparison_report import Comparison
 
-__all__ = ["Grid", "check_picture", "draw_comparison", "draw_grids", "draw_inspection", "short_roles"]
+__all__ = ["Grid", "check_picture", "draw_comparison", "draw_grids", "draw_inspection", "short_number", "short_roles"]
 
 ENDINGS = (".png", ".svg", ".pdf")
 # Readable with every kind of colour vision, and in grey.
@@ -89,11 +89,11 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
     grids = []
     if any(site.energy is not None for site in sites):
         what = "change |dW|²" if inspection.kind == "adapter" else "weights |W|²"
-        grids.append(_grid(f"share of the squared norm of the {what} (%)", sites, rows, roles, _energy, "{:.2g}"))
+        grids.append(_grid(f"share of the squared norm of the {what} (%)", sites, rows, roles, _energy, short_number))
     if any(site.rank_95 is not None for site in sites):
-        grids.append(_grid("rank that holds 95 % of a layer's squared norm", sites, rows, roles, _rank, "{:.0f}"))
+        grids.append(_grid("rank for 95 % of a layer's squared norm", sites, rows, roles, _rank, "{:.0f}".format))
     if not grids:
-        grids.append(_grid("parameters (millions)", sites, rows, roles, _millions, "{:.3g}"))
+        grids.append(_grid("parameters (millions)", sites, rows, roles, _millions, "{:.3g}".format))
     name = Path(inspection.path).resolve().name if os.path.isdir(inspection.path) else inspection.path
     draw_grids(
         grids, rows, short_roles(roles), f"{name}: {inspection.model_class or f'{inspection.peft_type} adapter'}", path
@@ -110,12 +110,12 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     rows, roles = _places(sites)
     if any(site.weight_error is not None for site in sites):
         title = "|dW_A - dW_B| / |dW_A| (%)"
-        grids = [_grid(title, sites, rows, roles, lambda site: _percent(site.weight_error), "{:.2g}")]
+        grids = [_grid(title, sites, rows, roles, lambda site: _percent(site.weight_error), short_number)]
     else:  # A changes nothing that errors could be relative to
-        grids = [_grid("|dW_A - dW_B|", sites, rows, roles, lambda site: site.difference, "{:.2g}")]
+        grids = [_grid("|dW_A - dW_B|", sites, rows, roles, lambda site: site.difference, short_number)]
     if any(site.output_error is not None for site in sites):
         title = "the same of what is added to the outputs (%)"
-        grids.append(_grid(title, sites, rows, roles, lambda site: _percent(site.output_error), "{:.2g}"))
+        grids.append(_grid(title, sites, rows, roles, lambda site: _percent(site.output_error), short_number))
     names = [Path(name).name or name for name in (comparison.a, comparison.b)]
     draw_grids(grids, rows, short_roles(roles), f"{names[1]} beside {names[0]}", path)
 
@@ -147,6 +147,11 @@ def draw_grids(grids: Sequence[Grid], rows: Sequence[str], columns: Sequence[str
     _save(figure, path)
 
 
+def short_number(number: float) -> str:
+    """A number short enough for a cell: `0.012`, `4.5`, `110`; powers of ten for what is smaller or far larger."""
+    return f"{number:.0f}" if 99.5 <= abs(number) < 1e5 else f"{number:.2g}"
+
+
 def short_roles(roles: Sequence[str]) -> list[str]:
     """Names of roles as short as they stay distinct: without the path to the blocks, where all share it."""
     inside = {role: role.partition(".*.")[2] or role for role in roles}
@@ -168,10 +173,10 @@ def _grid(
     rows: Sequence[str],
     roles: Sequence[str],
     value: Callable[[P], float | None],
-    text: str,
+    text: Callable[[float], str],
 ) -> Grid:
     cells = {(OUTSIDE if site.layer is None else str(site.layer), site.role): value(site) for site in sites}
-    return Grid(title, [[cells.get((row, role)) for role in roles] for row in rows], text.format)
+    return Grid(title, [[cells.get((row, role)) for role in roles] for row in rows], text)
 
 
 def _energy(site: InspectedSite) -> float | None:
