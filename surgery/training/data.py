@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,18 +124,23 @@ def read_examples(
     return Examples(features, counts, encoder.padding, notes)
 
 
+def _vocabulary(base: BaseModel) -> float:
+    """How many tokens the model has rows for; infinity for a class that does not say where they are."""
+    try:
+        return float(getattr(base.model.get_input_embeddings(), "num_embeddings", math.inf))
+    except NotImplementedError:
+        return math.inf
+
+
 def _check_tokens(features: Sequence[Features], base: BaseModel) -> None:
     """Check that the model has a row for every token: a GPU would end the program with an assertion."""
     if "input_ids" not in features[0]:
         return
-    try:
-        size = getattr(base.model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # of a class that does not say where they are
-        return
+    size = _vocabulary(base)
     largest = max(int(each["input_ids"].max()) for each in features)
-    if size is not None and largest >= size:
+    if largest >= size:
         raise DataError(
-            f"{base.folder}: its tokenizer gives the token {largest}, the model has {size}: it is of another model"
+            f"{base.folder}: its tokenizer gives the token {largest}, the model has {size:.0f}: it is of another model"
         )
 
 
@@ -245,23 +251,37 @@ class _Texts(_Encoder):
         self.length = _length(base, self.tokenizer, max_length)
         self.chosen = max_length is not None
         self.cut = 0
-        # The model's own first: some find a text's end, or count positions, by it.
+        # The model's own first: some find a text's end, or count positions, by it. A tokenizer may have got one more
+        # than the model has rows.
         known = (
             getattr(base.config.get_text_config(), "pad_token_id", None),
             self.tokenizer.pad_token_id,
             self.tokenizer.eos_token_id,
         )
-        pad = next((number for number in known if isinstance(number, int) and number >= 0), 0)
+        self.folder = base.folder
+        size = _vocabulary(base)
+        pad = next((number for number in known if isinstance(number, int) and 0 <= number < size), 0)
         self.padding = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
 
     def tokens(self, *texts: Any, path: str) -> dict[str, list[int]]:
         """The tokenizer's output for one text or pair of texts, cut to length."""
         _check_texts(texts, path)
-        found = dict(self.tokenizer(*texts, truncation=False))
+        found = self.tokenized(*texts, truncation=False)
         if len(found["input_ids"]) > self.length:
             self.cut += 1
-            found = dict(self.tokenizer(*texts, truncation=True, max_length=self.length))
+            found = self.tokenized(*texts, truncation=True, max_length=self.length)
         return found
+
+    def tokenized(self, *texts: Any, **options: Any) -> dict[str, list[int]]:
+        """What the tokenizer makes of texts.
+
+        Raises:
+            DataError: it fails.
+        """
+        try:
+            return dict(self.tokenizer(*texts, **options))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(f"{self.folder}: its tokenizer does not work ({str(error).strip()[:160]})") from None
 
     def notes(self, samples: int) -> list[str]:
         hint = "" if self.chosen else "; --max-length changes that"
@@ -278,11 +298,11 @@ class _CausalLM(_Texts):
             labels = list(ids)
         else:
             _check_texts((row["prompt"], row["completion"]), path)
-            prompt = self.tokenizer(row["prompt"])["input_ids"]
+            prompt = self.tokenized(row["prompt"])["input_ids"]
             end = self.tokenizer.eos_token_id
             if prompt and prompt[-1] == end and len(prompt) > 1:
                 prompt = prompt[:-1]  # some tokenizers end every text
-            completion = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            completion = self.tokenized(row["completion"], add_special_tokens=False)["input_ids"]
             completion = completion + ([end] if end is not None else [])
             self.cut += len(prompt) + len(completion) > self.length
             ids = (prompt + completion)[: self.length]
@@ -325,7 +345,7 @@ class _Seq2SeqLM(_Texts):
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
         given = self.tokens(row["prompt"], path=path)
         _check_texts((row["completion"],), path)
-        target = self.tokenizer(text_target=row["completion"], truncation=True, max_length=self.length)
+        target = self.tokenized(text_target=row["completion"], truncation=True, max_length=self.length)
         names = ("input_ids", "attention_mask")
         return {name: torch.tensor(given[name]) for name in names} | {"labels": torch.tensor(target["input_ids"])}
 
@@ -339,7 +359,10 @@ class _Classes(_Encoder):
     def __init__(self, base: BaseModel) -> None:
         self.base = base
         self.number = int(base.config.num_labels)
-        self.ids: Mapping[str, int] = {str(k): int(v) for k, v in (base.config.label2id or {}).items()}
+        try:
+            self.ids: Mapping[str, int] = {str(k): int(v) for k, v in (base.config.label2id or {}).items()}
+        except (ArithmeticError, AttributeError, TypeError, ValueError):
+            raise DataError(f"{base.folder / 'config.json'}: label2id is no table of names and numbers") from None
         # What the numbers in a file stand for, where it says: the names of image folders, for one.
         self.names: list[str] | None = None
         self.optional = False

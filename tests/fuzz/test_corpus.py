@@ -171,6 +171,10 @@ CASES = [
     case("cuts-outside", "smoa", MERGE, each("_cuts", lambda t: t + 10**6), "smoa_cuts"),
     case("projections-too-small", "vera", MERGE, each("vera_A", lambda t: t[:, :3]), "do not fit a weight of"),
     case("tokens-that-the-model-lacks", "model", DATA, other_vocabulary, "the model has 61: it is of another model"),
+    case(
+        "tokenizer-of-no-length", "model", DATA, configure("tokenizer_config.json", model_max_length=[[0]]),
+        "its tokenizer does not work",
+    ),
     case("generation-of-null", "model", DATA, write("generation_config.json", "null"), "cannot be loaded"),
     case(
         "history-nested-deep", "inilora", PUSH, configure("surgery.json", task=json.loads("[" * 500 + "]" * 500)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,25 @@ def test_padding(with_tokenizer, tmp_path: Path) -> None:
     assert batch["input_ids"][order].tolist() == [[5, 6, 7], [8, 9, PAD]]
     assert batch["attention_mask"][order].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"][order].tolist() == [[5, 6, 7], [8, 9, -100]]
+
+
+def test_padding_that_the_model_has_no_row_for(with_tokenizer, tmp_path: Path) -> None:
+    """A tokenizer may have been given a token for it after the model was made."""
+    base = BaseModel.open(with_tokenizer("llama"))
+    rows = base.model.get_input_embeddings().num_embeddings
+    base.config.pad_token_id = rows
+    path = save(tmp_path / "data.jsonl", [{"text": "w5 w6 w7"}, {"text": "w8 w9"}])
+    (batch,) = batches(read_examples(path, base, 2), 2)
+    assert int(batch["input_ids"].max()) < rows
+
+
+def test_classes_without_names(with_tokenizer, tmp_path: Path) -> None:
+    base = BaseModel.open(with_tokenizer("bert"), "seq-cls")
+    path = save(tmp_path / "data.jsonl", text_rows(2, labels=2))
+    for names in (math.inf, ["a", "b"], {"a": None}, {"a": math.inf}):
+        base.config.label2id = names
+        with pytest.raises(DataError, match="label2id is no table of names and numbers"):
+            read_examples(path, base, 2)
 
 
 @pytest.mark.parametrize("config_pad", [None, 60])
