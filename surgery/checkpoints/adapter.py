@@ -17,8 +17,8 @@ from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.parts import file_identities
-from surgery.checkpoints.rewriting import Tensor, read_digests, tensor_bytes, write_file
-from surgery.checkpoints.tensor_files import read_json, read_text, tensor_names
+from surgery.checkpoints.rewriting import DTYPES, Tensor, read_digests, tensor_bytes, write_file
+from surgery.checkpoints.tensor_files import file_order, read_json, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -36,11 +36,6 @@ PROVENANCE_FILE = "surgery.json"
 CARD_FILE = "README.md"
 MODEL_PREFIX = "base_model.model."
 TUNER_PREFIX = "base_model."
-# The order in which safetensors writes dtypes, from the last to the first; by name within one.
-FILE_ORDER = (
-    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"),
-    *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
-)
 # Bytes of a file that are read back through one opening.
 PAGES = 1 << 26
 
@@ -323,7 +318,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write_streamed(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Write the file that safetensors would write, one tensor at a time; returns their digests."""
     entries = {name: Tensor.like(tensors[name]) for name in tensors}
-    order = sorted(entries, key=lambda name: (-FILE_ORDER.index(entries[name].dtype), name))
+    order = file_order({name: DTYPES[entry.dtype] for name, entry in entries.items()})
     return write_file(
         path, {name: entries[name] for name in order}, {"format": "pt"}, lambda name: tensor_bytes(tensors[name])
     )

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header
+from surgery.checkpoints.tensor_files import file_identity
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
 
@@ -260,18 +261,9 @@ def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any])
 
 
 def file_identities(*places: Path | None) -> list[list[Any]]:
-    """What recognises files without reading them; of a folder its own files, hidden ones and folders left out.
-
-    Name, size and time of change do not tell a file from another that was put in its place with the time of the old
-    one: the time of its last change of any kind and its number on the disk do.
-    """
+    """What recognises files without reading them; of a folder its own files, hidden ones and folders left out."""
     paths: list[Path] = []
     for place in places:
         if place is not None:
             paths += sorted(place.iterdir()) if place.is_dir() else [place]
-    return [
-        [path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]
-        for path in paths
-        if not path.name.startswith(".") and path.is_file()
-        for found in [path.stat()]
-    ]
+    return [[path.name, *file_identity(path)] for path in paths if not path.name.startswith(".") and path.is_file()]

@@ -16,30 +16,12 @@ from typing import Any
 import torch
 import xxhash
 
-from surgery.checkpoints.tensor_files import tensor_names
+from surgery.checkpoints.tensor_files import DTYPE_CODES, tensor_names
 from surgery.errors import CheckpointError, OutputError
 
 __all__ = ["DTYPES", "Header", "Tensor", "file_bytes", "read_digests", "read_header", "tensor_bytes", "write_file"]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "C64": torch.complex64,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 CHUNK = 1 << 24
 
 
@@ -62,11 +44,11 @@ class Tensor:
     @classmethod
     def like(cls, tensor: torch.Tensor) -> Tensor:
         """The entry of a tensor in memory."""
-        return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        return cls(DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
     def cast(self, dtype: torch.dtype) -> Tensor:
         """The entry of this tensor in another dtype."""
-        return Tensor(NAMES[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
+        return Tensor(DTYPE_CODES[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ a mapping ends with the tensor that was read through it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from collections.abc import Mapping
@@ -17,7 +18,18 @@ from safetensors import SafetensorError, safe_open
 
 from surgery.errors import CheckpointError, listing
 
-__all__ = ["SINGLE_FILE", "TensorFiles", "file_bytes", "read_json", "read_tensor", "read_text", "tensor_names"]
+__all__ = [
+    "DTYPE_CODES",
+    "SINGLE_FILE",
+    "TensorFiles",
+    "file_bytes",
+    "file_identity",
+    "file_order",
+    "read_json",
+    "read_tensor",
+    "read_text",
+    "tensor_names",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,21 +38,31 @@ LARGEST_JSON = 1 << 28
 DEEPEST = 64
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-
-# How the format calls the dtypes.
+# How the format calls the dtypes, in the order in which the library writes them.
 DTYPE_CODES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
     torch.float64: "F64",
+    torch.complex64: "C64",
     torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def file_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """The names of tensors in the order in which the library writes them: by dtype, then by name."""
+    places = {dtype: place for place, dtype in enumerate(DTYPE_CODES)}
+    return sorted(dtypes, key=lambda name: (places[dtypes[name]], name))
 
 
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -49,10 +71,8 @@ def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     Eight bytes say how long the header is; the header is JSON, padded with spaces to eight bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # The widest dtypes first, then by name: the order of the offsets.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
-    for name in order:
+    for name in file_order({name: tensor.dtype for name, tensor in tensors.items()}):
         end = offset + tensors[name].nbytes
         code = DTYPE_CODES[tensors[name].dtype]
         header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
@@ -102,9 +122,12 @@ def read_text(path: Path) -> str:
     """Read a text for people; what is not UTF-8 is replaced.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or is too large for a text.
     """
     try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise CheckpointError(f"{path}: has {size} bytes, more than any text for people")
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -150,7 +173,7 @@ class TensorFiles:
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
         self.files = dict(files)
-        self._seen = {path: _identity(path) for path in set(self.files.values())}
+        self._seen = {path: file_identity(path) for path in set(self.files.values())}
 
     @classmethod
     def open(cls, folder: Path) -> TensorFiles:
@@ -191,17 +214,21 @@ class TensorFiles:
             CheckpointError: one was replaced or written to.
         """
         for path in paths or self._seen:
-            if _identity(path) != self._seen[path]:
+            if file_identity(path) != self._seen[path]:
                 raise CheckpointError(f"{path}: has changed while it was read; run it again when nobody writes there")
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """What is another once a file was replaced or written to; nothing for one that is not there."""
+def file_identity(path: Path) -> tuple[int, ...]:
+    """What is another once a file was replaced or written to; nothing for one that is not there.
+
+    Size and time of change do not tell a file from another that was put in its place with the time of the old one: the
+    time of its last change of any kind and its number on the disk do.
+    """
     try:
         status = path.stat()
     except OSError:
         return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino
 
 
 def _files_from_index(folder: Path) -> dict[str, Path]:
@@ -215,10 +242,17 @@ def _files_from_index(folder: Path) -> dict[str, Path]:
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(f"{folder / INDEX_FILE}: {name} names {file_name!r}, which is not a plain file name")
         files[name] = folder / file_name
-    missing = sorted({path.name for path in files.values() if not path.is_file()})
+    missing = sorted({path.name for path in files.values() if not _is_file(path)})
     if missing:
         raise CheckpointError(f"{folder / INDEX_FILE}: names files that are missing: {listing(missing)}")
     return files
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; none is under a name that no file system takes."""
+    with contextlib.suppress(OSError):
+        return path.is_file()
+    return False
 
 
 def _kind(mode: int) -> str:

@@ -1,0 +1,66 @@
+"""The files of a checkpoint: sizes that are told before writing, files that change, names and texts that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from surgery.checkpoints.rewriting import DTYPES
+from surgery.checkpoints.tensor_files import TensorFiles, file_bytes, read_text
+from surgery.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_size_of_a_file_is_told_before_it_is_written(seed: int, tmp_path: Path) -> None:
+    """Of several dtypes of one width too: their order decides how many digits the offsets have."""
+    drawn, dtypes = torch.Generator().manual_seed(seed), list(DTYPES.values())
+
+    def number(most: int) -> int:
+        return int(torch.randint(most, (), generator=drawn))
+
+    tensors = {
+        f"{'äb'[number(2)]}.{index}": torch.zeros([0, 1, 3, 10, 100, 1000][number(6)]).to(dtypes[number(len(dtypes))])
+        for index in range(1 + number(30))
+    }
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    assert file_bytes(tensors) == (tmp_path / SINGLE).stat().st_size
+    assert file_bytes({name: tensor.to("meta") for name, tensor in tensors.items()}) == file_bytes(tensors)
+
+
+def test_a_file_that_is_written_over_is_not_read(tmp_path: Path) -> None:
+    """In place, with the size and the time of the old one."""
+    save_file({"a": torch.zeros(4)}, tmp_path / SINGLE)
+    save_file({"a": torch.ones(4)}, tmp_path / "other")
+    files = TensorFiles.open(tmp_path)
+    assert float(files.read("a").sum()) == 0
+    status = (tmp_path / SINGLE).stat()
+    (tmp_path / SINGLE).write_bytes((tmp_path / "other").read_bytes())
+    os.utime(tmp_path / SINGLE, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = (tmp_path / SINGLE).stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (status.st_ino, status.st_size, status.st_mtime_ns)
+    for act in (lambda: files.read("a"), files.check_unchanged):
+        with pytest.raises(CheckpointError, match="has changed while it was read"):
+            act()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0", "."])
+def test_an_index_of_names_that_no_file_has(name: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=INDEX):
+        TensorFiles.open(tmp_path)
+
+
+def test_a_text_for_people_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("short")
+    assert read_text(path) == "short"
+    os.truncate(path, 1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match=r"README.md: has \d+ bytes"):
+        read_text(path)
