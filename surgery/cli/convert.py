@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json
-from surgery.reports.tables import human_bytes, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
     from surgery.reports.convert_report import ConvertReport

@@ -19,9 +19,9 @@ from surgery.cli.options import (
     set_verbosity,
     task_option,
 )
-from surgery.cli.output import note, progress_bar, show, show_json
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes, summary, table
+from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
     from surgery.reports.report import Report

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, let_idle_threads_sleep, resume_option, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes, summary, table
+from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
     from surgery.reports.merge_report import MergeReport

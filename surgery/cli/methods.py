@@ -7,8 +7,7 @@ import dataclasses
 import click
 
 from surgery.catalogue import METHODS
-from surgery.cli.output import show, show_json
-from surgery.reports.tables import table
+from surgery.cli.output import show, show_json, table
 
 
 @click.command("methods")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
-__all__ = ["note", "printable", "progress_bar", "show", "show_json"]
+from surgery.reports import tables
+
+__all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table"]
 
 
 def show(text: str, err: bool = False) -> None:
@@ -34,6 +37,20 @@ def printable(text: str) -> str:
         return text
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table that fits the terminal, or of any width where the output goes to a file or a program."""
+    return tables.table(header, rows, right, _width())
+
+
+def summary(pairs: Sequence[tuple[str, str]]) -> str:
+    """Labels and values, likewise."""
+    return tables.summary(pairs, _width())
+
+
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextlib.contextmanager

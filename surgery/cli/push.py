@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, show, show_json
+from surgery.cli.output import note, show, show_json, summary, table
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes, summary, table
+from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
     from surgery.reports.push_report import PushReport

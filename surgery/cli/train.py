@@ -12,8 +12,8 @@ import click
 
 from surgery.cli.main import INTERRUPTED, TERMINATED
 from surgery.cli.options import common_options, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json
-from surgery.reports.tables import human_bytes, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
     from surgery.training.evaluation import Evaluation
