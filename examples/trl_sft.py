@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     base, start, out = (arguments.out / name for name in ("base", "start", "trained"))
     prose, code = texts()
     small_model(base, prose)
