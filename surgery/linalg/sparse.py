@@ -35,11 +35,14 @@ class Pattern(NamedTuple):
         starts = torch.searchsorted(rows, torch.arange(size + 1, device=positions.device))
         return cls(starts, positions - rows * size)
 
+    def rows(self) -> torch.Tensor:
+        """Int64 `(nnz,)`."""
+        counted = torch.arange(self.starts.numel() - 1, device=self.starts.device)
+        return torch.repeat_interleave(counted, self.starts.diff(), output_size=self.columns.numel())
+
     def positions(self) -> torch.Tensor:
         """`row * size + column`, ascending."""
-        size = self.starts.numel() - 1
-        rows = torch.repeat_interleave(torch.arange(size, device=self.starts.device), self.starts.diff())
-        return rows * size + self.columns
+        return self.rows() * (self.starts.numel() - 1) + self.columns
 
 
 def sparse_product(pattern: Pattern, values: torch.Tensor, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
