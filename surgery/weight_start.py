@@ -12,6 +12,7 @@ import math
 import shutil
 import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.atomic import PartialFolder, resumable_folder
+from surgery.checkpoints.atomic import PartialFolder, named_errors, resumable_folder
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.checkpoints.parts import Parts, PartTensors
@@ -34,8 +35,6 @@ from surgery.training.processes import Processes
 
 __all__ = ["Sharing", "WeightStart", "file_name", "stored", "weight_start"]
 
-# In the folder of the parts: one of several processes has failed.
-FAILED = "failed"
 # (layers done so far, layers to do, what is being done)
 Progress = Callable[[int, int, str], None]
 
@@ -305,23 +304,23 @@ class Sharing:
         group: the processes.
         output: in the first process, where there is an output, its hidden folder.
         parts: the finished units.
-        folder: of the parts, where there are several processes.
+        failure: where there are several processes, the file in the folder of the parts that says that one has failed.
     """
 
     group: Processes
     output: PartialFolder | None
     parts: Parts
-    folder: Path | None = None
+    failure: Path | None = None
 
     def failed(self) -> bool:
         """Whether another process has failed."""
-        return self.folder is not None and (self.folder / FAILED).exists()
+        return self.failure is not None and self.failure.exists()
 
     def fail(self) -> None:
         """Let the others know that this one has failed, so that they do not go on to their end."""
-        if self.folder is not None:
+        if self.failure is not None:
             with contextlib.suppress(OSError):
-                (self.folder / FAILED).touch()
+                self.failure.touch()
 
     @classmethod
     @contextlib.contextmanager
@@ -347,17 +346,24 @@ class Sharing:
                 elif group.first and group.count > 1:
                     place = Path(tempfile.mkdtemp(prefix="surgery-"))
                     stack.callback(shutil.rmtree, place, ignore_errors=True)
-                if place is not None:
-                    (place / FAILED).unlink(missing_ok=True)  # of a run that was killed
             if group.count == 1:
                 yield cls(group, output, output.parts if output is not None else Parts())
                 return
-            folder = Path(group.gathered(place)[0])
+            # A name of this run's own: what a process of another one leaves there does not stop it.
+            failure = Path(group.gathered(place and place / f"failed-{uuid.uuid4().hex}")[0])
+            folder = failure.parent
             with group.in_step():
                 if not folder.is_dir():
                     raise OutputError(f"{out or folder}: not all processes see it; give an output on a disk they share")
-            parts = output.parts if output is not None else Parts(lambda: contextlib.nullcontext(folder), folder)
-            yield cls(group, output, parts, folder)
+            parts = output.parts if output is not None else Parts(lambda: _writing(folder, out or folder), folder, key)
+            yield cls(group, output, parts, failure)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, target: Path) -> Iterator[Path]:
+    """A folder to write into; what the system refuses is a named error of the target."""
+    with named_errors(target):
+        yield folder
 
 
 def file_name(name: str) -> str:

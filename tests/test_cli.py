@@ -124,6 +124,17 @@ def test_examples_are_valid_command_lines(name: str) -> None:
         command.make_context(name, args)  # raises a usage error where the example is wrong
 
 
+def test_a_mistyped_command_is_guessed() -> None:
+    result = invoke("inspct", "lora")
+    assert result.exit_code == 2 and "No such command 'inspct'; did you mean inspect?" in result.output
+    assert "mean" not in invoke("coffee").output
+
+
+def test_data_without_a_base_names_the_option() -> None:
+    result = invoke("convert", "lora", "--to", "giva", "--data", "texts.jsonl")
+    assert result.exit_code == 2 and "give it with --base MODEL" in result.output
+
+
 def test_version_lists_versions() -> None:
     lines = invoke("--version").stdout.splitlines()
     assert lines[0] == f"surgery {surgery.__version__}"

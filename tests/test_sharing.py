@@ -14,8 +14,9 @@ import torch
 import surgery
 from surgery import devices, initialization
 from surgery.checkpoints import parts as parts_module
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, OutputError
 from surgery.training.processes import Processes
+from surgery.weight_start import Sharing
 from tests.command_line import contents
 from tests.models import edit_tensors, save_model
 from tests.training.test_processes import launch
@@ -65,6 +66,33 @@ def test_an_error_of_one_process_ends_all_with_one_line(place: Path) -> None:
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
     assert len(lines) == 1 and BROKEN in lines[0] and "NaN" in lines[0]
     assert not (place / "new").exists()
+
+
+def test_a_full_disk_of_any_process_is_a_named_error(tmp_path: Path, monkeypatch) -> None:
+    """Here of the second one, which hears from the first where the parts are."""
+
+    def full(*args, **kwargs) -> None:
+        raise OSError(28, "No space left on device")
+
+    said = iter([[None, None], [str(tmp_path / "failed-1"), None], [None, None]])
+    monkeypatch.setattr(Processes, "gathered", lambda self, value: next(said))
+    monkeypatch.setattr(parts_module, "save_file", full)
+    monkeypatch.setattr(parts_module, "BYTES", 0)
+    with Sharing.open(Processes(1, 2), Path("new/out"), False, "key", True) as sharing:  # noqa: SIM117
+        with pytest.raises(OutputError, match=r"new/out: cannot be written \(No space left on device\)"):
+            sharing.parts.add("unit", {"x": torch.zeros(3)})
+
+
+def test_a_failure_of_another_run_stops_none(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """A process that outlives its run says in the hidden folder that it has failed."""
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
+    monkeypatch.setattr(Processes, "gathered", lambda self, value: [value, None])
+    with Sharing.open(Processes(0, 2), None, False, "", True) as sharing:
+        for name in ("failed", f"failed-{'0' * 32}"):
+            (tmp_path / name).touch()
+        assert not sharing.failed()
+        sharing.fail()
+        assert sharing.failed()
 
 
 @pytest.mark.parametrize(("costs", "count"), [([5.0, 1, 1, 1, 1, 1], 2), ([1.0] * 7, 3), ([2.0], 2), ([], 2)])

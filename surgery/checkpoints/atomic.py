@@ -20,7 +20,7 @@ from surgery.checkpoints.atomic_file import flush
 from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
 
-__all__ = ["PartialFolder", "atomic_folder", "check_output", "resumable_folder"]
+__all__ = ["PartialFolder", "atomic_folder", "check_output", "named_errors", "resumable_folder"]
 
 PARTIAL = ".partial"
 # Inside it: the finished parts, and what says whose they are.
@@ -77,17 +77,21 @@ class PartialFolder:
     def __init__(self, target: Path, key: str | None = None, resume: bool = True) -> None:
         self.given, self.target = target, target.absolute()
         self.path = self.target.parent / f".{self.target.name}{PARTIAL}"
-        self.parts = Parts(None if key is None else self._for_parts, self.path / PARTS)
+        self.parts = Parts(None if key is None else self._for_parts, self.path / PARTS, key or "")
         self._key = key
         self._new_parents = [folder for folder in self.target.parents if not folder.exists()]
         self._held: int | None = None
         if key is not None and self.path.is_dir():
-            lock = _lock(self.path)
-            if resume and _text(self.path / PARTS / KEY) == key:
-                self._held = lock
-                self.parts.look()
-            else:
-                os.close(lock)
+            self._held = _lock(self.path)
+            try:
+                found = resume and _text(self.path / PARTS / KEY) == key
+                if found:
+                    self.parts.look()
+            except BaseException:
+                self.release()
+                raise
+            if not found:
+                self.release()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
@@ -96,13 +100,8 @@ class PartialFolder:
         Raises:
             OutputError: it does.
         """
-        try:
+        with named_errors(self.given):
             yield self._made()
-        except BlockingIOError:
-            raise OutputError(f"{self.given}: another run is writing it") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{self.given}: cannot be written ({reason}); nothing was changed") from None
 
     def parts_folder(self) -> Path:
         """Where the parts lie, for other processes to write theirs into."""
@@ -124,8 +123,7 @@ class PartialFolder:
         if self._held is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                os.close(_lock(self.path))
-                shutil.rmtree(self.path)  # left by a run that was killed
+                _remove(self.path)  # left by a run that was killed
             self.path.mkdir()
             self._held = _lock(self.path)
         return self.path
@@ -164,6 +162,22 @@ class PartialFolder:
 
 
 @contextlib.contextmanager
+def named_errors(target: Path) -> Iterator[None]:
+    """What the system refuses in the block, which writes an output, is a named error.
+
+    Raises:
+        OutputError: it does.
+    """
+    try:
+        yield
+    except BlockingIOError:
+        raise OutputError(f"{target}: another run is writing it") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{target}: cannot be written ({reason}); nothing was changed") from None
+
+
+@contextlib.contextmanager
 def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
     """Give a folder to write into that becomes `target` when the block ends without an error.
 
@@ -193,7 +207,7 @@ def resumable_folder(
         resume: use the parts that a run of this key has left.
 
     Raises:
-        OutputError: as for `atomic_folder`.
+        OutputError: as for `atomic_folder`; or the target has been filled since the beginning, and `force` is not set.
     """
     check_output(target, force)
     try:
@@ -204,6 +218,7 @@ def resumable_folder(
         raise OutputError(f"{target}: {reason}") from None
     try:
         yield output
+        check_output(target, force)  # what has come there since the run began is not ours to replace
         output.put_in_place()
     except Exception:
         output.discard()
@@ -234,10 +249,26 @@ def _lock(folder: Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the opening and the marking another process may have removed the folder, or given it its name.
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise BlockingIOError
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _remove(folder: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder that no process is writing; until it is gone, none may begin to.
+
+    Raises:
+        BlockingIOError: one is.
+    """
+    lock = _lock(folder)
+    try:
+        shutil.rmtree(folder, ignore_errors)
+    finally:
+        os.close(lock)
 
 
 def _flush(folder: Path) -> None:
@@ -253,7 +284,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
         # The new one is in place: what is left of the old one is no failure, and the next run clears it.
         with contextlib.suppress(OSError):
             partial.chmod(0o700)
-        shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, ignore_errors=True)
     else:
         os.rename(partial, target)
     with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed

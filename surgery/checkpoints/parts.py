@@ -58,12 +58,16 @@ class Parts:
         place: a block in which the folder of the files is written to; entered when there is a file to write. Without
             it all units stay in memory.
         folder: the folder; what is in it already is taken in by `look`.
+        key: what recognises the run; a process of another one, which has outlived it, may still write to the folder.
     """
 
     def __init__(
-        self, place: Callable[[], AbstractContextManager[Path]] | None = None, folder: Path | None = None
+        self,
+        place: Callable[[], AbstractContextManager[Path]] | None = None,
+        folder: Path | None = None,
+        key: str = "",
     ) -> None:
-        self._place, self._folder = place, folder
+        self._place, self._folder, self._key = place, folder, key
         self._known: set[Path] = set()
         self._units: dict[str, _Unit] = {}
         self._lock = threading.RLock()
@@ -130,20 +134,20 @@ class Parts:
             if self._place is None or not waiting:
                 return
             with self._place() as folder:
-                path = _written(folder, waiting)
+                path = _written(folder, waiting, self._key)
             self._known.add(path)
             for unit, places in zip(waiting.values(), _places(path, waiting.values()), strict=True):
                 unit.path, unit.places, unit.waiting = path, places, {}
             self._size, self._written = 0, time.monotonic()
 
     def look(self) -> None:
-        """Take in what runs before this one, or other processes, have written; torn files are removed."""
+        """Take in what runs before this one, or other processes, have written; all other files are removed."""
         if self._folder is None or not self._folder.is_dir():
             return
         for path in sorted(self._folder.iterdir()):
             if path.suffix != SUFFIX or path in self._known:
                 continue
-            listed = _listed(path)
+            listed = _listed(path, self._key)
             if listed is None:
                 path.unlink(missing_ok=True)
                 continue
@@ -187,13 +191,13 @@ class PartTensors(Mapping[str, torch.Tensor]):
         return len({**self._owners, **self._others})
 
 
-def _written(folder: Path, units: Mapping[str, _Unit]) -> Path:
+def _written(folder: Path, units: Mapping[str, _Unit], key: str) -> Path:
     """Write units into one file, whose name is the checksum of its bytes."""
     tensors = {f"{number}/{name}": t for number, unit in enumerate(units.values()) for name, t in unit.waiting.items()}
     listed = [[name, unit.names, unit.facts] for name, unit in units.items()]
     partial = folder / f"{os.getpid()}-{threading.get_ident()}.writing"
     try:
-        save_file(tensors, partial, metadata={"units": json.dumps(listed)})
+        save_file(tensors, partial, metadata={"key": key, "units": json.dumps(listed)})
     except SafetensorError as error:
         partial.unlink(missing_ok=True)
         raise OSError(str(error)) from None
@@ -217,12 +221,14 @@ def _mapped(path: Path, place: Tensor) -> torch.Tensor:
     return torch.from_numpy(data).view(dtype).reshape(place.shape)
 
 
-def _listed(path: Path) -> list[tuple[str, list[str], dict[str, Any]]] | None:
-    """The units of a file: name, names of tensors, facts; None for a file that is not what was written."""
+def _listed(path: Path, key: str) -> list[tuple[str, list[str], dict[str, Any]]] | None:
+    """The units of a file: name, names of tensors, facts; None for one that is torn, or another run's."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
         if _checksum(path) == path.stem:
             with safe_open(path, framework="pt") as file:
-                return [(name, names, facts) for name, names, facts in json.loads(file.metadata()["units"])]
+                told = file.metadata()
+            if told["key"] == key:
+                return [(name, names, facts) for name, names, facts in json.loads(told["units"])]
     return None
 
 

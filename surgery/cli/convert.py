@@ -102,6 +102,8 @@ def command(
         raise click.UsageError("--basis belongs to vera")
     if options["recover"] is not None and (options["base"] is None or options["data"] is None):
         raise click.UsageError("--recover trains on data with the base model: give --base and --data")
+    if options["base"] is None and (options["data"] is not None or options["stats"] is not None):
+        raise click.UsageError("--data and --stats say something about the base model: give it with --base MODEL")
     set_verbosity(verbose, quiet)
     from surgery.conversion import convert
 

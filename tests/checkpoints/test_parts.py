@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.checkpoints import adapter as adapter_files
+from surgery.checkpoints import atomic
 from surgery.checkpoints import parts as module
 from surgery.checkpoints.atomic import PartialFolder, resumable_folder
 from surgery.checkpoints.parts import Parts, PartTensors, file_identities, run_key
@@ -182,6 +183,83 @@ def test_other_processes_add_to_the_same_folder(at_once, tmp_path: Path) -> None
         output.parts.look()
         assert sorted(output.parts) == ["mine", "theirs"]
         other.release()
+
+
+def test_parts_of_a_run_that_outlives_its_folder_are_not_used(at_once, tmp_path: Path) -> None:
+    """One of several processes goes on after the first was killed, while a run of other options writes the output."""
+    interrupted(tmp_path / "old", key="old")
+    with resumable_folder(tmp_path / "out", key="new") as output:
+        folder = output.parts_folder()
+        (stray, _) = files(tmp_path / "old")
+        shutil.copy(stray, folder)
+        output.parts.look()
+        assert list(output.parts) == [] and files(tmp_path / "out") == []
+
+
+def refused(out: Path, **options) -> None:
+    """Another process, as seen from the file system, tries to write the output."""
+    with pytest.raises(OutputError, match="another run is writing it"):  # noqa: SIM117
+        with resumable_folder(out, **options) as output, output.writing():
+            pass
+
+
+@pytest.mark.parametrize("which", ["leftover", "replaced"])
+def test_nobody_begins_in_a_folder_that_is_being_removed(which: str, at_once, tmp_path: Path, monkeypatch) -> None:
+    out, remove, tried = tmp_path / "out", shutil.rmtree, []
+    if which == "leftover":
+        interrupted(out, key="key")
+    else:
+        out.mkdir()
+        (out / "old").write_text("old")
+
+    def meddled(folder: Path, *args, **kwargs) -> None:
+        if folder.name == ".out.partial" and not tried:
+            tried.append(folder)
+            refused(out, key="key", force=True)
+        remove(folder, *args, **kwargs)
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", meddled)
+    with resumable_folder(out, key="other", force=True) as output, output.writing() as folder:
+        (folder / "new").write_text("new")
+    assert tried and list(tmp_path.iterdir()) == [out]
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
+def test_a_folder_that_was_removed_before_it_was_marked_is_not_written_to(at_once, tmp_path: Path, monkeypatch) -> None:
+    out, mark = tmp_path / "out", atomic.fcntl.flock
+    interrupted(out, key="key")
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / ".out.partial")
+        mark(descriptor, operation)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    refused(out, key="key")
+
+
+def test_what_came_to_the_output_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="exists and is not empty"):  # noqa: SIM117
+        with resumable_folder(out, key="key") as output, output.writing() as folder:
+            (folder / "mine").write_text("mine")
+            out.mkdir()
+            (out / "theirs").write_text("theirs")
+    assert (out / "theirs").read_text() == "theirs" and list(tmp_path.iterdir()) == [out]
+    with resumable_folder(out, force=True) as output, output.writing() as folder:
+        (folder / "mine").write_text("mine")
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_parts_that_cannot_be_looked_at_do_not_mark_the_folder_for_good(at_once, tmp_path: Path, monkeypatch) -> None:
+    def broken(self: Parts) -> None:
+        raise OSError(5, "Input/output error")
+
+    interrupted(tmp_path / "out")
+    monkeypatch.setattr(Parts, "look", broken)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="Input/output error"), resumable_folder(tmp_path / "out", key="key"):
+            pass
 
 
 def test_a_replaced_file_is_another_one(tmp_path: Path) -> None:
