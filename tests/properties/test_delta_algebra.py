@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from surgery.linalg.delta import Delta, Hadamard, InputMap, LowRank, Sum
 from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
+from surgery.linalg.sparse import Pattern
 from surgery.linalg.spectra import has_cheap_spectrum, singular_values
 from tests.properties.examples import SEEDS, examples, generator
 
@@ -60,7 +61,7 @@ def draw_input_map(draw: Draw, out: int, width: int, rank: int) -> Drawn:
     S = torch.zeros(width * width, dtype=torch.float64)
     S[positions] = values
     T = P @ torch.diag(gain) @ (torch.diag(diagonal) + S.reshape(width, width)) @ Q
-    return Drawn(InputMap(W, P, gain, diagonal, values, positions, Q.T), W @ T)
+    return Drawn(InputMap(W, P, gain, diagonal, values, Pattern.of(positions, width), Q.T), W @ T)
 
 
 DRAWS = {
