@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.atomic import PartialFolder, named_errors, resumable_folder
+from surgery.checkpoints.atomic import PartialFolder, resumable_folder
+from surgery.checkpoints.atomic_file import named_errors
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.checkpoints.parts import Parts, PartTensors

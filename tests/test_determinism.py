@@ -28,7 +28,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "smoa": {"base": "model", "accept_loss": True},
 }
 SCRIPT = """
-import json, sys, torch
+import sys, torch
 from tests.test_determinism import all_runs
 torch.set_num_threads(1)
 for name, run in all_runs().items():

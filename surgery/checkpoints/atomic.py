@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgery.checkpoints.atomic_file import flush
+from surgery.checkpoints.atomic_file import flush, named_errors
 from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
 
-__all__ = ["PartialFolder", "atomic_folder", "check_output", "named_errors", "resumable_folder"]
+__all__ = ["PartialFolder", "atomic_folder", "check_output", "resumable_folder"]
 
 PARTIAL = ".partial"
 # Inside it: the finished parts, and what says whose they are.
@@ -159,22 +159,6 @@ class PartialFolder:
         if self._held is not None:
             os.close(self._held)
             self._held = None
-
-
-@contextlib.contextmanager
-def named_errors(target: Path) -> Iterator[None]:
-    """What the system refuses in the block, which writes an output, is a named error.
-
-    Raises:
-        OutputError: it does.
-    """
-    try:
-        yield
-    except BlockingIOError:
-        raise OutputError(f"{target}: another run is writing it") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{target}: cannot be written ({reason}); nothing was changed") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 
-__all__ = ["atomic_file", "flush"]
+__all__ = ["atomic_file", "flush", "named_errors"]
 
 
 @contextlib.contextmanager
@@ -24,24 +24,36 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """
     partial = target.absolute().with_name(f".{target.stem}.partial{target.suffix}")
     lock: int | None = None
+    with named_errors(target):
+        try:
+            lock = _locked(partial)
+            yield partial
+            flush(partial)
+            partial.replace(target.absolute())
+            with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed
+                flush(target.absolute().parent)
+        except BaseException:
+            _remove(partial, lock)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def named_errors(target: Path) -> Iterator[None]:
+    """What the system refuses in the block, which writes an output, is a named error.
+
+    Raises:
+        OutputError: it does.
+    """
     try:
-        lock = _locked(partial)
-        yield partial
-        flush(partial)
-        partial.replace(target.absolute())
-        with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed
-            flush(target.absolute().parent)
+        yield
     except BlockingIOError:
         raise OutputError(f"{target}: another run is writing it") from None
     except OSError as error:
-        _remove(partial, lock)
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
-    except BaseException:
-        _remove(partial, lock)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+        reason = error.strerror or error
+        raise OutputError(f"{target}: cannot be written ({reason}); nothing was changed") from None
 
 
 def _locked(path: Path) -> int:

@@ -124,10 +124,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             weight = self._weight_before_merge.to(weight)
         return weight.T if self.fan_in_fan_out else weight
 
-    def delta(self, adapter_name: str) -> Delta:
-        """The weight change of one adapter, as a structured operator."""
+    def delta(self, adapter_name: str, in_training: bool = False) -> Delta:
+        """The weight change of one adapter, as a structured operator; with what the method holds while it trains."""
         attachment = self.attachments[adapter_name]
         tensors = attachment.tensors(self.site)
+        if in_training:
+            tensors = {**tensors, **self._holding(adapter_name, tensors)}
         weight = self.pristine_weight() if self._needs_weight(attachment) else None
         return self.method.delta(attachment.config, tensors, weight, self.site.module)
 
@@ -149,14 +151,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self._active() if name in self.attachments]
-        if len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x):
-            adapted = self._delta_in_training(names[0]).adapted(x, self.linear.bias)
-            if adapted is not None:
-                return adapted
+        as_one = len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x)
+        deltas = [self.delta(name, as_one) for name in names]
+        adapted = deltas[0].adapted(x, self.linear.bias) if as_one else None
+        if adapted is not None:
+            return adapted
         shift: torch.Tensor | None = None
         added: torch.Tensor | None = None
-        for name in names:
-            delta = self.delta(name)
+        for name, delta in zip(names, deltas, strict=True):
             h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
             if isinstance(delta, InputMap):
                 part = delta.input_shift(h)
@@ -191,20 +193,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             and isinstance(self.adapter_dropout[name], nn.Identity)
         )
 
-    def _delta_in_training(self, name: str) -> Delta:
-        """The weight change with what the method holds in training, computed anew when what it comes from changes."""
-        attachment = self.attachments[name]
-        tensors = attachment.tensors(self.site)
+    def _holding(self, adapter_name: str, tensors: Tensors) -> Tensors:
+        """What the method holds in training, computed anew when what it comes from changes."""
         weight = self.pristine_weight()
         names = self.method.names(Role.KEPT, Role.BASE, Role.DERIVED)
         frozen = [tensors[name] for name in names if name in tensors]
         # The parameter too: what is written into it is not counted by its `data`.
         sources = [(t.data_ptr(), t._version) for t in (weight, self.linear.weight, *frozen)]
-        if name not in self._held or self._held[name][0] != sources:
+        if adapter_name not in self._held or self._held[adapter_name][0] != sources:
             with torch.no_grad():
-                self._held[name] = sources, self.method.held(attachment.config, tensors, weight)
-        needed = weight if self._needs_weight(attachment) else None
-        return self.method.delta(attachment.config, {**tensors, **self._held[name][1]}, needed, self.site.module)
+                held = self.method.held(self.attachments[adapter_name].config, tensors, weight)
+            self._held[adapter_name] = sources, held
+        return self._held[adapter_name][1]
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Training or evaluation; evaluation holds nothing for training."""
