@@ -235,6 +235,8 @@ class OwnMethod(Method):
     specs: tuple[Spec, ...]
     # Whether the kept tensors come from the weights, as against all else that a start may come from.
     keeps_from_weights = True
+    # Whether its changes have a form in which training multiplies base and change at once (`Delta.adapted`).
+    trains_as_one = False
 
     def __init__(self, name: str) -> None:
         self.info = METHODS[name]

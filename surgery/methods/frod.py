@@ -62,6 +62,7 @@ class FRoD(OwnMethod):
 
     peft_type = OwnType.FROD_PORTABLE
     config_class = FrodPortableConfig
+    trains_as_one = True
     specs = (
         Spec("l", Role.TRAINABLE),
         Spec("s", Role.TRAINABLE),

@@ -60,6 +60,7 @@ class SMoA(OwnMethod):
 
     peft_type = OwnType.SMOA
     config_class = SmoaConfig
+    trains_as_one = True
     specs = (
         Spec("A", Role.TRAINABLE),
         Spec("B", Role.TRAINABLE),

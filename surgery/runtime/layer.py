@@ -152,7 +152,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self._active() if name in self.attachments]
         as_one = len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x)
-        deltas = [self.delta(name, as_one) for name in names]
+        deltas = [self.delta(name, in_training=True) if as_one else self.delta(name) for name in names]
         adapted = deltas[0].adapted(x, self.linear.bias) if as_one else None
         if adapted is not None:
             return adapted
@@ -176,7 +176,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         linear = self.base_layer
         if (
-            not self.training
+            not (self.training and self.method.trains_as_one)
             or torch.compiler.is_compiling()
             or type(linear) not in {nn.Linear, Conv1D}
             or self.is_quantized
