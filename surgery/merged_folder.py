@@ -19,9 +19,9 @@ from surgery.checkpoints.rewriting import (
     DTYPES,
     Header,
     Tensor,
-    file_bytes,
     read_digests,
     read_header,
+    stored_pieces,
     tensor_bytes,
     write_file,
 )
@@ -211,7 +211,7 @@ class MergedFolder:
             return tensor_bytes(self.plan.value(name, DTYPES[planned.dtype]))
         if planned.dtype == source.dtype:
             self.plan.base.files.check_unchanged(path)
-            return file_bytes(path, source)
+            return stored_pieces(path, source)
         return tensor_bytes(_finite(name, self.plan.base.files.read(name), DTYPES[planned.dtype]))
 
     def _config(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.parts import file_identities
 from surgery.checkpoints.rewriting import DTYPES, Tensor, read_digests, tensor_bytes, write_file
-from surgery.checkpoints.tensor_files import file_order, read_json, read_text, tensor_names
+from surgery.checkpoints.tensor_files import check_dtype, file_order, read_json, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -116,6 +116,8 @@ class Adapter:
             tensors = load_file(weights)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{weights}: cannot be read ({error})") from None
+        for name, tensor in tensors.items():
+            check_dtype(weights, name, tensor)
         if is_packed(config):
             tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
         return cls(config, tensors, provenance, text, folder)

@@ -243,8 +243,8 @@ def _checksum(path: Path) -> str:
 def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """What tells the parts of one run from those of another: everything that decides its result, to the last bit.
 
-    That is the version of surgery and of what computes, the number of threads and the processor's instructions, the
-    options, and the inputs.
+    That is the version of surgery and of what computes, the number of threads, the processor's instructions and the
+    GPUs, the options, and the inputs.
 
     Args:
         command: which run it is.
@@ -258,6 +258,7 @@ def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any])
         "surgery": __version__,
         "libraries": {name: version(name) for name in LIBRARIES},
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "command": command,
         "options": dict(options),

@@ -19,7 +19,7 @@ import xxhash
 from surgery.checkpoints.tensor_files import DTYPE_CODES, tensor_names
 from surgery.errors import CheckpointError, OutputError
 
-__all__ = ["DTYPES", "Header", "Tensor", "file_bytes", "read_digests", "read_header", "tensor_bytes", "write_file"]
+__all__ = ["DTYPES", "Header", "Tensor", "read_digests", "read_header", "stored_pieces", "tensor_bytes", "write_file"]
 
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 CHUNK = 1 << 24
@@ -124,7 +124,7 @@ def write_file(
     return digests
 
 
-def file_bytes(path: Path, tensor: Tensor) -> Iterator[bytes]:
+def stored_pieces(path: Path, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor as they are in a file, in pieces."""
     assert tensor.start is not None
     with path.open("rb") as file:
@@ -152,7 +152,7 @@ def read_digests(path: Path) -> dict[str, str]:
     digests = {}
     for name, tensor in read_header(path).tensors.items():
         digest = xxhash.xxh3_128()
-        for piece in file_bytes(path, tensor):
+        for piece in stored_pieces(path, tensor):
             digest.update(piece)
         digests[name] = digest.hexdigest()
     return digests

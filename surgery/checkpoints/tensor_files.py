@@ -22,6 +22,7 @@ __all__ = [
     "DTYPE_CODES",
     "SINGLE_FILE",
     "TensorFiles",
+    "check_dtype",
     "file_bytes",
     "file_identity",
     "file_order",
@@ -51,6 +52,7 @@ DTYPE_CODES = {
     torch.float16: "F16",
     torch.uint16: "U16",
     torch.int16: "I16",
+    **({torch.float8_e8m0fnu: "F8_E8M0"} if hasattr(torch, "float8_e8m0fnu") else {}),  # since torch 2.7
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
@@ -159,7 +161,19 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             tensor: torch.Tensor = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{_broken_file(path, error)} (reading tensor {name})") from None
+    check_dtype(path, name, tensor)
     return tensor
+
+
+def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Check that torch can compute with a tensor; its 4-bit floats, two to a byte, it can only carry.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if tensor.dtype not in DTYPE_CODES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: tensor {name} is {kind}, which cannot be computed with; save it in bfloat16")
 
 
 class TensorFiles:

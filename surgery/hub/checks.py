@@ -19,7 +19,7 @@ from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TU
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.patterns import check_patterns
-from surgery.checkpoints.rewriting import DTYPES, Tensor, file_bytes, read_header
+from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header, stored_pieces
 from surgery.checkpoints.tensor_files import read_tensor
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
@@ -200,7 +200,7 @@ def _refuse_not_finite(path: Path, header: Mapping[str, Tensor]) -> None:
         if dtype is None:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which torch does not know")
         try:
-            for piece in file_bytes(path, tensor):
+            for piece in stored_pieces(path, tensor):
                 values = torch.frombuffer(bytearray(piece), dtype=dtype)
                 if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
                     raise AdapterError(f"{path}: {name} holds NaN or Inf: the training diverged, or the file is broken")

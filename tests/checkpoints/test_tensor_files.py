@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.rewriting import DTYPES
 from surgery.checkpoints.tensor_files import TensorFiles, file_bytes, read_text
-from surgery.errors import CheckpointError
+from surgery.errors import AdapterError, CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,6 +33,22 @@ def test_the_size_of_a_file_is_told_before_it_is_written(seed: int, tmp_path: Pa
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
     assert file_bytes(tensors) == (tmp_path / SINGLE).stat().st_size
     assert file_bytes({name: tensor.to("meta") for name, tensor in tensors.items()}) == file_bytes(tensors)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch knows no 4-bit floats")
+def test_what_cannot_be_computed_with_is_refused_by_name(tmp_path: Path) -> None:
+    """4-bit floats, two to a byte: torch reads them and knows no operation on them."""
+    four = torch.zeros(2, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file({"a": torch.ones(2), "b": four}, tmp_path / SINGLE)
+    files = TensorFiles.open(tmp_path)
+    assert float(files.read("a").sum()) == 2
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor b is float4_e2m1fn_x2, .* bfloat16"):
+        files.read("b")
+    (tmp_path / SINGLE).rename(tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="tensor b is float4_e2m1fn_x2"):
+        Adapter.open(tmp_path)
 
 
 def test_a_file_that_is_written_over_is_not_read(tmp_path: Path) -> None:
