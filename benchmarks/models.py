@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LLAMA_2_7B", "Llama", "block_linears", "file_bytes", "minilm_folder", "write_llama", "write_lora"]
+__all__ = [
+    "LLAMA_2_7B",
+    "LLAMA_3_70B",
+    "Llama",
+    "block_linears",
+    "file_bytes",
+    "minilm_folder",
+    "write_llama",
+    "write_lora",
+]
 
 STANDARD_DEVIATION = 0.02  # transformers' own for a fresh Llama
 BYTES = {"F32": 4, "BF16": 2}
@@ -68,6 +77,28 @@ class Llama:
 
 LLAMA_2_7B = Llama(
     num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+)
+
+
+@dataclass(frozen=True)
+class GroupedLlama(Llama):
+    """A Llama with fewer heads for keys and values than for queries."""
+
+    num_key_value_heads: int = 8
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        narrow = self.hidden_size * self.num_key_value_heads // self.num_attention_heads
+        shapes = super().linears()
+        return {**shapes, **{f"self_attn.{name}_proj": (narrow, self.hidden_size) for name in "kv"}}
+
+
+LLAMA_3_70B = GroupedLlama(
+    num_hidden_layers=80,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_attention_heads=64,
+    vocab_size=128256,
+    num_key_value_heads=8,
 )
 
 

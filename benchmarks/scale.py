@@ -23,14 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.models import Llama, minilm_folder, write_llama, write_lora
+from benchmarks.models import LLAMA_3_70B, Llama, minilm_folder, write_llama, write_lora
 from benchmarks.process import Measured, alternating, in_process, measured
 from surgery.reports.tables import table
 
@@ -51,28 +51,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "convert lora to giva": ("convert", {"to": "giva"}),
     "convert lora to vera": ("convert", {"to": "vera", "rank": 16}),
 }
-
-
-@dataclass(frozen=True)
-class GroupedLlama(Llama):
-    """A Llama with fewer heads for keys and values than for queries."""
-
-    num_key_value_heads: int = 8
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        narrow = self.hidden_size * self.num_key_value_heads // self.num_attention_heads
-        shapes = super().linears()
-        return {**shapes, **{f"self_attn.{name}_proj": (narrow, self.hidden_size) for name in "kv"}}
-
-
-LLAMA_3_70B = GroupedLlama(
-    num_hidden_layers=80,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_attention_heads=64,
-    vocab_size=128256,
-    num_key_value_heads=8,
-)
 
 
 def depth(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from benchmarks.floor import Work
 from benchmarks.models import Llama, block_linears, file_bytes, write_llama, write_lora
 from benchmarks.process import Measured
 
-SAMPLES, TOKENS = 4, 128
+SAMPLES, MANY_SAMPLES, TOKENS = 4, 16, 128
 FORMS = ("vera", "giva packed", "inilora", "frod", "smoa")
 OWN_METHODS = {"vera", "inilora", "frod", "smoa"}
 
@@ -49,14 +49,22 @@ def frod(bench: Bench) -> None:
         "load FRoD: PEFT's", ours, theirs, "no slower, no larger", lambda row: quicker(row) and lighter(row),
         floor=Work(read=file_bytes(bench.folder / "frod")),
     )  # fmt: skip
+    for samples in (SAMPLES,) if bench.quick else (SAMPLES, MANY_SAMPLES):
+        _frod_step(bench, model, sides, samples)
+
+
+def _frod_step(bench: Bench, model: Path, sides: dict[str, dict[str, str]], samples: int) -> None:
+    sizes = {**_sizes(bench), "samples": 1 if bench.quick else samples}
     step, peft_step, lora_step = bench.alternating(
-        *(lambda s=side: bench.work("training_step", **s, **_sizes(bench)) for side in sides.values())
+        *(lambda s=side: bench.work("training_step", **s, **sizes) for side in sides.values())
     )
+    tokens = sizes["samples"] * sizes["tokens"]
     # Forward, and back to the inputs; what an adapter adds to the base's own products is left out.
     numbers = sum(rows * columns for rows, columns in block_linears(model).values())
-    floor = Work(float32=4.0 * SAMPLES * TOKENS * numbers)
-    bench.row("training step of FRoD: PEFT's", step, peft_step, "no slower", at_least("seconds", 1), floor)
-    bench.row("training step of FRoD: of a LoRA r = 8", step, lora_step, "<= 1.8 x", at_most("seconds", 1.8), floor)
+    floor = Work(float32=4.0 * tokens * numbers)
+    case = f"training step of FRoD, {tokens:,} tokens"
+    bench.row(f"{case}: PEFT's", step, peft_step, "no slower", at_least("seconds", 1), floor)
+    bench.row(f"{case}: of a LoRA r = 8", step, lora_step, "<= 1.8 x", at_most("seconds", 1.8), floor)
 
 
 def forms(bench: Bench) -> None:

@@ -70,6 +70,13 @@ def peft_pissa(model: str, rank: int, targets: str, device: str) -> Measured:
     return _peft_start("AutoModel", model, config, device)
 
 
+def peft_vera(model: str, rank: int, targets: str, device: str) -> Measured:
+    """PEFT's VeRA, drawn from its seed; nothing is saved."""
+    from peft import VeraConfig
+
+    return _peft_start("AutoModel", model, VeraConfig(r=rank, target_modules=targets), device)
+
+
 def _peft_start(model_class: str, model: str, config: Any, device: str) -> Measured:
     import peft
     import transformers
@@ -228,6 +235,7 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         init,
         peft_frod,
         peft_pissa,
+        peft_vera,
         frod_errors,
         inilora_factors,
         adam_factors,
