@@ -25,10 +25,6 @@ from benchmarks.rows import Row, show
 
 __all__ = ["Bench", "Case", "at_least", "at_most", "below", "main"]
 
-# The `surgery` command sets this itself, before torch starts its threads (surgery/cli/main.py); a call of
-# surgery.init from Python has to be given it. GiVA's pass, which is torch's alone, and the references run without.
-OURS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-AS_IS = ("peft", "adam", "plain", "frozen", "giva")
 # Freed memory goes back to the system at once: the peak is then what is alive, not what the allocator has kept.
 # It costs time, so that time is measured without.
 LIVE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
@@ -51,8 +47,7 @@ class Bench:
 
     def work(self, worker: str, threads: int | None = None, live: bool = False, **options: Any) -> Measured:
         """Do one piece of work in a fresh process; see workers.py. With `live`, for its memory."""
-        environment = {} if worker.startswith(AS_IS) else dict(OURS_ENVIRONMENT)
-        environment.update(LIVE_MEMORY if live else {})
+        environment = LIVE_MEMORY if live else {}
         arguments = [worker, json.dumps({"device": self.device, **options})]
         result = in_process(WORKERS, *arguments, threads=threads or self.threads, environment=environment)
         what = f"{worker} {options['method']}" if "method" in options else worker

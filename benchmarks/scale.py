@@ -241,7 +241,7 @@ def _launched(place: Path, model: Path, method: str, count: int) -> Callable[[],
             words = [str(Path(__file__)), "launched", json.dumps([str(model), method, f"{folder}/out"])]
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
             variables = {**os.environ, "OMP_NUM_THREADS": str(2 // count), "PYTHONPATH": str(ROOT)}
-            variables.update({"OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"})
+            variables.update({"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"})
             started = time.perf_counter()
             result = subprocess.run(
                 [sys.executable, *start, *words], check=True, capture_output=True, text=True, env=variables

@@ -995,7 +995,6 @@ def test_second_renaming_is_interrupted(renaming, llama: Path, tmp_path: Path) -
 def run_main(monkeypatch, capsys) -> Iterator[Callable[..., tuple[Any, str, str]]]:
     """The console script's entry point in this process: its exit code, stdout and stderr."""
     handler = signal.signal(signal.SIGTERM, fail(AssertionError("main sets no handler for SIGTERM")))
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
     def run(*args: Any) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["surgery", *map(str, args)])

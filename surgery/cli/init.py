@@ -12,7 +12,6 @@ from surgery.catalogue import METHODS
 from surgery.cli.options import (
     common_options,
     compute_options,
-    let_idle_threads_sleep,
     output_options,
     refuse_idle_options,
     resume_option,
@@ -125,8 +124,6 @@ def command(
     refuse_idle_options(method, FLAGS, options)
     if METHODS[method].reads_gradients and options["data"] is None:
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
-    if not METHODS[method].reads_gradients:
-        let_idle_threads_sleep()
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import common_options, let_idle_threads_sleep, resume_option, set_verbosity, task_option
+from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes
@@ -45,7 +45,6 @@ def command(
       surgery merge lora/ --base model/ -o merged/
       surgery merge lora/ --base model/ --dtype bfloat16
     """
-    let_idle_threads_sleep()
     set_verbosity(verbose, quiet)
     from surgery.merging import merge
 

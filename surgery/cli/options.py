@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ from surgery.catalogue import TASK_TABLE, method_info
 __all__ = [
     "common_options",
     "compute_options",
-    "let_idle_threads_sleep",
     "output_options",
     "refuse_idle_options",
     "resume_option",
@@ -110,14 +108,6 @@ def refuse_idle_options(method: str, flags: dict[str, str], given: dict[str, Any
         if given[name] is not None and name not in taken:
             others = ", ".join(sorted(flags[option] for option in taken if option in flags)) or "none of its own"
             raise click.UsageError(f"method {method} takes no {flag}; its options are: {others}")
-
-
-def let_idle_threads_sleep() -> None:
-    """For work that goes back and forth between torch and LAPACK: idle threads of one leave the cores to the other.
-
-    To be called before torch starts its threads. Work that is torch's alone is better off when they stay awake.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:
