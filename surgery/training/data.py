@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError, listing
+from surgery.training.silence import nothing_printed
 
 __all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_in", "read_examples"]
 
@@ -509,7 +510,8 @@ def _processor(base: BaseModel, kind: str) -> Any:
 
     loader = AutoTokenizer if kind == "tokenizer" else AutoImageProcessor
     try:
-        return loader.from_pretrained(base.folder, local_files_only=True)
+        with nothing_printed():
+            return loader.from_pretrained(base.folder, local_files_only=True)
     except Exception as error:  # what is missing shows as errors of many kinds
         reason = str(error).strip().split("\n")[0][:160]
         raise DataError(f"{base.folder}: has no usable {kind}, which the data needs ({reason})") from None

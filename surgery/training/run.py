@@ -308,6 +308,9 @@ def _folder(unfinished: Unfinished | None) -> Iterator[Path]:
     if unfinished is not None:
         try:
             yield unfinished.folder
+        except Exception:
+            unfinished.abandon()
+            raise
         finally:
             unfinished.release()
         return

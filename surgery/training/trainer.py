@@ -174,10 +174,20 @@ class Watch(TrainerCallback):
             return
         self.loss = f"loss {loss:.4g}"
         if not math.isfinite(loss):
+            broken = _broken_weight(kwargs["model"])
+            if broken is not None:
+                raise CheckpointError(f"the loss is {loss}: the base model's {broken} holds values that are not finite")
             raise MethodError(
                 f"the loss is {loss} at step {state.global_step}: the learning rate {self.lr:g} is too high for this "
                 "adapter and data; nothing was written"
             )
+
+
+def _broken_weight(model: Any) -> str | None:
+    """The name of a frozen weight with values that are not finite; None where there is none."""
+    frozen = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
+    broken = next((name for name, weight in frozen if not bool(torch.isfinite(weight).all())), None)
+    return None if broken is None else broken.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -108,6 +108,11 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
+    def abandon(self) -> None:
+        """After an error: remove what cannot be gone on with, a folder of this process without a checkpoint."""
+        if self._lock is not None and not self.step:
+            self.remove()
+
     def release(self) -> None:
         """Let others go on with it."""
         if self._lock is not None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import surgery
 from surgery.catalogue import METHODS, method_for_config, training_rate
 from surgery.cli.main import cli
-from surgery.errors import AdapterError, MethodError, OutputError
+from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
 from surgery.training.preparing import trained_parameters
 from tests.command_line import contents, invoke
 from tests.models import load_base, save_model
@@ -243,7 +245,18 @@ def test_a_loss_that_is_not_finite(place: Path, tmp_path: Path) -> None:
         surgery.train(
             place / "giva", place / "llama", place / "texts.jsonl", out=tmp_path / "out", **{**QUICK, "lr": 1e30}
         )
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())  # no step was kept that one could go on from
+
+
+def test_a_base_whose_weights_are_not_finite(place: Path, tmp_path: Path) -> None:
+    """It is the base that is named, not the learning rate."""
+    shutil.copytree(place / "llama", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the base model's model\.layers\.1\.mlp\.up_proj\.weight holds values"):
+        surgery.train(place / "giva", tmp_path / "base", place / "texts.jsonl", out=tmp_path / "out", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_an_adapter_of_another_model(place: Path) -> None:
