@@ -253,7 +253,7 @@ def _losses(checked: Checked) -> str:
     measures = [
         ("error of the weight change", "weight_error", "{:.2%}"),
         ("error of the layers' outputs", "output_error", "{:.2%}"),
-        ("KL divergence of the predictions", "kl", "{:.4f} nats"),
+        ("KL divergence of the predictions", "kl", "{:.3g} nats"),
         ("predictions that agree", "agreement", "{:.2%}"),
     ]
     rows = [(name, shown.format(report[key])) for name, key, shown in measures if _is_number(report.get(key))]
@@ -274,7 +274,7 @@ def _training(checked: Checked) -> str:
     measures = [
         ("loss", "loss", "{:.4f}"),
         (score, "value", "{:.2%}" if score == "accuracy" else "{:.4g}"),
-        ("KL divergence from the teacher", "kl", "{:.4f} nats"),
+        ("KL divergence from the teacher", "kl", "{:.3g} nats"),
         ("predictions that agree with the teacher's", "agreement", "{:.2%}"),
     ]
     rows = [

@@ -108,8 +108,8 @@ def test_what_a_training_did_is_told_in_place_of_what_a_conversion_lost() -> Non
         assert line in card.splitlines()
     assert "error of" not in card and "teacher" not in card
     taught = {**before, "score": None, "value": None, "loss": None, "kl": 0.5, "agreement": 0.9}
-    card = make_card(checked(provenance={**trained, "before": taught, "after": {**taught, "kl": 0.1}}), REPO)
-    assert "| KL divergence from the teacher | 0.5000 nats | 0.1000 nats |" in card and "| loss" not in card
+    card = make_card(checked(provenance={**trained, "before": taught, "after": {**taught, "kl": 4.7e-05}}), REPO)
+    assert "| KL divergence from the teacher | 0.5 nats | 4.7e-05 nats |" in card and "| loss" not in card
     assert "evaluated" not in make_card(checked(provenance={**trained, "after": None}), REPO)
 
 
