@@ -17,27 +17,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench import Bench, Case, at_most, main
+from benchmarks.bench import Bench, Case, main
 from benchmarks.models import Llama, write_llama, write_lora
 from benchmarks.process import Measured
 
 DEPTHS, WIDTHS, RANKS, TOKENS = (4, 8, 16, 32), (512, 1024, 2048, 4096), (8, 16, 32, 64), (256, 1024, 4096)
 WIDTH, DEPTH = 256, 4
 METHODS = ("vera", "inilora", "frod", "smoa")
-FLAT, MOST_MEMORY = (8, 32), 1.1  # between these depths the peak grows by no more
 
 Kind = Callable[[Bench, Llama, Path], Measured]
 
 
 def depth(bench: Bench) -> None:
-    """From few layers to many, at one width."""
-    values, (few, many), hidden = ((2, 4), (2, 4), 64) if bench.quick else (DEPTHS, FLAT, WIDTH)
-    flat = at_most("bytes", MOST_MEMORY)
+    """From few layers to many, at one width; `scale.py depth` tells whether whole processes stay flat."""
+    values, hidden = ((2, 4), 64) if bench.quick else (DEPTHS, WIDTH)
     for name, kind in _kinds().items():
-        found = {value: _measured(bench, kind, _shape(value, hidden)) for value in values}
-        _exponents(bench, f"{name}, depth", found)
-        shallow, deep = ({"bytes": found[value]["bytes"]} for value in (few, many))
-        bench.row(f"{name}, peak at {many} layers against {few}", deep, shallow, f"<= {MOST_MEMORY} x", flat)
+        _exponents(bench, f"{name}, depth", {v: _measured(bench, kind, _shape(v, hidden)) for v in values})
 
 
 def width(bench: Bench) -> None:

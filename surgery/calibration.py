@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from surgery.checkpoints.atomic_file import atomic_file
 from surgery.checkpoints.base_model import BaseModel
+from surgery.checkpoints.rewriting import write_tensors
 from surgery.checkpoints.tensor_files import read_tensor, tensor_names
 from surgery.converters.changes import Change, Source
-from surgery.errors import DataError, OutputError
+from surgery.errors import DataError
 from surgery.fitting import located
 from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
@@ -164,16 +164,12 @@ class StoredMoments:
     @staticmethod
     def save(path: Path, moments: Mapping[Site, Moments]) -> None:
         """Write moments by the sites' keys, which are the same in every class over the same body."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for site, each in moments.items():
             tensors[f"{site.key}.C"], tensors[f"{site.key}.F"] = each.C.contiguous(), each.F.contiguous()
         with atomic_file(path.resolve()) as written:
-            try:
-                save_file(tensors, written, metadata={"format": "pt", "kind": "surgery calibration"})
-            except SafetensorError as error:
-                raise OutputError(f"{path}: cannot be written ({error}); nothing was changed") from None
+            # Not the library's own writer, which makes a file of its own beside it.
+            write_tensors(written, tensors, {"format": "pt", "kind": "surgery calibration"})
 
     def full(self, change: Change) -> Moments:
         """Moments `(in, in)` of x and `(out, out)` of g."""

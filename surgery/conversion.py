@@ -219,7 +219,8 @@ def _kept(
             made, report, source = _convert(adapter, shared, options, output.parts, device, progress)
             with output.writing() as folder:
                 report.bytes = made.write(folder, str(out))
-        report.reload_difference = largest_difference(Adapter.open(out), made, source)
+                # Before it has its name: once the output is in place nothing may fail.
+                report.reload_difference = largest_difference(Adapter.open(folder), made, source)
         report.out = str(out)
     report.dry_run = options.dry_run
     report.device, report.base = str(device), shared.name

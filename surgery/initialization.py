@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from surgery.catalogue import MethodInfo, method_info
@@ -21,6 +20,7 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.live_model import LiveModel
 from surgery.checkpoints.parts import file_identities, run_key
 from surgery.checkpoints.places import refuse_inputs
+from surgery.checkpoints.tensor_files import read_tensors
 from surgery.devices import resolve_device, working_devices
 from surgery.errors import DataError, MethodError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
@@ -261,11 +261,14 @@ def _from_weights(
             group.wait()
         if sharing.output is not None:
             with sharing.output.writing() as folder:
-                adapter.write(folder, str(out), tensors if streamed else None)
-    if out is not None:
+                report.bytes = adapter.write(folder, str(out), tensors if streamed else None)
+                if streamed:
+                    # Before it has its name: once the output is in place nothing may fail.
+                    adapter.tensors = read_tensors(folder / WEIGHTS_FILE)
+    if out is not None and sharing.output is None:  # another process has written it
         report.bytes = (out / WEIGHTS_FILE).stat().st_size
         if streamed:
-            adapter.tensors = load_file(out / WEIGHTS_FILE)  # views of the file, read when they are used
+            adapter.tensors = read_tensors(out / WEIGHTS_FILE)
     return adapter, report
 
 

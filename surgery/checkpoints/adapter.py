@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.parts import file_identities
-from surgery.checkpoints.rewriting import DTYPES, Tensor, read_digests, tensor_bytes, write_file
-from surgery.checkpoints.tensor_files import check_dtype, file_order, read_json, read_text, tensor_names
+from surgery.checkpoints.rewriting import read_digests, tensor_bytes, write_tensors
+from surgery.checkpoints.tensor_files import UNREADABLE, read_json, read_tensors, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -112,12 +112,7 @@ class Adapter:
             check_format_version(provenance["format_version"], folder / PROVENANCE_FILE)
         card = folder / CARD_FILE
         text = read_text(card) if card.is_file() else None
-        try:
-            tensors = load_file(weights)
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(f"{weights}: cannot be read ({error})") from None
-        for name, tensor in tensors.items():
-            check_dtype(weights, name, tensor)
+        tensors = read_tensors(weights)
         if is_packed(config):
             tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
         return cls(config, tensors, provenance, text, folder)
@@ -230,7 +225,7 @@ class Adapter:
                     f"{target}: {WEIGHTS_FILE} cannot be written ({error}); nothing was changed"
                 ) from None
         else:
-            digests = _write_streamed(partial / WEIGHTS_FILE, streamed)
+            digests = write_tensors(partial / WEIGHTS_FILE, streamed, {"format": "pt"})
         if self.provenance:
             _write_json(partial / PROVENANCE_FILE, self.provenance)
         if self.card is not None:
@@ -317,15 +312,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_streamed(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Write the file that safetensors would write, one tensor at a time; returns their digests."""
-    entries = {name: Tensor.like(tensors[name]) for name in tensors}
-    order = file_order({name: DTYPES[entry.dtype] for name, entry in entries.items()})
-    return write_file(
-        path, {name: entries[name] for name in order}, {"format": "pt"}, lambda name: tensor_bytes(tensors[name])
-    )
-
-
 def _verify(written: Path, tensors: Mapping[str, torch.Tensor], target: str) -> None:
     """Read back what was written, one tensor at a time."""
     names = tensor_names(written / WEIGHTS_FILE)
@@ -348,7 +334,7 @@ def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.
                     size += tensor.nbytes
                     yield left.pop(), tensor
                     del tensor
-        except (OSError, SafetensorError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 

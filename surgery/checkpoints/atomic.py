@@ -20,7 +20,7 @@ from surgery.checkpoints.atomic_file import flush, named_errors
 from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
 
-__all__ = ["PartialFolder", "atomic_folder", "check_output", "resumable_folder"]
+__all__ = ["PartialFolder", "atomic_folder", "check_output", "lock_folder", "resumable_folder"]
 
 PARTIAL = ".partial"
 # Inside it: the finished parts, and what says whose they are.
@@ -82,7 +82,7 @@ class PartialFolder:
         self._new_parents = [folder for folder in self.target.parents if not folder.exists()]
         self._held: int | None = None
         if key is not None and self.path.is_dir():
-            self._held = _lock(self.path)
+            self._held = lock_folder(self.path)
             try:
                 found = resume and _text(self.path / PARTS / KEY) == key
                 if found:
@@ -125,7 +125,7 @@ class PartialFolder:
             if self.path.exists():
                 _remove(self.path)  # left by a run that was killed
             self.path.mkdir()
-            self._held = _lock(self.path)
+            self._held = lock_folder(self.path)
         return self.path
 
     def put_in_place(self) -> None:
@@ -148,7 +148,7 @@ class PartialFolder:
         """Remove the folder and whatever was made for it, unless it is another process's."""
         with contextlib.suppress(OSError):
             if self._held is None:
-                self._held = _lock(self.path)
+                self._held = lock_folder(self.path)
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._new_parents:
             with contextlib.suppress(OSError):
@@ -224,7 +224,7 @@ def _text(path: Path) -> str | None:
     return None
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Mark a folder as being written by this process, until the descriptor is closed or the process ends.
 
     Raises:
@@ -248,7 +248,7 @@ def _remove(folder: Path, ignore_errors: bool = False) -> None:
     Raises:
         BlockingIOError: one is.
     """
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     try:
         shutil.rmtree(folder, ignore_errors)
     finally:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header
-from surgery.checkpoints.tensor_files import file_identity
+from surgery.checkpoints.tensor_files import UNREADABLE, file_identity
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
 
@@ -223,7 +223,7 @@ def _mapped(path: Path, place: Tensor) -> torch.Tensor:
 
 def _listed(path: Path, key: str) -> list[tuple[str, list[str], dict[str, Any]]] | None:
     """The units of a file: name, names of tensors, facts; None for one that is torn, or another run's."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+    with contextlib.suppress(*UNREADABLE, KeyError, ValueError):
         if _checksum(path) == path.stem:
             with safe_open(path, framework="pt") as file:
                 told = file.metadata()

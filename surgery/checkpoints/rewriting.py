@@ -16,10 +16,20 @@ from typing import Any
 import torch
 import xxhash
 
-from surgery.checkpoints.tensor_files import DTYPE_CODES, tensor_names
+from surgery.checkpoints.tensor_files import DTYPE_CODES, file_order, tensor_names
 from surgery.errors import CheckpointError, OutputError
 
-__all__ = ["DTYPES", "Header", "Tensor", "read_digests", "read_header", "stored_pieces", "tensor_bytes", "write_file"]
+__all__ = [
+    "DTYPES",
+    "Header",
+    "Tensor",
+    "read_digests",
+    "read_header",
+    "stored_pieces",
+    "tensor_bytes",
+    "write_file",
+    "write_tensors",
+]
 
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 CHUNK = 1 << 24
@@ -122,6 +132,17 @@ def write_file(
                 raise OutputError(f"{path.name}: {name} has {written} bytes, expected {tensors[name].size}")
             digests[name] = digest.hexdigest()
     return digests
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Write the file that safetensors' library would write, one tensor at a time, and no other file beside it.
+
+    Returns:
+        A digest of every tensor.
+    """
+    order = file_order({name: tensor.dtype for name, tensor in tensors.items()})
+    entries = {name: Tensor.like(tensors[name]) for name in order}
+    return write_file(path, entries, metadata, lambda name: tensor_bytes(tensors[name]))
 
 
 def stored_pieces(path: Path, tensor: Tensor) -> Iterator[bytes]:

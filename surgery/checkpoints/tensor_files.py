@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from surgery.errors import CheckpointError, listing
 
 __all__ = [
     "DTYPE_CODES",
     "SINGLE_FILE",
+    "UNREADABLE",
     "TensorFiles",
-    "check_dtype",
     "file_bytes",
     "file_identity",
     "file_order",
     "read_json",
     "read_tensor",
+    "read_tensors",
     "read_text",
     "tensor_names",
 ]
@@ -38,6 +40,10 @@ INDEX_FILE = "model.safetensors.index.json"
 LARGEST_JSON = 1 << 28
 DEEPEST = 64
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# What opening and reading a file may end with: torch, which maps it once more, calls what the system refuses a
+# RuntimeError.
+UNREADABLE = (OSError, SafetensorError, RuntimeError)
 
 # How the format calls the dtypes, in the order in which the library writes them.
 DTYPE_CODES = {
@@ -144,7 +150,7 @@ def tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(_broken_file(path, error)) from None
 
 
@@ -159,13 +165,28 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             if name not in file.keys():  # noqa: SIM118 - not a dictionary
                 raise CheckpointError(f"{path}: has no tensor {name}, which the index says is there")
             tensor: torch.Tensor = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{_broken_file(path, error)} (reading tensor {name})") from None
-    check_dtype(path, name, tensor)
+    _check_dtype(path, name, tensor)
     return tensor
 
 
-def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file on the CPU, in the file's dtypes: views of the mapped file.
+
+    Raises:
+        CheckpointError: the file is broken, or holds what cannot be computed with.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from None
+    for name, tensor in tensors.items():
+        _check_dtype(path, name, tensor)
+    return tensors
+
+
+def _check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Check that torch can compute with a tensor; its 4-bit floats, two to a byte, it can only carry.
 
     Raises:

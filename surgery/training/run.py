@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from surgery.catalogue import method_for_config, training_rate
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.atomic import atomic_folder
+from surgery.checkpoints.atomic_file import named_errors
 from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.errors import MethodError
@@ -306,13 +307,14 @@ class Run:
 def _folder(unfinished: Unfinished | None) -> Iterator[Path]:
     """Where checkpoints go; without an output, a folder that does not last."""
     if unfinished is not None:
-        try:
-            yield unfinished.folder
-        except Exception:
-            unfinished.abandon()
-            raise
-        finally:
-            unfinished.release()
+        with named_errors(unfinished.out):
+            try:
+                yield unfinished.folder
+            except Exception:
+                unfinished.abandon()
+                raise
+            finally:
+                unfinished.release()
         return
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         yield Path(folder)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from surgery.errors import CheckpointError, MethodError
+from surgery.errors import CheckpointError, MethodError, OutputError
 from surgery.training.codes import CodeTraining
 from surgery.training.data import Features, collated
 from surgery.training.distillation import Teacher, divergence
@@ -95,8 +95,11 @@ class AdapterTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{CHECKPOINT}{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError) as error:  # what the system refused, as compiled code tells it
+            raise OutputError(f"{folder}: cannot be written ({_first_line(error)})") from None
         if self.args.world_size > 1:
             torch.distributed.barrier()  # each process has a file of its own in it
         if self.args.should_save:
@@ -113,11 +116,14 @@ def _only_numbers(checkpoint: Any) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
         raise CheckpointError(
-            f"{checkpoint}: is broken, or holds more than numbers, of which nothing was run ({reason}); start again "
-            "with --force"
+            f"{checkpoint}: is broken, or holds more than numbers, of which nothing was run ({_first_line(error)}); "
+            "start again with --force"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
 
 
 class DistillingTrainer(AdapterTrainer):

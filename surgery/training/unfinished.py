@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoints.atomic import check_output
+from surgery.checkpoints.atomic import check_output, lock_folder
+from surgery.checkpoints.atomic_file import named_errors
 from surgery.checkpoints.tensor_files import read_json
 from surgery.errors import CheckpointError, MethodError, OutputError
 from surgery.training.trainer import last_checkpoint
@@ -46,12 +46,12 @@ class Unfinished:
         if resume and self.exists:
             return  # what is in the output is this training's own
         check_output(self.out, force)
-        if self.exists and not force:
-            step = self.step
-            raise OutputError(
-                f"{self.out}: a training of it was not finished ({step} steps are kept); go on with it (--resume), or "
-                "start again (--force)"
-            )
+        with named_errors(self.out):
+            if self.exists and not force:
+                raise OutputError(
+                    f"{self.out}: a training of it was not finished ({self.step} steps are kept); go on with it "
+                    "(--resume), or start again (--force)"
+                )
 
     @property
     def step(self) -> int:
@@ -71,9 +71,12 @@ class Unfinished:
 
         Raises:
             MethodError: the training that is to go on had other options.
-            OutputError: another process is at it, or the folder cannot be written.
+            BlockingIOError: another process is at it.
+            OSError: the folder cannot be written.
         """
         noted: dict[str, Any] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
         if self.exists and resume:
             noted = read_json(self.folder / OPTIONS_FILE)
             if not isinstance(noted.get("options"), dict):
@@ -82,17 +85,9 @@ class Unfinished:
             if changed:
                 was = ", ".join(f"{name} {noted['options'].get(name)!r}, now {options[name]!r}" for name in changed)
                 raise MethodError(f"{self.out}: the training that is to go on had other options ({was})")
-        try:
-            if not noted and self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{self.out}: another training is writing it") from None
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be written ({error.strerror or error})") from None
         if not noted:
+            for left in self.folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             self.note({"options": dict(options)})
         return noted
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.checkpoints import adapter as adapter_files
 from surgery.checkpoints import atomic
 from surgery.checkpoints import parts as module
 from surgery.checkpoints.atomic import PartialFolder, resumable_folder
 from surgery.checkpoints.parts import Parts, PartTensors, file_identities, run_key
-from surgery.checkpoints.rewriting import DTYPES
+from surgery.checkpoints.rewriting import DTYPES, write_tensors
 from surgery.errors import OutputError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
@@ -296,5 +295,5 @@ def test_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path) -> Non
     for number, dtype in enumerate(DTYPES.values()):
         tensors.update({f"{name}.{number}": torch.arange(6).reshape(3, 2).to(dtype) for name in ("b", "a", "c.10")})
     save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
-    adapter_files._write_streamed(tmp_path / "found", tensors)
+    write_tensors(tmp_path / "found", tensors, {"format": "pt"})
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
