@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "merge lora": ("merge", {}),
     "convert lora to lora": ("convert", {"to": "lora", "rank": 4}),
     "convert lora to giva": ("convert", {"to": "giva"}),
-    "convert lora to vera": ("convert", {"to": "vera", "rank": 16}),
+    "convert lora to vera": ("convert", {"to": "vera", "rank": 16, "accept_loss": True}),
 }
 
 

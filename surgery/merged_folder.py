@@ -228,7 +228,8 @@ class MergedFolder:
 
     def _index(self, index: dict[str, Any]) -> dict[str, Any]:
         files = {name: file for file, tensors in self._tensors.items() for name in tensors}
-        metadata = {**(index.get("metadata") or {}), "total_size": self.bytes}
+        told = index.get("metadata")
+        metadata = {**(told if isinstance(told, dict) else {}), "total_size": self.bytes}
         if "total_parameters" in metadata:
             metadata["total_parameters"] = self.parameters
         return {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}

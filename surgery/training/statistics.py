@@ -96,6 +96,9 @@ def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generato
     """The negative log-likelihood of answers drawn from the model's predictions, summed, and how many there are.
 
     A model without predictions (bare, or of one number) is taken to answer with unit Gaussian noise about its output.
+
+    Raises:
+        MethodError: the predictions are not finite.
     """
     features = {name: value for name, value in batch.items() if name != "share"}
     output = model(**features)
@@ -107,6 +110,8 @@ def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generato
         return _gaussian(logits, None, generator)
     rows = predictions(logits, features, causal=is_causal(model))
     log_probs = F.log_softmax(rows.float(), -1)
+    if not bool(torch.isfinite(log_probs).all()):
+        raise MethodError("the model's predictions are not finite on this data: check its weights, or try float32")
     drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(rows.device)
     return -log_probs.gather(1, drawn).sum(), int(rows.shape[0])
 

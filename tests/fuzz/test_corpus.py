@@ -23,6 +23,7 @@ from tests.isolated import Outcome
 
 WEIGHTS, CONFIG, ADAPTER_CONFIG = "adapter_model.safetensors", "config.json", "adapter_config.json"
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
+INDEX = "model.safetensors.index.json"
 SECONDS = 60
 
 Edit = Callable[[Path], Any]
@@ -121,6 +122,10 @@ def other_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(found))
 
 
+def no_numbers(folder: Path) -> None:
+    tensors(lambda found: found[V_PROJ].fill_(float("nan")), "model.safetensors")(folder)
+
+
 DATA = "init {model} --method giva --data {data} --rank 2 -o {out}"
 MERGE = "merge {adapter} --base {model} -o {out}"
 CONVERT = "convert {adapter} --to giva --base {model} --rank 1 -o {out}"
@@ -128,6 +133,8 @@ INIT = "init {model} --method inilora --rank 2 -o {out}"
 INSPECT = "inspect {adapter}"
 TRAIN = "train {adapter} --base {model} --data {data} --dry-run"
 PUSH = "push {adapter} org/name --dry-run --base-model org/base"
+LEARN = "train {adapter} --base {model} --data {data} --steps 1 --batch-size 2 -o {out}"
+MEASURE = "convert {adapter} --to giva --base {model} --data {data} --samples 4 --rank 1 -o {out}"
 NO_FILE = "is a pipe, a socket or a device, not a file"
 
 
@@ -147,6 +154,8 @@ CASES = [
         "more-layers-than-any", "model", INIT, configure(CONFIG, num_hidden_layers=2**40), "num_hidden_layers is 10995"
     ),
     case("more-layers-than-weights", "model", INIT, configure(CONFIG, num_hidden_layers=9000), "more than"),
+    case("no-numbers-to-train-on", "model", LEARN, no_numbers, "the base model's", V_PROJ, "not finite"),
+    case("no-numbers-to-measure", "model", MEASURE, no_numbers, "not finite"),
     case("layers-without-number", "model", INIT, configure(CONFIG, num_hidden_layers=float("nan")), "is nan"),
     case("more-labels-than-any", "model", INIT, configure(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
     case("nested-too-deep", "model", INIT, configure(CONFIG, x=json.loads("[" * 200 + "]" * 200)), "nested more than"),
@@ -205,9 +214,21 @@ def test_corpus(kind: str, command: str, edit: Edit, words: tuple[str, ...], spe
     assert contents(tmp_path) == before
 
 
+def test_an_index_that_tells_nothing_of_its_files(specimens: Path, tmp_path: Path) -> None:
+    """What stands in place of its metadata is no reason to refuse a model; the result's index has its own."""
+    shutil.copytree(specimens / "sharded", tmp_path / "model")
+    configure(INDEX, metadata=3)(tmp_path / "model")
+    arguments = ["merge", specimens / "lora", "--base", tmp_path / "model", "-o", tmp_path / "out"]
+    assert invoke(*arguments).exit_code == 0
+    size = sum(
+        tensor.nbytes for path in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(path).values()
+    )
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {"total_size": size}
+
+
 def test_what_is_whole_is_accepted(specimens: Path, tmp_path: Path) -> None:
     """The control: the same commands on whole folders."""
     names = {"adapter": specimens / "lora", "model": specimens / "model", "data": specimens / "data.jsonl"}
-    for number, command in enumerate((MERGE, CONVERT, INIT, INSPECT, TRAIN, PUSH)):
+    for number, command in enumerate((MERGE, CONVERT, INIT, INSPECT, TRAIN, LEARN, MEASURE, PUSH)):
         arguments = [word.format(**names, out=tmp_path / str(number)) for word in command.split()]
         assert invoke(*arguments).exit_code == 0
