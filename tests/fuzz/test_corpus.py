@@ -22,6 +22,7 @@ from tests.fuzz.tensors import join, split
 from tests.isolated import Outcome
 
 WEIGHTS, CONFIG, ADAPTER_CONFIG = "adapter_model.safetensors", "config.json", "adapter_config.json"
+NORM = "model.layers.0.input_layernorm.weight"
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 INDEX = "model.safetensors.index.json"
 SECONDS = 60
@@ -122,8 +123,8 @@ def other_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(found))
 
 
-def no_numbers(folder: Path) -> None:
-    tensors(lambda found: found[V_PROJ].fill_(float("nan")), "model.safetensors")(folder)
+def no_numbers(name: str) -> Edit:
+    return tensors(lambda found: found[name].fill_(float("nan")), "model.safetensors")
 
 
 DATA = "init {model} --method giva --data {data} --rank 2 -o {out}"
@@ -154,8 +155,8 @@ CASES = [
         "more-layers-than-any", "model", INIT, configure(CONFIG, num_hidden_layers=2**40), "num_hidden_layers is 10995"
     ),
     case("more-layers-than-weights", "model", INIT, configure(CONFIG, num_hidden_layers=9000), "more than"),
-    case("no-numbers-to-train-on", "model", LEARN, no_numbers, "the base model's", V_PROJ, "not finite"),
-    case("no-numbers-to-measure", "model", MEASURE, no_numbers, "not finite"),
+    case("no-numbers-to-train-on", "model", LEARN, no_numbers(V_PROJ), "the base model's", V_PROJ, "not finite"),
+    case("no-numbers-to-measure", "model", MEASURE, no_numbers(NORM), "not finite"),
     case("layers-without-number", "model", INIT, configure(CONFIG, num_hidden_layers=float("nan")), "is nan"),
     case("more-labels-than-any", "model", INIT, configure(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
     case("nested-too-deep", "model", INIT, configure(CONFIG, x=json.loads("[" * 200 + "]" * 200)), "nested more than"),
