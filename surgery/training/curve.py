@@ -31,13 +31,18 @@ def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -
     (folder / CURVE_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="loss")
-    axes.plot(steps, _smooth(losses), color="#1f5a96", linewidth=1.6, label="running mean")
+    window = max(1, round(SMOOTH * len(losses)))
+    if window > 1:
+        axes.plot(steps, losses, color="0.7", linewidth=0.8, label="loss")
+    label = "running mean" if window > 1 else "loss"
+    axes.plot(steps, _smooth(losses, window), color="#1f5a96", linewidth=1.6, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
@@ -48,9 +53,8 @@ def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -
     figure.savefig(folder / PICTURE_FILE, format="png")
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean over the last steps."""
-    window = max(1, round(SMOOTH * len(values)))
     sums, found = 0.0, []
     for index, value in enumerate(values):
         sums += value - (values[index - window] if index >= window else 0.0)
