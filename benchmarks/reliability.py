@@ -143,7 +143,7 @@ ROWS = [
         "tests.fuzz",
     ),
     Row("faults", "tests.faults", [["--json", "--only", name] for name in WRITES], _faults, "tests.faults"),
-    Row("properties", "pytest", [["-q", "tests/properties"]], _properties, "pytest tests/properties"),
+    Row("properties", "pytest", [["tests/properties"]], _properties, "pytest tests/properties"),
     Row("mutations", "tests.mutation", [["--json", "{file}"]], _mutations, "tests.mutation"),
 ]
 

@@ -22,6 +22,7 @@ from surgery.converters.changes import Source
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
 from surgery.devices import resolve_device
 from surgery.errors import MethodError, OutputError
+from surgery.memory import release_freed
 from surgery.methods.contents import refuse_output_biases
 from surgery.reports.convert_report import ConvertReport
 
@@ -217,6 +218,7 @@ def _kept(
         inputs = {"adapter": identity_of(adapter, given), **shared.identity}
         with resumable_folder(out, options.force, run_key("convert", decisive, inputs), resume) as output:
             made, report, source = _convert(adapter, shared, options, output.parts, device, progress)
+            release_freed()  # what the decompositions took, before what is written is read back
             with output.writing() as folder:
                 report.bytes = made.write(folder, str(out))
                 # Before it has its name: once the output is in place nothing may fail.
