@@ -25,6 +25,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "surgery/linalg/rounding.py": CODING[1:],
     "surgery/linalg/seeded.py": ("linalg/test_seeded.py", "methods/test_vera.py", "methods/test_inilora.py"),
     "surgery/linalg/spectra.py": (TRUNCATION, ALGEBRA),
+    "surgery/linalg/sparse.py": ("linalg/test_sparse.py", "linalg/test_delta.py"),
     "surgery/linalg/spectral.py": ("linalg/test_spectral.py", "methods/test_smoa.py"),
     "surgery/linalg/symmetric.py": ("linalg/test_symmetric.py", "linalg/test_joint.py"),
     "surgery/linalg/threads.py": ("linalg/test_joint.py", "linalg/test_low_rank.py"),
