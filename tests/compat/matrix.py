@@ -17,23 +17,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What transformers below 5.20 and huggingface_hub below 2 ask the Hub with, and newer ones no longer bring.
+# What huggingface_hub below 2 asks the Hub with, and newer ones no longer bring; what transformers below 5.17 cuts
+# texts with.
 HTTPX = {"httpx": "0.28.1", "httpcore": "1.0.9"}
-# Name -> package versions that differ from the installed ones. `peft` from the oldest supported to the newest, and
-# transformers and huggingface_hub at the oldest of pyproject.toml; tokenizers follows transformers. PEFT before 0.21.2
+OLD = {"tokenizers": "0.22.2", **HTTPX}
+# Name -> package versions that differ from the installed ones, each set as the packages ask for it. `peft` from the
+# oldest supported to the newest, transformers and huggingface_hub from the oldest of pyproject.toml. PEFT before 0.21.2
 # gets a transformers of its time: with 5.23 it opens no encoder-decoder model, whichever the adapter.
 COMBINATIONS: dict[str, dict[str, str]] = {
     "as installed": {},
     "peft 0.21.0": {"peft": "0.21.0", "transformers": "5.20.2"},
     "peft 0.21.1": {"peft": "0.21.1", "transformers": "5.20.2"},
-    "transformers 5.10": {"transformers": "5.10.1", **HTTPX},
-    "transformers 5.13": {"transformers": "5.13.1", **HTTPX},
-    "transformers 5.17": {"transformers": "5.17.0", **HTTPX},
+    "transformers 5.10": {"transformers": "5.10.1", "huggingface-hub": "1.33.0", **OLD},
+    "transformers 5.13": {"transformers": "5.13.1", "huggingface-hub": "1.33.0", **OLD},
+    "transformers 5.17": {"transformers": "5.17.0", "huggingface-hub": "1.33.0", **HTTPX},
     "transformers 5.20": {"transformers": "5.20.2"},
     "transformers 5.24": {"transformers": "5.24.0"},
-    "huggingface_hub 1.5": {"huggingface-hub": "1.5.0", **HTTPX},
-    "huggingface_hub 1.33": {"huggingface-hub": "1.33.0", **HTTPX},
-    "all the oldest": {"peft": "0.21.0", "transformers": "5.10.1", "huggingface-hub": "1.5.0", **HTTPX},
+    "huggingface_hub 1.5": {"transformers": "5.10.1", "huggingface-hub": "1.5.0", **OLD},
+    "huggingface_hub 1.33": {"transformers": "5.20.2", "huggingface-hub": "1.33.0", **HTTPX},
+    "all the oldest": {"peft": "0.21.0", "transformers": "5.10.1", "huggingface-hub": "1.5.0", **OLD},
 }
 TESTS = (
     "tests/compat/test_stored.py",
