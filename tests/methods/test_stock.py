@@ -242,6 +242,15 @@ def test_randlora_bases_are_found_above_the_model(llama: Path, tmp_path: Path) -
     check_all(llama, tmp_path)
 
 
+def test_what_a_configuration_leaves_out_has_pefts_default(llama: Path, tmp_path: Path) -> None:
+    saved(llama, peft.RandLoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "out")
+    path = tmp_path / "out" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings["randlora_alpha"]
+    path.write_text(json.dumps(settings))
+    check_all(llama, tmp_path / "out")
+
+
 def test_convolutions_and_expert_parameters_are_refused(model_folder, tmp_path: Path) -> None:
     saved(model_folder("vit"), peft.LoraConfig(target_modules=["projection"]), tmp_path / "conv")
     with pytest.raises(AdapterError, match=r"projection: is a convolution .*\(8, 3, 4, 4\)"):

@@ -22,6 +22,7 @@ EQUIVALENT: dict[str, str] = {
     ),
     "surgery/linalg/rounding.py::_Side.__init__: np.zeros(0)": "an empty array either way",
     "surgery/linalg/rounding.py::_inverse: torch.linalg.pinv": "the matrix is symmetric",
+    "converters/frod_fit.py::solved: TOLERANCE ** 2 -> (TOLERANCE ** 3)": "a later stop of an iteration",
     "surgery/methods/deltas.py::_owner: adapter.layer(candidate)[stored].shape[0]": "the shared basis is square",
     "surgery/methods/on_base.py::ChangesOnBase._regenerated: len(group) > 1": "what is kept, not what it is",
     "surgery/methods/on_base.py::_ByKey.__getitem__: self.base.raw_weight": "a weight that is read is checked anyway",
