@@ -33,9 +33,8 @@ COMBINATIONS: dict[str, dict[str, str]] = {
     "transformers 5.17": {"transformers": "5.17.0", "huggingface-hub": "1.33.0", **HTTPX},
     "transformers 5.20": {"transformers": "5.20.2"},
     "transformers 5.24": {"transformers": "5.24.0"},
-    "huggingface_hub 1.5": {"transformers": "5.10.1", "huggingface-hub": "1.5.0", **OLD},
     "huggingface_hub 1.33": {"transformers": "5.20.2", "huggingface-hub": "1.33.0", **HTTPX},
-    "all the oldest": {"peft": "0.21.0", "transformers": "5.10.1", "huggingface-hub": "1.5.0", **OLD},
+    "all the oldest": {"peft": "0.21.0", "transformers": "5.10.1", "huggingface-hub": "1.33.0", **OLD},
 }
 TESTS = (
     "tests/compat/test_stored.py",
