@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import AdapterError
-from surgery.methods.contents import contents_of
+from surgery.methods.contents import contents_of, refuse_output_biases
 from surgery.methods.stock import STOCK
 from tests.models import edit_tensors, load_base
 
@@ -240,6 +240,25 @@ def test_randlora_bases_are_found_above_the_model(llama: Path, tmp_path: Path) -
     edit_tensors(tmp_path, keep_one, FILE)
     assert contents_of(surgery.Adapter.open(tmp_path)).shared == ["base_model.randlora_A", "base_model.randlora_B"]
     check_all(llama, tmp_path)
+
+
+def test_a_bias_of_lora_b_is_lost_to_no_other_form(llama: Path, tmp_path: Path) -> None:
+    """One number of it is enough; none is no bias."""
+    saved(llama, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), tmp_path)
+
+    def leave(numbers: int) -> None:
+        def edit(tensors: dict[str, torch.Tensor]) -> None:
+            for tensor in (each for name, each in tensors.items() if name.endswith("lora_B.bias")):
+                tensor.zero_()
+                tensor[:numbers] = 1
+
+        edit_tensors(tmp_path, edit, FILE)
+
+    leave(0)
+    refuse_output_biases(surgery.Adapter.open(tmp_path))
+    leave(1)
+    with pytest.raises(AdapterError, match="has a bias"):
+        refuse_output_biases(surgery.Adapter.open(tmp_path))
 
 
 def test_what_a_configuration_leaves_out_has_pefts_default(llama: Path, tmp_path: Path) -> None:
