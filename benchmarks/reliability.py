@@ -109,8 +109,14 @@ def _faults(found: list[dict[str, Any]]) -> Counts:
     return [
         ("kills, each before another system call of a write", f"{total.get('calls', 0):,} calls", total.get("kill", 0)),
         ("injected errors of system calls", errors, injected),
+        ("writers of one output at the same time, rights taken away", *_places(total)),
         ("", "lost, half-written or left behind", total.get("wrong", 0)),
     ]
+
+
+def _places(total: dict[str, int]) -> tuple[str, int]:
+    races, denied = total.get("race", 0), total.get("denied", 0)
+    return f"{races} and {denied}", races + denied
 
 
 def _properties(found: list[str]) -> Counts:

@@ -184,9 +184,10 @@ def run_and_learn(place: Place, arguments: Sequence[Any], limits: Limits) -> Out
 def outcome(place: Place, code: int | None, log: str = "") -> Outcome:
     """The ending of the command that ran last in a place, with this log."""
     paths = [place.root / f"{name}{log}" for name in ("stdout", "stderr")]
-    texts = [path.read_bytes().decode("utf-8", errors="replace") for path in paths]
+    # A process that was ended before it began has left none.
+    texts = [path.read_bytes().decode("utf-8", errors="replace") if path.exists() else "" for path in paths]
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)
     return Outcome(code, *texts)
 
 

@@ -23,11 +23,10 @@ HTTPX = {"httpx": "0.28.1", "httpcore": "1.0.9"}
 OLD = {"tokenizers": "0.22.2", **HTTPX}
 # Name -> package versions that differ from the installed ones, each set as the packages ask for it. `peft` from the
 # oldest supported to the newest, transformers and huggingface_hub from the oldest of pyproject.toml. PEFT before 0.21.2
-# gets a transformers of its time: with 5.23 it opens no encoder-decoder model, whichever the adapter.
+# gets a transformers of its time: with 5.20 and newer it opens no encoder-decoder model, whichever the adapter.
 COMBINATIONS: dict[str, dict[str, str]] = {
     "as installed": {},
-    "peft 0.21.0": {"peft": "0.21.0", "transformers": "5.20.2"},
-    "peft 0.21.1": {"peft": "0.21.1", "transformers": "5.20.2"},
+    "peft 0.21.1": {"peft": "0.21.1", "transformers": "5.13.1", "huggingface-hub": "1.33.0", **OLD},
     "transformers 5.10": {"transformers": "5.10.1", "huggingface-hub": "1.33.0", **OLD},
     "transformers 5.13": {"transformers": "5.13.1", "huggingface-hub": "1.33.0", **OLD},
     "transformers 5.17": {"transformers": "5.17.0", "huggingface-hub": "1.33.0", **HTTPX},

@@ -15,6 +15,9 @@ EQUIVALENT: dict[str, str] = {
     "surgery/linalg/joint.py::_favours_wide:": "which of two roads is taken to the same matrix",
     "surgery/linalg/joint.py::_sum_of_grams: (len(grams) + 1) * total.nbytes": "what is kept in memory",
     "surgery/linalg/low_rank.py::truncated_svd: matrix.numel() < SMALL": "how many threads work",
+    "surgery/linalg/low_rank.py::_truncated_svd: min(rows, columns) -> (max": "which of two roads is taken",
+    "surgery/linalg/symmetric.py::fill_upper_: start + 512": "how many rows at a time",
+    "surgery/methods/frod.py::FRoD.dtype: torch.empty(0": "only its dtype counts",
     "surgery/linalg/token_products.py::leading_svd: tokens * rows * columns": "which road is cheaper",
     "surgery/linalg/entropy.py::class_bits: 1 << largest.bit_length() -> (2 << ": "a longer table, cut to the same",
     "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
