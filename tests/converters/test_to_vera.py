@@ -310,6 +310,12 @@ class TestRandomBasis:
         # Fitted without C the same vectors do less for the outputs.
         assert report.weight_error > error
 
+    def test_vectors_have_the_dtype_that_is_asked_for(self, lora: Path, calibration: dict[str, Any]) -> None:
+        for dtype in ("float32", "bfloat16"):
+            options = {**calibration, "basis": "random", "rank": 4, "accept_loss": True, "dtype": dtype}
+            made, _ = surgery.convert(lora, "vera", None, **options)
+            assert {tensor.dtype for tensor in made.tensors.values()} == {getattr(torch, dtype)}
+
     def test_each_half_of_a_sweep_is_a_least_squares_solution(self) -> None:
         """After one sweep from d = 1: b, by a row's own projection in the dense metric."""
         B, A, change_B, change_A, C = problem()

@@ -424,3 +424,12 @@ def test_start_without_a_gradient_names_the_way_out(store_bases: bool) -> None:
 def test_bases_from_the_gradient_must_be_stored() -> None:
     with pytest.raises(MethodError, match="store the bases"):
         surgery.init(build("llama"), "giva", data=[labelled_inputs("llama")], variant="vrur", store_bases=False)
+
+
+def test_rank_of_a_split_layer_is_its_largest_parts() -> None:
+    """A part that is lower than the rank is cut to its own height; a packed layer has the one in its configuration."""
+    site = Site("qkv", "qkv", "qkv", None, 12, 16)
+    config = GivaConfig(r=4, split={"qkv": [8, 2, 2]}, target_modules=["qkv"])
+    assert GiVA().rank_at(config, site) == 4
+    config.packed = {"qkv": [12, 16, 3]}
+    assert GiVA().rank_at(config, site) == 3

@@ -23,7 +23,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "surgery/linalg/metric.py": (TRUNCATION, CONVERSIONS),
     "surgery/linalg/products.py": ("linalg/test_products.py", ALGEBRA),
     "surgery/linalg/rounding.py": CODING[1:],
-    "surgery/linalg/seeded.py": ("linalg/test_seeded.py", "methods/test_vera.py", "methods/test_inilora.py"),
+    "surgery/linalg/seeded.py": (
+        "linalg/test_seeded.py",
+        "methods/test_vera.py",
+        "methods/test_inilora.py",
+        "compat/test_stored.py",
+    ),
     "surgery/linalg/spectra.py": (TRUNCATION, ALGEBRA),
     "surgery/linalg/sparse.py": ("linalg/test_sparse.py", "linalg/test_delta.py"),
     "surgery/linalg/spectral.py": ("linalg/test_spectral.py", "methods/test_smoa.py"),
