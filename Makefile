@@ -47,7 +47,7 @@ faults: .venv/ready  ## every system call of every write fails, or is the last o
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 reliability: .venv/ready  ## all counts, into docs/reliability.md
-	$(BIN)/python benchmarks/reliability.py --write --folder reliability-out
+	$(BIN)/python benchmarks/reliability.py --write
 
 .PHONY: mutation compat
 

@@ -18,6 +18,7 @@ __all__ = [
     "SurgeryError",
     "TargetError",
     "WrongBaseError",
+    "first_line",
     "listing",
 ]
 
@@ -62,6 +63,11 @@ class HubError(SurgeryError):
 
 class WrongBaseError(SurgeryError, ValueError):
     """An adapter was opened on another base model than the one it was made from."""
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of another library's error, its kind where it says nothing; cut to so many characters."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:most]
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from surgery.errors import CheckpointError, listing
+from surgery.errors import CheckpointError, first_line, listing
 
 __all__ = [
     "DTYPE_CODES",
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file") from None
     # A value error: not UTF-8, not JSON, or a number of more digits than Python reads.
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     if _is_deep(value):
@@ -180,7 +180,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from None
     for name, tensor in tensors.items():
         _check_dtype(path, name, tensor)
     return tensors
@@ -297,8 +297,4 @@ def _kind(mode: int) -> str:
 def _broken_file(path: Path, error: Exception) -> str:
     if not path.exists():
         return f"{path}: no such file"
-    return f"{path}: not a complete safetensors file ({_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return f"{path}: not a complete safetensors file ({first_line(error)})"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from surgery.errors import CheckpointError, MethodError, OutputError
+from surgery.errors import CheckpointError, MethodError, OutputError, first_line
 from surgery.training.codes import CodeTraining
 from surgery.training.data import Features, collated
 from surgery.training.distillation import Teacher, divergence
@@ -27,6 +27,7 @@ __all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", 
 COMPLETE = "complete"
 CODES_FILE = "codes.safetensors"
 CHECKPOINT = "checkpoint-"
+LONGEST = 200  # characters of a reason that compiled code gives
 # Under this name a batch holds the numbers of its samples.
 SAMPLE = "sample"
 # (steps done, steps to do, what the loss is)
@@ -99,7 +100,7 @@ class AdapterTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (SafetensorError, RuntimeError) as error:  # what the system refused, as compiled code tells it
-            raise OutputError(f"{folder}: cannot be written ({_first_line(error)})") from None
+            raise OutputError(f"{folder}: cannot be written ({first_line(error, LONGEST)})") from None
         if self.args.world_size > 1:
             torch.distributed.barrier()  # each process has a file of its own in it
         if self.args.should_save:
@@ -117,13 +118,9 @@ def _only_numbers(checkpoint: Any) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, SafetensorError, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint}: is broken, or holds more than numbers, of which nothing was run ({_first_line(error)}); "
-            "start again with --force"
+            f"{checkpoint}: is broken, or holds more than numbers, of which nothing was run "
+            f"({first_line(error, LONGEST)}); start again with --force"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
 
 
 class DistillingTrainer(AdapterTrainer):
