@@ -212,15 +212,14 @@ def _kept(
     """Convert one adapter, whose finished layers are kept beside its output until that is there."""
     started = time.perf_counter()
     if out is None or options.dry_run:
-        made, report, _ = _convert(adapter, shared, options, Parts(), device, progress)
+        made, report, *_ = _convert(adapter, shared, options, Parts(), device, progress)
     else:
         decisive = {**vars(options), "budget": vars(options.budget), "force": None, "device": device.type}
         inputs = {"adapter": identity_of(adapter, given), **shared.identity}
         with resumable_folder(out, options.force, run_key("convert", decisive, inputs), resume) as output:
-            made, report, source = _convert(adapter, shared, options, output.parts, device, progress)
-            release_freed()  # what the decompositions took, before what is written is read back
+            made, report, source, files = _convert(adapter, shared, options, output.parts, device, progress)
             with output.writing() as folder:
-                report.bytes = made.write(folder, str(out))
+                report.bytes = made.write(folder, str(out), files)
                 # Before it has its name: once the output is in place nothing may fail.
                 report.reload_difference = largest_difference(Adapter.open(folder), made, source)
         report.out = str(out)
@@ -237,7 +236,8 @@ def _convert(
     parts: Parts,
     device: torch.device,
     progress: Progress | None,
-) -> tuple[Adapter, ConvertReport, Source]:
+) -> tuple[Adapter, ConvertReport, Source, dict[str, torch.Tensor]]:
+    """The new adapter, its figures, where it comes from, and its tensors as the file will hold them."""
     source = Source.open(adapter, shared.model_for(adapter), device)
     refuse_output_biases(adapter)
     measured = shared.measured(source)
@@ -249,14 +249,16 @@ def _convert(
     made = _adapter(source, result, options, shared)
     if options.recover is not None:
         made = measured.recovered(made, options.recover, options.seed, device, progress)
-    report = _report(source, made, result, measured, options, source_bytes)
+    release_freed()  # what the decompositions took: coding the tensors, and reading them back, take as much
+    files = made.file_tensors()
+    report = _report(source, made, result, measured, options, source_bytes, file_bytes(files))
     _refuse_useless(report, options)
     _check_budget(report, request)
     report.agreement, report.kl = measured.fidelity(made)
     made.provenance["report"] = {
         name: getattr(report, name) for name in ("bytes", "weight_error", "output_error", "modules", "agreement", "kl")
     }
-    return made, report, source
+    return made, report, source, files
 
 
 def _adapter(source: Source, result: Result, options: _Options, shared: Base) -> Adapter:
@@ -297,11 +299,10 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
 
 
 def _report(
-    source: Source, made: Adapter, result: Result, measured: Measured, options: _Options, source_bytes: int
+    source: Source, made: Adapter, result: Result, measured: Measured, options: _Options, source_bytes: int, size: int
 ) -> ConvertReport:
     sites = converted_sites(source, made, result, measured.input_moments)
     weight_error, output_error = overall(sites)
-    size = file_bytes(made.file_tensors())
     return ConvertReport(
         out=None,
         to=options.to,

@@ -23,6 +23,7 @@ from surgery.checkpoints.rewriting import (
     read_header,
     stored_pieces,
     tensor_bytes,
+    verify_file,
     write_file,
 )
 from surgery.checkpoints.tensor_files import read_json
@@ -163,10 +164,7 @@ class MergedFolder:
         """
         try:
             for name in self.weight_files:
-                found = read_digests(folder / name)
-                wrong = next((t for t, digest in self._digests[name].items() if found.get(t) != digest), None)
-                if wrong is not None or len(found) != len(self._digests[name]):
-                    raise OutputError(f"{target}: tensor {wrong or name} read back differs from what was written")
+                verify_file(folder / name, self._digests[name], target)
             self._verify_names(BaseModel.open(folder, None, trust_remote_code))
         except OutputError:
             raise

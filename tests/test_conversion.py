@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoints.adapter import WEIGHTS_FILE
+from surgery.checkpoints.rewriting import write_tensors
 from surgery.errors import AdapterError, MethodError, OutputError
 from tests.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
 from tests.texts import save_tokenizer, text_rows, write_rows
@@ -327,11 +328,13 @@ def test_several_adapters_in_one_call(lora: Path, tmp_path: Path) -> None:
 def test_a_corrupted_write_is_caught(lora: Path, tmp_path: Path, monkeypatch) -> None:
     from surgery.checkpoints import adapter as module
 
-    def corrupting(tensors: dict[str, torch.Tensor], path: Path, metadata: Any) -> None:
+    def corrupting(path: Path, tensors: dict[str, torch.Tensor], metadata: Any) -> dict[str, str]:
         name = next(iter(tensors))
-        save_file({**tensors, name: tensors[name] + 1}, path, metadata=metadata)
+        digests = write_tensors(path, tensors, metadata)
+        write_tensors(path, {**tensors, name: tensors[name] + 1}, metadata)
+        return digests
 
-    monkeypatch.setattr(module, "save_file", corrupting)
+    monkeypatch.setattr(module, "write_tensors", corrupting)
     with pytest.raises(OutputError, match="read back"):
         surgery.convert(lora, "lora", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
 from surgery.checkpoints.parts import file_identities
-from surgery.checkpoints.rewriting import read_digests, tensor_bytes, write_tensors
-from surgery.checkpoints.tensor_files import UNREADABLE, read_json, read_tensors, read_text, tensor_names
+from surgery.checkpoints.rewriting import tensor_bytes, verify_file, write_tensors
+from surgery.checkpoints.tensor_files import read_json, read_tensors, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
@@ -36,8 +34,6 @@ PROVENANCE_FILE = "surgery.json"
 CARD_FILE = "README.md"
 MODEL_PREFIX = "base_model.model."
 TUNER_PREFIX = "base_model."
-# Bytes of a file that are read back through one opening.
-PAGES = 1 << 26
 
 
 class Adapter:
@@ -185,7 +181,7 @@ class Adapter:
     def save(self, folder: str | Path, force: bool = False) -> int:
         """Write the adapter and read it back.
 
-        The folder appears whole or not at all; the tensors are compared bit by bit before it takes its name.
+        The folder appears whole or not at all; the tensors are read back and compared before it takes its name.
 
         Args:
             folder: where to.
@@ -200,14 +196,14 @@ class Adapter:
         with atomic_folder(Path(folder), force) as partial:
             return self.write(partial, str(folder))
 
-    def write(self, partial: Path, target: str, streamed: Mapping[str, torch.Tensor] | None = None) -> int:
+    def write(self, partial: Path, target: str, tensors: Mapping[str, torch.Tensor] | None = None) -> int:
         """Write the adapter's files into a folder that is there, and read them back.
 
         Args:
             partial: the folder.
             target: what an error calls it.
-            streamed: tensors by name, in place of this adapter's own: each is asked for when it is written, so that one
-                is held at a time.
+            tensors: what the file is to hold, in place of `file_tensors`; each is asked for when it is written, so that
+                of some mappings one is held at a time.
 
         Returns:
             Bytes of `adapter_model.safetensors`.
@@ -215,33 +211,24 @@ class Adapter:
         Raises:
             OutputError: what was written is not what was meant.
         """
+        weights = partial / WEIGHTS_FILE
         _write_json(partial / CONFIG_FILE, self.config)
-        if streamed is None:
-            weights = _separate(self.file_tensors())
-            try:
-                save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OutputError(
-                    f"{target}: {WEIGHTS_FILE} cannot be written ({error}); nothing was changed"
-                ) from None
-        else:
-            digests = write_tensors(partial / WEIGHTS_FILE, streamed, {"format": "pt"})
+        try:
+            digests = write_tensors(weights, self.file_tensors() if tensors is None else tensors, {"format": "pt"})
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"{target}: {WEIGHTS_FILE} cannot be written ({reason}); nothing was changed") from None
         if self.provenance:
             _write_json(partial / PROVENANCE_FILE, self.provenance)
         if self.card is not None:
             (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
-        # safetensors writes for the owner alone; the other files follow the user's mask, and so shall this one.
-        (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode & 0o777)
         try:
             if read_json(partial / CONFIG_FILE) != _as_saved(self.config):
                 raise OutputError(f"{target}: {CONFIG_FILE} read back differs from what was written")
-            if streamed is None:
-                _verify(partial, weights, target)
-            elif read_digests(partial / WEIGHTS_FILE) != digests:
-                raise OutputError(f"{target}: {WEIGHTS_FILE} read back differs from what was written")
+            verify_file(weights, digests, target)
         except CheckpointError as error:
             raise OutputError(f"{target}: what was written cannot be read back ({error})") from None
-        return (partial / WEIGHTS_FILE).stat().st_size
+        return weights.stat().st_size
 
 
 def identity_of(adapter: Adapter, given: Any) -> Any:
@@ -288,19 +275,6 @@ def _without_config(folder: Path) -> str:
     return "this is not an adapter folder"
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, contiguous, each with memory of its own, as the file format wants them."""
-    result: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().to("cpu").contiguous()
-        if value.untyped_storage().data_ptr() in seen or value.untyped_storage().nbytes() != value.nbytes:
-            value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
-        result[name] = value
-    return result
-
-
 def _split_name(stem: str) -> tuple[str, str]:
     """A tensor's module and its name there."""
     module, _, short = stem.rpartition(".")
@@ -310,32 +284,6 @@ def _split_name(stem: str) -> tuple[str, str]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _verify(written: Path, tensors: Mapping[str, torch.Tensor], target: str) -> None:
-    """Read back what was written, one tensor at a time."""
-    names = tensor_names(written / WEIGHTS_FILE)
-    if sorted(names) != sorted(tensors):
-        raise OutputError(f"{target}: {WEIGHTS_FILE} read back holds other tensors than were written")
-    for name, found in _each_tensor(written / WEIGHTS_FILE, names):
-        if not bits_equal(found, tensors[name]):
-            raise OutputError(f"{target}: tensor {name} read back differs from what was written")
-
-
-def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file one after the other, which is opened anew after some: its pages do not pile up."""
-    left = list(reversed(names))
-    while left:
-        size = 0
-        try:
-            with safe_open(path, framework="pt") as file:
-                while left and size < PAGES:
-                    tensor = file.get_tensor(left[-1])
-                    size += tensor.nbytes
-                    yield left.pop(), tensor
-                    del tensor
-        except UNREADABLE as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def _as_saved(config: Mapping[str, Any]) -> Any:

@@ -128,7 +128,9 @@ def _decoded(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Itera
         layers = decode_factors(stored.contiguous().cpu().numpy().reshape(-1), shapes)
     except ValueError as error:
         raise AdapterError(f"{above}{CODES}: {error}") from None
-    for layer in layers:
+    layers.reverse()
+    while layers:
+        layer = layers.pop()  # its integers are let go of when its floats are there
         B, A = (torch.from_numpy(codes.astype(np.float32)) for codes in (layer.B, layer.A))
         yield B, A, torch.from_numpy(layer.s.astype(np.float32))
 

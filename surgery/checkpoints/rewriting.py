@@ -27,6 +27,7 @@ __all__ = [
     "read_header",
     "stored_pieces",
     "tensor_bytes",
+    "verify_file",
     "write_file",
     "write_tensors",
 ]
@@ -102,7 +103,7 @@ def write_file(
         content: gives the bytes of a tensor, in pieces; called once for each, in the order of the file.
 
     Returns:
-        A digest of every tensor.
+        A digest of every tensor: of its dtype, its shape and its bytes.
 
     Raises:
         OutputError: a tensor has another number of bytes than its entry says.
@@ -124,7 +125,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            digest, written = xxhash.xxh3_128(), 0
+            digest, written = _digest_of(tensors[name]), 0
             for piece in content(name):
                 digest.update(piece)
                 written += file.write(piece)
@@ -137,8 +138,10 @@ def write_file(
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Write the file that safetensors' library would write, one tensor at a time, and no other file beside it.
 
+    Tensors may share memory, or lie in it in any order.
+
     Returns:
-        A digest of every tensor.
+        A digest of every tensor, as from `write_file`.
     """
     order = file_order({name: tensor.dtype for name, tensor in tensors.items()})
     entries = {name: Tensor.like(tensors[name]) for name in order}
@@ -165,18 +168,41 @@ def tensor_bytes(tensor: torch.Tensor) -> Iterator[Any]:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """A digest of every tensor of a file, read from the disk.
+    """A digest of every tensor of a file, as from `write_file`, read from the disk.
 
     Raises:
         CheckpointError: the file is broken.
     """
     digests = {}
     for name, tensor in read_header(path).tensors.items():
-        digest = xxhash.xxh3_128()
+        digest = _digest_of(tensor)
         for piece in stored_pieces(path, tensor):
             digest.update(piece)
         digests[name] = digest.hexdigest()
     return digests
+
+
+def verify_file(path: Path, digests: Mapping[str, str], target: str) -> None:
+    """Read a file back and compare it with what was written.
+
+    Args:
+        path: the file.
+        digests: of every tensor, as from `write_file`.
+        target: what an error calls the output.
+
+    Raises:
+        OutputError: a tensor differs, is missing, or is one too many.
+        CheckpointError: the file is broken.
+    """
+    found = read_digests(path)
+    wrong = next((name for name in {**digests, **found} if found.get(name) != digests.get(name)), None)
+    if wrong is not None:
+        raise OutputError(f"{target}: tensor {wrong} read back differs from what was written")
+
+
+def _digest_of(tensor: Tensor) -> xxhash.xxh3_128:
+    """The beginning of a tensor's digest."""
+    return xxhash.xxh3_128(f"{tensor.dtype} {tensor.shape} ".encode())
 
 
 def _item_size(tensor: Tensor) -> int:

@@ -106,9 +106,8 @@ def encode_factors(layers: Sequence[CodedFactors], fineness: int) -> NDArray[np.
     described = [_differences(values.astype(np.int64), ranks) for values in (of_B, of_A, whole)]
     kinds = [int(code_bits(values[:, None])[0][0]) for values in described]
     side = encode(np.concatenate(described), [len(of_B)] * 3, kinds)
-    numbers = [part.reshape(-1) for layer in layers for part in (layer.B.T, layer.A)]
     coded = encode(
-        np.concatenate([np.zeros(0, np.int16), *numbers]),
+        _in_a_row(layers),
         _lengths([(layer.B.shape[0], layer.A.shape[1], layer.rank) for layer in layers]),
         _by_layer(of_B, of_A, ranks),
     )
@@ -149,10 +148,22 @@ def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
     layers, start, first = [], 0, 0
     for height, width, rank in shapes:
         split, end = start + height * rank, start + (height + width) * rank
-        B, A = numbers[start:split].reshape(rank, height).T, numbers[split:end].reshape(rank, width)
+        # Each in memory of its own, so that a caller can let go of them one after the other.
+        B, A = numbers[start:split].reshape(rank, height).T.copy(), numbers[split:end].reshape(rank, width).copy()
         layers.append(CodedFactors(B, A, scales[first : first + rank]))
         start, first = end, first + rank
     return layers
+
+
+def _in_a_row(layers: Sequence[CodedFactors]) -> NDArray[np.int16]:
+    """All codes, layer by layer: B's columns, A's rows."""
+    numbers = np.empty(sum(layer.B.size + layer.A.size for layer in layers), np.int16)
+    start = 0
+    for layer in layers:
+        for part in (layer.B.T, layer.A):
+            numbers[start : start + part.size].reshape(part.shape)[...] = part
+            start += part.size
+    return numbers
 
 
 def _scales(exponents: NDArray[np.integer] | NDArray[np.float64], fineness: int) -> NDArray[np.float64]:

@@ -57,7 +57,7 @@ def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> 
     """
     tables = _Tables(classes)
     table = tables.of_numbers(lengths)
-    if numbers.shape != table.shape:
+    if numbers.shape != (table.size,):
         raise ValueError(f"{numbers.size} numbers, but {table.size} in the segments")
     if numbers.size and int(numbers.min()) < -LARGEST:
         raise ValueError(f"a number is below {-LARGEST}")
@@ -234,10 +234,10 @@ class _Tables:
         symbols = [np.repeat(np.arange(len(each), dtype=np.int16), each) for each in lists]
         self.lookup = np.concatenate([np.zeros(0, dtype=np.int16), *symbols])
 
-    def of_numbers(self, lengths: Sequence[int]) -> NDArray[np.uint8]:
+    def of_numbers(self, lengths: Sequence[int]) -> _OfNumbers:
         """The table of every number."""
         self._check(lengths)
-        return np.repeat(self._of_segments.astype(np.uint8), lengths)
+        return _OfNumbers(self._of_segments.astype(np.uint8), lengths)
 
     def fewest_bits(self, lengths: Sequence[int]) -> float:
         """What so many numbers take at least, all of them the commonest of their class."""
@@ -256,6 +256,23 @@ class _Tables:
         symbols = numbers + reach
         symbols[escaped] = self.escape[table[escaped]]
         return table * np.intp(self.width) + symbols, escaped
+
+
+class _OfNumbers:
+    """A value for each number, the same in a segment, told for a part of the numbers at a time.
+
+    Attributes:
+        size: how many numbers there are.
+    """
+
+    def __init__(self, values: NDArray[np.uint8], lengths: Sequence[int]) -> None:
+        self._values, self._ends = values, np.cumsum(np.array(lengths, dtype=np.int64))
+        self.size = int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+        first, last = np.searchsorted(self._ends, [part.start, part.stop - 1], "right")
+        inside = np.minimum(self._ends[first : last + 1], part.stop) - part.start
+        return np.repeat(self._values[first : last + 1], np.diff(inside, prepend=0))
 
 
 @cache

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import surgery
 from surgery.checkpoints import adapter as module
+from surgery.checkpoints import rewriting
 from surgery.checkpoints.adapter import Adapter
 from surgery.errors import OutputError
 from tests.models import load_base, model_inputs, output
@@ -70,10 +71,10 @@ def test_replacing_needs_force_and_loses_nothing_on_failure(llama: Path, tmp_pat
         adapter.save(out)
 
     def full(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half")
+        Path(args[0]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_tensors", full)
     with pytest.raises(OutputError, match="No space left"):
         adapter.save(out, force=True)
     assert {name: (out / name).read_bytes() for name in listing(out)} == before
@@ -97,15 +98,16 @@ def test_exchange_without_the_system_call(llama: Path, tmp_path: Path, monkeypat
 
 def test_corrupted_write_is_caught(llama: Path, tmp_path: Path, monkeypatch) -> None:
     adapter, _ = surgery.init(llama, "inilora", rank=2, target=["q_proj"])
-    write = module.save_file
+    write = module.write_tensors
 
-    def corrupting(tensors, path, metadata):
-        write(tensors, path, metadata)
+    def corrupting(path, tensors, metadata):
+        digests = write(path, tensors, metadata)
         content = bytearray(Path(path).read_bytes())
         content[-3] ^= 1
         Path(path).write_bytes(content)
+        return digests
 
-    monkeypatch.setattr(module, "save_file", corrupting)
+    monkeypatch.setattr(module, "write_tensors", corrupting)
     with pytest.raises(OutputError, match="read back differs"):
         adapter.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -140,16 +142,31 @@ def test_kill_leaves_the_old_output_and_one_hidden_partial(llama: Path, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_files_are_read_back_in_parts(llama: Path, tmp_path: Path, monkeypatch) -> None:
-    """However much is read through one opening, every tensor is compared."""
-    adapter, _ = surgery.init(llama, "vera", rank=4)
-    for pages in (1, 300, 1 << 26):
-        monkeypatch.setattr(module, "PAGES", pages)
-        adapter.save(tmp_path / str(pages))
-        names = module.tensor_names(tmp_path / str(pages) / module.WEIGHTS_FILE)
-        read = list(module._each_tensor(tmp_path / str(pages) / module.WEIGHTS_FILE, names))
-        assert [name for name, _ in read] == names and len(names) == len(adapter.tensors)
-        assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in read)
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 26])
+def test_files_are_read_back_whole(chunk: int, tmp_path: Path, monkeypatch) -> None:
+    """However much is read at a time, every tensor is compared: its bytes, its dtype and its shape."""
+    monkeypatch.setattr(rewriting, "CHUNK", chunk)
+    numbers = torch.arange(60, dtype=torch.float32)
+    tensors = {"a": numbers, "b": numbers.reshape(6, 10), "c": numbers.bfloat16()[::2], "d": numbers[:0]}
+    file = tmp_path / "file"
+    digests = rewriting.write_tensors(file, tensors, {"format": "pt"})
+    rewriting.verify_file(file, digests, "out")
+    for name, changed in [
+        ("a", numbers + torch.eye(60)[59]),
+        ("b", tensors["b"].reshape(10, 6)),
+        ("b", tensors["b"].view(torch.int32)),
+        ("c", tensors["c"].view(torch.float16)),
+        ("d", numbers[:1]),
+    ]:
+        rewriting.write_tensors(file, {**tensors, name: changed}, {"format": "pt"})
+        with pytest.raises(OutputError, match=f"out: tensor {name} read back differs"):
+            rewriting.verify_file(file, digests, "out")
+    rewriting.write_tensors(file, {**tensors, "e": numbers}, {"format": "pt"})
+    with pytest.raises(OutputError, match="tensor e"):
+        rewriting.verify_file(file, digests, "out")
+    rewriting.write_tensors(file, {n: t for n, t in tensors.items() if n != "a"}, {"format": "pt"})
+    with pytest.raises(OutputError, match="tensor a"):
+        rewriting.verify_file(file, digests, "out")
 
 
 def test_the_same_adapter_is_recognised(stock_lora: Path, tmp_path: Path) -> None:

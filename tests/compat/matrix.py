@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # What huggingface_hub below 2 asks the Hub with, and newer ones no longer bring; what transformers below 5.17 cuts
 # texts with.
-HTTPX = {"httpx": "0.28.1", "httpcore": "1.0.9"}
+HTTPX = {"httpx": "0.28.1", "httpcore": "1.0.9", "certifi": "2026.10.19.post1"}
 OLD = {"tokenizers": "0.22.2", **HTTPX}
 # Name -> package versions that differ from the installed ones, each set as the packages ask for it. `peft` from the
 # oldest supported to the newest, transformers and huggingface_hub from the oldest of pyproject.toml. PEFT before 0.21.2

@@ -9,6 +9,8 @@ import torch
 from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
+from surgery.converters.stock_frod import _refuse_rounding
+from surgery.sites import Site
 from tests.models import load_base, model_inputs, output, relative_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,3 +94,14 @@ def test_columns_made_of_rounding_are_refused(model_folder, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "stock")
     with pytest.raises(surgery.errors.AdapterError, match="made of rounding"):
         surgery.load(tmp_path / "stock", base=folder)
+
+
+def test_a_layer_of_zeros_is_refused_only_where_it_was_trained() -> None:
+    """It has no part in any direction, and stays as it is where `l` and `s` are zero."""
+    site = Site("fc", "fc", "fc", None, 3, 4)
+    positions = torch.tensor([1, 6])
+    still = {"l0": torch.zeros(4), "l": torch.zeros(4), "s": torch.zeros(2)}
+    _refuse_rounding(site, still, positions)
+    for name, moved in (("l", torch.tensor([0, 0, 0.1, 0])), ("s", torch.tensor([0, 0.1]))):
+        with pytest.raises(surgery.errors.AdapterError, match="no part in 4 of the 4"):
+            _refuse_rounding(site, {**still, name: moved}, positions)

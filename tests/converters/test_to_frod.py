@@ -90,6 +90,24 @@ def test_the_stated_error_is_the_true_one_and_the_adapter_opens(kind: str, model
     assert relative_difference(plain, wanted) > 1e-2
 
 
+def test_a_role_of_one_layer_that_leaves_outputs_alone(llama: Path, tmp_path: Path) -> None:
+    """One layer is adapted, and of its outputs not all: its B has zeros."""
+    config = LoraConfig(r=4, target_modules=["layers.1.self_attn.q_proj"], task_type="CAUSAL_LM")
+    trained(load_base(llama), config, tmp_path / "source")
+
+    def leave_alone(tensors: dict[str, torch.Tensor]) -> None:
+        (name,) = (name for name in tensors if ".lora_B." in name)
+        tensors[name][:3] = 0
+
+    edit_tensors(tmp_path / "source", leave_alone, WEIGHTS)
+    options = {"base": llama, "accept_loss": True, "dtype": "float32", "size": 8_000}
+    _, report = surgery.convert(tmp_path / "source", "frod", tmp_path / "out", **options)
+    true = errors(tmp_path / "source", tmp_path / "out", load_base(llama))
+    assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
+    assert [name.rpartition(".")[2] for name in true] == ["q_proj"] and max(true.values()) < 1
+    assert 7_800 < report.bytes <= 8_000
+
+
 def test_what_lies_in_the_family_is_found(llama: Path, tmp_path: Path) -> None:
     """Positions and values of a trained FRoD, from its weight change alone."""
     adapter, _ = surgery.init(llama, "frod", None, sparse_rate=0.02)

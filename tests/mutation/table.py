@@ -41,7 +41,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "surgery/methods/deltas.py": ("methods/test_deltas.py", "methods/test_stock.py"),
     "surgery/methods/frod.py": ("methods/test_frod.py", "methods/test_deltas.py", ON_BASE, "runtime/test_layer.py"),
     "surgery/methods/giva.py": ("methods/test_giva.py", CONVERSIONS),
-    "surgery/methods/inilora.py": ("methods/test_inilora.py", "methods/test_deltas.py", NUMERICS),
+    "surgery/methods/inilora.py": (
+        "methods/test_inilora.py",
+        "methods/test_deltas.py",
+        NUMERICS,
+        "runtime/test_layer.py",
+    ),
     "surgery/methods/lora.py": ("methods/test_deltas.py", "methods/test_stock.py", CONVERSIONS),
     "surgery/methods/on_base.py": (ON_BASE, "test_merging.py"),
     "surgery/methods/regeneration.py": ("methods/test_inilora.py", "methods/test_frod.py", "test_merging.py"),
