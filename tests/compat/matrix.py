@@ -56,25 +56,27 @@ def main() -> int:
         folder = options.folder.resolve() if options.folder is not None else Path(name)
         chosen = {name: COMBINATIONS[name] for name in options.only or COMBINATIONS}
         outcomes = {name: _tried(packages, folder) for name, packages in chosen.items()}
-    for name, outcome in outcomes.items():
-        print(f"{name:22} {outcome}")
-    return 0 if all(" failed" not in each and " passed" in each for each in outcomes.values()) else 1
+    for name, (passed, said) in outcomes.items():
+        print(f"{name:22} {'passed' if passed else 'FAILED'}: {said}")
+    return 0 if all(passed for passed, _ in outcomes.values()) else 1
 
 
-def _tried(packages: dict[str, str], folder: Path) -> str:
+def _tried(packages: dict[str, str], folder: Path) -> tuple[bool, str]:
+    """Whether the tests pass with these packages, and what they say."""
     place = folder / "_".join(f"{name}-{version}" for name, version in packages.items()) if packages else None
     if place is not None and not place.is_dir():
         wanted = [f"{name}=={version}" for name, version in packages.items()]
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), *wanted]
         subprocess.run([*command, "--disable-pip-version-check"], check=True)
     path = os.pathsep.join(map(str, [*([place] if place is not None else []), ROOT]))
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     lines = done.stdout.strip().splitlines()
-    return "; ".join([lines[-1] if lines else done.stderr.strip()[-300:], *failed, _versions(path)])
+    said = lines[-1] if lines else done.stderr.strip()[-300:]
+    return done.returncode == 0, "; ".join([said, *failed, _versions(path)])
 
 
 def _versions(path: str) -> str:

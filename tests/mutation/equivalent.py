@@ -24,6 +24,11 @@ EQUIVALENT: dict[str, str] = {
     "surgery/methods/frod.py::FRoD.dtype: torch.empty(0": "only its dtype counts",
     "surgery/linalg/token_products.py::leading_svd: tokens * rows * columns": "which road is cheaper",
     "surgery/linalg/entropy.py::class_bits: 1 << largest.bit_length() -> (2 << ": "a longer table, cut to the same",
+    "surgery/linalg/entropy.py::_gaussian: cuts * reach + cuts // 2 + 1 -> (cuts * reach + cuts // 2 + 2": (
+        "a point more than is looked at"
+    ),
+    "surgery/linalg/low_rank.py::svd_of_map: torch.linalg.svd(dense, full_matrices=False)": "cut to the same triplets",
+    "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
     "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
         "a product of two square roots is never equal to the bound"
     ),
