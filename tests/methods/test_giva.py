@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import surgery
 from surgery.errors import AdapterError, MethodError
+from surgery.methods import giva
 from surgery.methods.giva import GiVA, GivaConfig, heights_of
 from surgery.runtime.layer import AdapterLayer
 from surgery.sites import Site, select_sites
@@ -433,3 +434,16 @@ def test_rank_of_a_split_layer_is_its_largest_parts() -> None:
     assert GiVA().rank_at(config, site) == 4
     config.packed = {"qkv": [12, 16, 3]}
     assert GiVA().rank_at(config, site) == 3
+
+
+@pytest.mark.parametrize("variant", ["vr", "vrurand"])
+def test_random_B_of_parts_of_different_heights(variant: str) -> None:
+    """Each part has its own columns, as many as it has rows; the others are zero."""
+    site = Site("qkv", "qkv", "qkv", None, 12, 16)
+    config = GivaConfig(r=4, variant=variant, split={"qkv": [8, 2, 2]}, target_modules=["qkv"])
+    B = giva._random_B(config, site)
+    assert B.shape == (12, 4)
+    for block, rank in zip(B.split([8, 2, 2]), (4, 2, 2), strict=True):
+        assert not block[:, rank:].any() and block[:, :rank].all()
+        if variant == "vr":
+            torch.testing.assert_close(block[:, :rank].T @ block[:, :rank], torch.eye(rank))

@@ -21,9 +21,15 @@ EQUIVALENT: dict[str, str] = {
     "surgery/linalg/low_rank.py::truncated_svd: matrix.numel() < SMALL": "how many threads work",
     "surgery/linalg/low_rank.py::_truncated_svd: min(rows, columns) -> (max": "which of two roads is taken",
     "surgery/linalg/symmetric.py::fill_upper_: start + 512": "how many rows at a time",
+    "surgery/methods/frod.py::FRoD.shared_derived: V.shape[0] -> (V.shape[1])": "V is square there",
     "surgery/methods/frod.py::FRoD.dtype: torch.empty(0": "only its dtype counts",
     "surgery/linalg/token_products.py::leading_svd: tokens * rows * columns": "which road is cheaper",
     "surgery/linalg/entropy.py::class_bits: 1 << largest.bit_length() -> (2 << ": "a longer table, cut to the same",
+    "surgery/linalg/joint.py::_deficient_basis: 2 * count": "eigenvectors are those of any multiple",
+    "surgery/methods/inilora.py::IniLoRA.approximation: config.variant != 'svd' or": (
+        "where no weight is read there is nothing to compare it with"
+    ),
+    "converters/to_giva.py::_coded: max(limit - fixed(limit), 1)": "neither holds anything",
     "surgery/linalg/entropy.py::_gaussian: cuts * reach + cuts // 2 + 1 -> (cuts * reach + cuts // 2 + 2": (
         "a point more than is looked at"
     ),

@@ -88,7 +88,7 @@ class Server:
         text = log.read_text(errors="replace")
         if code not in {0, 1, 2}:
             raise RuntimeError(f"pytest ended with {code}:\n{text[-2000:]}")
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         return Outcome(code == 0, failed[1].removeprefix("tests/") if failed else "", spent)
 
     def _write(self, file: Path, content: bytes) -> None:
