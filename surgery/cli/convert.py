@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def command(
         show_json(result)
     elif quiet:
         for report in reports:
-            show(report.out if report.out is not None else human_bytes(report.bytes))
+            show(written(report.out, report.bytes))
     elif several:
         _show_several(reports)
     else:

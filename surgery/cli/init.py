@@ -18,7 +18,7 @@ from surgery.cli.options import (
     set_verbosity,
     task_option,
 )
-from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes
 
@@ -136,7 +136,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        show(report.out if report.out is not None else human_bytes(report.bytes))
+        show(written(report.out, report.bytes))
     else:
         _show(report, verbose)
 

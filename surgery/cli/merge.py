@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
 from surgery.reports.tables import human_bytes
 
@@ -54,7 +54,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        show(report.out if report.out is not None else human_bytes(report.bytes))
+        show(written(report.out, report.bytes))
     else:
         _show(report, verbose)
 

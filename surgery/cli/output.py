@@ -13,7 +13,7 @@ import click
 
 from surgery.reports import tables
 
-__all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table"]
+__all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table", "written"]
 
 
 def show(text: str, err: bool = False) -> None:
@@ -24,6 +24,11 @@ def show(text: str, err: bool = False) -> None:
 def show_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(value))
+
+
+def written(out: str | None, size: int) -> str:
+    """What --quiet prints of an output: where it is, or after a dry run how large it would be."""
+    return out if out is not None else tables.human_bytes(size)
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ import click
 
 from surgery.cli.main import INTERRUPTED, TERMINATED
 from surgery.cli.options import common_options, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def command(
     if as_json:
         show_json(report.to_dict())
     elif quiet:
-        show(report.out if report.out is not None else human_bytes(report.bytes))
+        show(written(report.out, report.bytes))
     else:
         _show(report)
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.converters.frod_fit import Problem, fit_role, solved
 from surgery.errors import MethodError, WrongBaseError
+from tests.converters.on_data import output_errors
 from tests.methods.test_stock import randomise
 from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 from tests.test_conversion import WEIGHTS, dense, trained
-from tests.texts import save_tokenizer, text_rows, write_rows
 
 PREFIX = "frod_portable_"
 
@@ -255,25 +255,9 @@ def test_heads_are_carried_bit_for_bit(model_folder, tmp_path: Path) -> None:
 
 
 def test_data_makes_the_outputs_better(lora: Path, tmp_path: Path) -> None:
-    base = save_tokenizer(save_model("llama", tmp_path / "text-llama"))
-    data = write_rows(tmp_path / "texts.jsonl", text_rows(96))
-    options = {"base": base, "data": data, "samples": 48, "accept_loss": True, "stats": tmp_path / "stats.safetensors"}
-    _, measured = surgery.convert(lora, "frod", tmp_path / "with", **options)
-    surgery.convert(lora, "frod", tmp_path / "without", base=base, accept_loss=True)
-    moments = load_file(tmp_path / "stats.safetensors")
-    model = load_base(base)
-    output_errors = {}
-    for name in ("with", "without"):
-        lost = total = 0.0
-        for site in measured.sites:
-            C = moments[f"{site.module.removeprefix('model.')}.C"].double()
-            dW = dense(lora, site.module)
-            difference = dW - frod_dense(tmp_path / name, model, site.module)
-            lost += float(((difference @ C) * difference).sum())
-            total += float(((dW @ C) * dW).sum())
-        output_errors[name] = (lost / total) ** 0.5
-    assert measured.output_error == pytest.approx(output_errors["with"], rel=1e-2)
-    assert output_errors["with"] < 0.95 * output_errors["without"]
+    stated, found, without = output_errors(lora, "frod", frod_dense, tmp_path)
+    assert stated == pytest.approx(found, rel=1e-2)
+    assert found < 0.95 * without
 
 
 def test_refusals(lora: Path, llama: Path, tmp_path: Path) -> None:
