@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.linalg.entropy import WIDTHS, class_bits
-from surgery.linalg.feedback import Curvature, Rounding, RoundingRule, rounded
+from surgery.linalg.feedback import ENOUGH, Curvature, Rounding, RoundingRule, _triangle, rounded
 
 Matrix = NDArray[np.float64]
 PRICE = 0.1155  # 2 ln(2) / 12: the price of a bit where a step's error counts 1
@@ -198,3 +198,16 @@ def test_a_moment_is_left_as_it_was() -> None:
     curve = Curvature(H, 20, 0.1)
     rounded([Rounding(curve, targets_of(20, 3), free(3))])
     assert torch.equal(H, before)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_triangle_is_refused_for_the_digits_it_loses_not_for_its_scale(scale: float) -> None:
+    root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    moment = scale * (root @ root.T + torch.eye(6))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    triangle = _triangle(moment, order, 0.0, ENOUGH)
+    assert triangle is not None
+    torch.testing.assert_close(triangle.T @ triangle, moment[order[:, None], order], rtol=1e-4, atol=1e-5 * scale)
+    # A control: of the last element of this one next to nothing is left.
+    nearly_one = scale * torch.tensor([[1.0, 1 - 1e-6], [1 - 1e-6, 1.0]])
+    assert _triangle(nearly_one, torch.arange(2), 0.0, ENOUGH) is None

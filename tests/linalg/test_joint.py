@@ -182,3 +182,14 @@ def test_inverse_is_of_the_stored_basis() -> None:
 def test_no_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         joint_basis(lambda start: [], 4)
+
+
+def test_deficient_stacks_have_the_basis_of_what_there_is() -> None:
+    """Where layers miss directions, V is the reference's in those that they have, in its order."""
+    weights = zero_columns(category(3, 40, 24))
+    joint = joint_basis(lambda start: weights[start:], 24)
+    expected, values = reference_basis([weight[:, 3:] for weight in weights])
+    clear = separated(values, 1e-6)
+    assert joint.fallback == "rank-deficient" and clear.sum() > 10
+    assert float(up_to_signs(joint.V[3:, :21], expected)[clear].max()) < 1e-6
+    assert float(joint.V[:3, :21].abs().max()) < 1e-9

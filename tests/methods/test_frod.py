@@ -13,6 +13,7 @@ import torch
 from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
+from surgery.methods.frod import narrow_positions
 from tests.linalg.test_joint import reference_basis, separated, up_to_signs
 from tests.models import load_base
 
@@ -126,3 +127,9 @@ def test_config_keeps_what_loading_needs(llama: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FROD_PORTABLE" and config["init_weights"] is False
     assert set(config["base_fingerprint"]) == {"float32", "bfloat16", "float16"}
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(46_340, torch.int32), (46_341, torch.int64)])
+def test_places_are_stored_in_as_many_bits_as_they_need(size: int, dtype: torch.dtype) -> None:
+    last = narrow_positions(torch.tensor([0, size * size - 1]), size)
+    assert last.dtype == dtype and last.tolist() == [0, size * size - 1]

@@ -9,6 +9,9 @@ EQUIVALENT: dict[str, str] = {
     "surgery/linalg/threads.py::": "how many threads work, not what comes of it",
     "surgery/linalg/workers.py::Workers.curvatures: size <= self._room": "what is kept in memory, not what it is",
     "surgery/linalg/symmetric.py::_on_cpu:": "both roads are right on a CPU; the other one is there for GPUs",
+    "surgery/linalg/symmetric.py::eigh_: not _on_cpu": "both roads are right on a CPU",
+    "surgery/linalg/symmetric.py::triangular_solve: not _on_cpu": "both roads are right on a CPU",
+    "surgery/linalg/symmetric.py::_fortran_columns: tensor.numpy() if": "who makes a copy",
     "surgery/linalg/symmetric.py::triangular_product: L.T @ matrix": "only taken on a GPU",
     "surgery/linalg/symmetric.py::add_gram_: wide.T -> (wide) #2": "only taken on a GPU",
     "surgery/linalg/joint.py::joint_basis: columns < SMALL": "how many threads work",
@@ -34,6 +37,10 @@ EQUIVALENT: dict[str, str] = {
         "a point more than is looked at"
     ),
     "surgery/linalg/low_rank.py::svd_of_map: torch.linalg.svd(dense, full_matrices=False)": "cut to the same triplets",
+    "converters/frod_fit.py::Problem.left: 3 * rows": "which of two roads is taken",
+    "converters/to_vera.py::_filled: size(first(middle)) <= limit -> (size(first(middle)) <": (
+        "the direction after those is tried again"
+    ),
     "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
     "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
         "a product of two square roots is never equal to the bound"

@@ -20,7 +20,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "surgery/linalg/feedback.py": ("linalg/test_feedback.py", "linalg/test_rounding.py"),
     "surgery/linalg/joint.py": ("linalg/test_joint.py", "methods/test_frod.py"),
     "surgery/linalg/low_rank.py": ("linalg/test_low_rank.py", TRUNCATION),
-    "surgery/linalg/metric.py": (TRUNCATION, CONVERSIONS),
+    "surgery/linalg/metric.py": ("linalg/test_metric.py", TRUNCATION, CONVERSIONS),
     "surgery/linalg/products.py": ("linalg/test_products.py", ALGEBRA),
     "surgery/linalg/rounding.py": CODING[1:],
     "surgery/linalg/seeded.py": (
