@@ -14,7 +14,7 @@ from surgery.checkpoints import adapter as adapter_module
 from surgery.checkpoints.adapter import MODEL_PREFIX
 from surgery.errors import AdapterError
 from surgery.methods import contents
-from surgery.methods.contents import contents_of
+from surgery.methods.contents import contents_of, who
 from tests.models import load_base
 from tests.test_initialization import perturb
 
@@ -102,6 +102,12 @@ def many_layers(count: int) -> surgery.Adapter:
         for name, shape in (("A", (1, 3)), ("B", (2, 1))):
             tensors[f"{MODEL_PREFIX}blocks.{index}.fc.lora_{name}.weight"] = torch.full(shape, 1.0 + index)
     return surgery.Adapter({"peft_type": "LORA", "r": 1, "lora_alpha": 2}, tensors)
+
+
+def test_errors_call_an_adapter_by_its_folder(llama: Path, tmp_path: Path) -> None:
+    made, _ = surgery.init(llama, "vera", target=["q_proj"])
+    made.save(tmp_path / "out")
+    assert who(made) == "the adapter" and who(surgery.Adapter.open(tmp_path / "out")) == str(tmp_path / "out")
 
 
 def test_names_are_sorted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:

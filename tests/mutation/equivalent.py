@@ -41,6 +41,7 @@ EQUIVALENT: dict[str, str] = {
     "converters/to_vera.py::_filled: size(first(middle)) <= limit -> (size(first(middle)) <": (
         "the direction after those is tried again"
     ),
+    "converters/changes.py::Change.none: torch.empty(": "only its name and shape count",
     "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
     "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
         "a product of two square roots is never equal to the bound"
