@@ -121,10 +121,17 @@ def surroundings(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "cores": os.cpu_count(),
-        "machine": platform.machine(),
+        "machine": f"{_processor()}, {platform.machine()}",
         "python": platform.python_version(),
         **packages,
     }
+
+
+def _processor() -> str:
+    """What the processor calls itself, where the system says it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "processor")
 
 
 def arguments(cases: Mapping[str, Case], description: str) -> argparse.Namespace:
