@@ -76,7 +76,12 @@ def adapted(result: click.testing.Result) -> set[str]:
         "import surgery.cli",
         *(
             f"import sys; sys.argv[1:] = {args!r}; from surgery.cli import main; main()"
-            for args in (["--help"], ["init", "--help"], ["--version"], ["methods"], ["init", "--method", "nope", "m"])
+            for args in (
+                *(["--help"], ["init", "--help"], ["--version"], ["methods"], ["init", "--method", "nope", "m"]),
+                *(["init", "--method", "frod", "no where"], ["merge", "no where", "--base", "m"]),
+                *(["convert", "no where", "--to", "lora"], ["inspect", "no where"], ["compare", "no where", "m"]),
+                ["train", "no where", "--base", "m", "--data", "d"],
+            )
         ),
     ],
 )

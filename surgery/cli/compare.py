@@ -11,6 +11,7 @@ import click
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def command(a: str, b: str, as_json: bool, quiet: bool, verbose: bool, **options
         raise click.UsageError("--data needs the base model whose answers are compared: give it with --base MODEL")
     if options["task"] is not None and options["base"] is None:
         raise click.UsageError("--task chooses the class of the base model: give it with --base MODEL")
+    check_names(a, b, options["base"])
     set_verbosity(verbose, quiet)
     from surgery.comparison import compare
 

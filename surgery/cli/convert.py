@@ -10,6 +10,7 @@ import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def command(
         raise click.UsageError("--recover trains on data with the base model: give --base and --data")
     if options["base"] is None and (options["data"] is not None or options["stats"] is not None):
         raise click.UsageError("--data and --stats say something about the base model: give it with --base MODEL")
+    check_names(*adapters, options["base"])
     set_verbosity(verbose, quiet)
     from surgery.conversion import convert
 

@@ -20,6 +20,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def command(
     refuse_idle_options(method, FLAGS, options)
     if METHODS[method].reads_gradients and options["data"] is None:
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
+    check_names(model)
     set_verbosity(verbose, quiet)
     from surgery.initialization import init
 

@@ -9,6 +9,7 @@ import click
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
 from surgery.errors import listing
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def command(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any
       surgery inspect lora/ --plot lora.png
       surgery inspect model/
     """
+    check_names(path, options["base"])
     set_verbosity(verbose, quiet)
     from surgery.inspection import inspect
 

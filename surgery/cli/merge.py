@@ -10,6 +10,7 @@ import click
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def command(
       surgery merge lora/ --base model/ -o merged/
       surgery merge lora/ --base model/ --dtype bfloat16
     """
+    check_names(adapter, base)
     set_verbosity(verbose, quiet)
     from surgery.merging import merge
 

@@ -13,6 +13,7 @@ import click
 from surgery.cli.main import INTERRUPTED, TERMINATED
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
+from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def command(
     """
     if teacher is None and (hidden_weight is not None or cache_teacher):
         raise click.UsageError("--hidden-weight and --cache-teacher belong to a training with --teacher")
+    check_names(adapter, teacher, options["base"])
     set_verbosity(verbose, quiet)
     from surgery.training.interruption import TrainingInterrupted
     from surgery.training.train import train

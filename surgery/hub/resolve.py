@@ -9,13 +9,26 @@ from typing import Any
 from surgery.errors import CheckpointError
 from surgery.hub.private import redacted
 
-__all__ = ["local_folder"]
+__all__ = ["check_names", "local_folder"]
 
 # `org/name`, a folder in it, and a revision. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<inside>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?/?(?:@(?P<revision>[\w./-]+))?"
 )
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+
+
+def check_names(*names: str | None) -> None:
+    """Refuse names that are neither a folder nor a Hub id, without a look at the Hub; None is passed over.
+
+    Commands ask this of what they are given before they import what takes seconds.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    for name in names:
+        if name is not None:
+            _folder_or_id(name)
 
 
 def local_folder(name: str) -> Path:
@@ -28,6 +41,13 @@ def local_folder(name: str) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such repository can be had.
     """
+    found = _folder_or_id(name)
+    if isinstance(found, Path):
+        return found
+    return _download(name, found["repo"], found["inside"], found["revision"])
+
+
+def _folder_or_id(name: str) -> Path | re.Match[str]:
     path = Path(name)
     try:
         if path.is_dir():
@@ -39,7 +59,7 @@ def local_folder(name: str) -> Path:
     match = HUB_ID.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder (a Hub model is named ORG/NAME)")
-    return _download(name, match["repo"], match["inside"], match["revision"])
+    return match
 
 
 def _download(name: str, repo: str, inside: str | None, revision: str | None) -> Path:
