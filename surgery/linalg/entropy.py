@@ -147,7 +147,7 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
 
 
 def class_bits(largest: int) -> NDArray[np.float64]:
-    """What a number costs: bits by magnitude and class, `(largest + 1, CLASSES)`, of either sign; within a percent."""
+    """What a number costs: bits by magnitude and class, `(largest + 1, CLASSES)`, of either sign; within 2 %."""
     return _class_bits(1 << largest.bit_length())[: largest + 1]
 
 
