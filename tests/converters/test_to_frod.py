@@ -12,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.converters.changes import Change
 from surgery.converters.frod_fit import Problem, fit_role, solved
+from surgery.converters.to_frod import _problem
 from surgery.errors import MethodError, WrongBaseError
 from tests.converters.on_data import output_errors
 from tests.methods.test_stock import randomise
@@ -156,6 +158,25 @@ def test_solution_on_a_support_is_the_least_squares_one() -> None:
         # A control: an entry that is a little off loses more.
         X[places[0][0], places[0][1]] += 0.1
         assert problem.lost(X) > left * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_problem_of_a_layer_is_that_of_its_dense_change(measured: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, B, A, V, root = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((7, 5), (7, 2), (2, 5), (5, 5), (9, 5))
+    )
+    C = root.T @ root if measured else None
+    dW, metric = B @ A, torch.eye(5, dtype=torch.float64) if C is None else C
+    inverse = torch.linalg.inv(V).T
+    U = W @ inverse
+    problem = _problem(Change("layer", B, A), W, V, inverse, U.norm(dim=0), C)
+    U = U / U.norm(dim=0)
+    torch.testing.assert_close(problem.U, U)
+    torch.testing.assert_close(problem.right, V.T @ metric @ V)
+    torch.testing.assert_close(problem.target, U.T @ dW @ metric @ V)
+    assert problem.energy == pytest.approx(float(((dW @ metric) * dW).sum()))
 
 
 def test_gains_are_those_of_single_entries() -> None:

@@ -42,6 +42,7 @@ EQUIVALENT: dict[str, str] = {
         "the direction after those is tried again"
     ),
     "converters/changes.py::Change.none: torch.empty(": "only its name and shape count",
+    "converters/frod_fit.py::_row_blocks: RIDGE": "how fast an iteration converges",
     "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
     "surgery/linalg/rounding.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
         "a product of two square roots is never equal to the bound"
