@@ -36,6 +36,7 @@ def output_errors(
     options = {"base": base, "data": data, "samples": 48, "accept_loss": True, "stats": place / "stats.safetensors"}
     _, measured = surgery.convert(lora, to, place / "with", **options)
     surgery.convert(lora, to, place / "without", base=base, accept_loss=True)
+    assert to != "frod" or "most of the layers' outputs on the data" in measured.notes[0]
     moments = load_file(place / "stats.safetensors")
     model = load_base(base)
     found = []

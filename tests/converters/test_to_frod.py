@@ -107,6 +107,7 @@ def test_a_role_of_one_layer_that_leaves_outputs_alone(llama: Path, tmp_path: Pa
     true = errors(tmp_path / "source", tmp_path / "out", load_base(llama))
     assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
     assert [name.rpartition(".")[2] for name in true] == ["q_proj"] and max(true.values()) < 1
+    assert "most of the weights' change" in report.notes[0]
     assert 7_800 < report.bytes <= 8_000
 
 

@@ -447,3 +447,11 @@ def test_random_B_of_parts_of_different_heights(variant: str) -> None:
         assert not block[:, rank:].any() and block[:, :rank].all()
         if variant == "vr":
             torch.testing.assert_close(block[:, :rank].T @ block[:, :rank], torch.eye(rank))
+
+
+@pytest.mark.parametrize(
+    ("variant", "sides", "rank"),
+    [("vru2r", (3, 9), 1), ("vru2r", (1, 9), 1), ("vru2r", (9, 6), 3), ("vru2r", (20, 30), 4), ("vr", (3, 9), 3)],
+)
+def test_rank_leaves_room_for_two_sets_of_left_vectors(variant: str, sides: tuple[int, int], rank: int) -> None:
+    assert GivaConfig(r=4, variant=variant, target_modules=["x"]).rank_of(*sides) == rank

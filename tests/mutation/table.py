@@ -49,7 +49,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "surgery/methods/lora.py": ("methods/test_deltas.py", "methods/test_stock.py", CONVERSIONS),
     "surgery/methods/on_base.py": (ON_BASE, "test_merging.py"),
-    "surgery/methods/regeneration.py": ("methods/test_inilora.py", "methods/test_frod.py", "test_merging.py"),
+    "surgery/methods/regeneration.py": (
+        "methods/test_regeneration.py",
+        "methods/test_inilora.py",
+        "methods/test_frod.py",
+        "test_merging.py",
+    ),
     "surgery/methods/smoa.py": ("methods/test_smoa.py", "methods/test_deltas.py", ON_BASE, "runtime/test_layer.py"),
     "surgery/methods/stock.py": ("methods/test_stock.py",),
     "surgery/methods/vera.py": ("methods/test_vera.py", "methods/test_deltas.py", "converters/test_to_vera.py"),
