@@ -34,7 +34,7 @@ class Method:
 )
 def test_other_bases_are_refused_with_the_likeliest_reason(dtype: torch.dtype, why: str) -> None:
     def found(agrees: bool, stored: dict[str, torch.Tensor]) -> Bases:
-        return regenerate(Method(agrees), None, [SITE], [stored], None, "lora", dtype)
+        return regenerate(Method(agrees), None, [SITE], [stored], None, who="lora", dtype=dtype)
 
     check = {CHECK: torch.zeros(1, 9)}
     assert "B0" in found(True, check).own[0] and "B0" in found(False, {}).own[0]
