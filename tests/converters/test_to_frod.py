@@ -79,15 +79,16 @@ def test_the_stated_error_is_the_true_one_and_the_adapter_opens(kind: str, model
     true = errors(tmp_path / "source", tmp_path / "out", model)
     assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
     assert report.reload_difference == 0 and 0.5 < report.weight_error < 1
-    # PEFT's layers compute that same change.
-    opened = PeftModel.from_pretrained(load_base(folder), tmp_path / "out").eval()
+    # PEFT's layers compute that same change. In float64: an ill-conditioned V makes more of rounding than of a mistake.
+    opened = PeftModel.from_pretrained(load_base(folder).double(), tmp_path / "out").double().eval()
+    model = model.double()
     for module in true:
         weight = model.get_submodule(module).weight
         change = frod_dense(tmp_path / "out", load_base(folder), module)
-        weight.data += (change.T if type(model.get_submodule(module)).__name__ == "Conv1D" else change).float()
+        weight.data += change.T if type(model.get_submodule(module)).__name__ == "Conv1D" else change
     inputs = model_inputs(kind.removesuffix("-bf16-sharded"))
     with torch.no_grad():
-        found, wanted, plain = (output(m, inputs) for m in (opened, model, load_base(folder)))
+        found, wanted, plain = (output(m, inputs) for m in (opened, model, load_base(folder).double()))
     assert relative_difference(found, wanted) < 1e-4
     assert relative_difference(plain, wanted) > 1e-2
 
