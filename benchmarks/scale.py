@@ -221,7 +221,7 @@ def launched(model: str, method: str, out: str) -> None:
 
     import surgery
     from surgery import initialization
-    from surgery.training.processes import processes as connected
+    from surgery.system.processes import processes as connected
 
     assert initialization
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -16,12 +16,12 @@ from surgery.errors import AdapterError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.heads import HEAD_TASKS, missing_modules
 from surgery.linalg.delta import Delta
-from surgery.linalg.threads import one_torch_thread
 from surgery.merged_config import with_labels
 from surgery.methods.contents import Contents, contents_of, who
 from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
 from surgery.sites import Site, role_by_name
+from surgery.system.threads import one_torch_thread
 
 __all__ = ["Layer", "Pair", "Side", "WithBias"]
 

@@ -15,10 +15,8 @@ from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.compared_pair import Layer, Pair, Side, WithBias
-from surgery.devices import resolve_device
 from surgery.errors import MethodError
 from surgery.linalg.delta import Delta
-from surgery.linalg.threads import one_torch_thread
 from surgery.reports.comparison_report import (
     CarriedTensor,
     ComparedAdapter,
@@ -28,6 +26,8 @@ from surgery.reports.comparison_report import (
     TaskScores,
 )
 from surgery.sites import Site
+from surgery.system.devices import resolve_device
+from surgery.system.threads import one_torch_thread
 from surgery.training.data import Examples, batches, read_examples
 from surgery.training.fidelity import Applied, Fidelity, arguments, fidelity
 from surgery.training.start import GradientSettings, load_model, on_device, prepared

@@ -20,11 +20,11 @@ from surgery.conversion_base import Base, DataSettings, Measured
 from surgery.conversion_figures import converted_sites, largest_difference, overall
 from surgery.converters.changes import Source
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
-from surgery.devices import resolve_device
 from surgery.errors import MethodError, OutputError
-from surgery.memory import release_freed
 from surgery.methods.contents import refuse_output_biases
 from surgery.reports.convert_report import ConvertReport
+from surgery.system.devices import resolve_device
+from surgery.system.memory import release_freed
 
 __all__ = ["FORMS", "convert"]
 

@@ -12,8 +12,8 @@ from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.converters.changes import Source
 from surgery.converters.request import Result
 from surgery.linalg.delta import Delta
-from surgery.linalg.threads import one_torch_thread
 from surgery.reports.convert_report import ConvertedSite
+from surgery.system.threads import one_torch_thread
 
 __all__ = ["converted_sites", "largest_difference", "overall"]
 

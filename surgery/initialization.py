@@ -21,15 +21,15 @@ from surgery.checkpoints.live_model import LiveModel
 from surgery.checkpoints.parts import file_identities, run_key
 from surgery.checkpoints.places import refuse_inputs
 from surgery.checkpoints.tensor_files import read_tensors
-from surgery.devices import resolve_device, working_devices
 from surgery.errors import DataError, MethodError, TargetError, listing
 from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.methods.base import Method, OwnMethod
 from surgery.methods.giva import GradientSource
 from surgery.reports.report import Report, SiteReport
 from surgery.sites import Site, target_modules, unsupported_modules
+from surgery.system.devices import resolve_device, working_devices
+from surgery.system.processes import Processes, processes
 from surgery.training.data import labels_in
-from surgery.training.processes import Processes, processes
 from surgery.training.start import GradientRun, GradientSettings, gradient_run, is_file
 from surgery.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 

@@ -29,9 +29,9 @@ from surgery.checkpoints.rewriting import (
 from surgery.checkpoints.tensor_files import read_json
 from surgery.checkpoints.untrusted import check_link
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
-from surgery.memory import release_freed
 from surgery.merge_plan import MergePlan
 from surgery.reports.tables import human_bytes
+from surgery.system.memory import release_freed
 
 __all__ = ["MergedFolder"]
 

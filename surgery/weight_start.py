@@ -29,10 +29,10 @@ from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.checkpoints.parts import Parts, PartTensors
 from surgery.errors import MethodError, OutputError, SurgeryError
-from surgery.memory import release_freed
 from surgery.methods.base import Method, OwnMethod, Tensors
 from surgery.sites import Site
-from surgery.training.processes import Processes
+from surgery.system.memory import release_freed
+from surgery.system.processes import Processes
 
 __all__ = ["Sharing", "WeightStart", "file_name", "stored", "weight_start"]
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import surgery
-from surgery import devices, initialization
+from surgery import initialization
 from surgery.checkpoints import parts as parts_module
 from surgery.errors import CheckpointError, OutputError
-from surgery.training.processes import Processes
+from surgery.system import devices
+from surgery.system.processes import Processes
 from surgery.weight_start import Sharing
 from tests.command_line import contents
 from tests.models import edit_tensors, save_model
-from tests.training.test_processes import launch
+from tests.system.test_processes import launch
 
 METHODS = ("vera", "inilora", "inilora-beta", "frod", "smoa")
 SCRIPT = """

@@ -20,7 +20,7 @@ from surgery.checkpoints.tensor_files import read_json, read_tensors, read_text,
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.hub.resolve import local_folder
-from surgery.linalg.threads import one_torch_thread
+from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from surgery.linalg.delta import Delta

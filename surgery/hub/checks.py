@@ -23,9 +23,9 @@ from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header, stored_pi
 from surgery.checkpoints.tensor_files import read_tensor
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
-from surgery.memory import release_freed
 from surgery.methods.contents import contents_of, refuse_unreadable
 from surgery.methods.stock import STOCK
+from surgery.system.memory import release_freed
 
 __all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter", "valid_id"]
 

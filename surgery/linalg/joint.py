@@ -25,7 +25,7 @@ from surgery.linalg.symmetric import (
     triangular_product,
     triangular_solve,
 )
-from surgery.linalg.threads import one_thread, one_torch_thread
+from surgery.system.threads import one_thread, one_torch_thread
 
 __all__ = ["JointBasis", "joint_basis", "left_norms", "right_inverse_transposed"]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from surgery.linalg.threads import one_torch_thread
+from surgery.system.threads import one_torch_thread
 
 __all__ = ["LinearMap", "TruncatedSVD", "orthonormal_to", "svd_of_map", "svd_of_product", "truncated_svd"]
 

@@ -12,7 +12,7 @@ import torch
 
 from surgery.linalg.feedback import Curvature
 from surgery.linalg.rounding import Factors
-from surgery.linalg.threads import one_thread
+from surgery.system.threads import one_thread
 
 __all__ = ["Metric", "Moment", "Workers"]
 

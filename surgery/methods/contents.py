@@ -15,10 +15,10 @@ import torch
 from surgery.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, listing
-from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod, Role
 from surgery.methods.lora import BIAS_NAME, refuse_variants
 from surgery.methods.stock import REFUSED, STOCK, StockType
+from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter

@@ -10,12 +10,12 @@ import torch
 from surgery.catalogue import method_for_type
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.linalg.delta import Delta
-from surgery.linalg.threads import one_torch_thread
 from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
 from surgery.methods.regeneration import leaves_out_bases
 from surgery.methods.stock import STOCK
 from surgery.sites import Site
+from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from surgery.checkpoints.adapter import Adapter

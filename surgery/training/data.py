@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError, listing
-from surgery.training.silence import nothing_printed
+from surgery.system.stdout import nothing_printed
 
 __all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_in", "read_examples"]
 

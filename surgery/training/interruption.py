@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgery.training.processes import Processes
+from surgery.system.processes import Processes
 
 __all__ = ["Interruption", "TrainingInterrupted"]
 

@@ -9,9 +9,9 @@ import torch
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.runtime.loading import fit_to_model, load
+from surgery.system.processes import Processes
 from surgery.training.data import Examples
 from surgery.training.preparing import Prepared
-from surgery.training.processes import Processes
 from surgery.training.run import Feed, Run
 from surgery.training.settings import TrainSettings
 from surgery.training.start import GradientSettings, load_model

@@ -22,6 +22,7 @@ from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.tensor_files import file_bytes
 from surgery.errors import MethodError
 from surgery.methods.contents import who
+from surgery.system.processes import Processes
 from surgery.training.codes import RATE, CodeTraining
 from surgery.training.curve import curve, write_curve
 from surgery.training.data import Examples, read_examples
@@ -29,7 +30,6 @@ from surgery.training.distillation import Teacher
 from surgery.training.evaluation import Evaluation, evaluate
 from surgery.training.interruption import Interruption, TrainingInterrupted
 from surgery.training.preparing import Prepared
-from surgery.training.processes import Processes
 from surgery.training.settings import TrainSettings
 from surgery.training.train_report import TrainReport
 from surgery.training.trainer import (

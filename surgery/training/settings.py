@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.errors import MethodError
-from surgery.training.processes import Processes
+from surgery.system.processes import Processes
 
 __all__ = ["CACHE", "TrainSettings"]
 

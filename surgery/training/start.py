@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import CheckpointError, DataError, MethodError
 from surgery.sites import Site
+from surgery.system.processes import Processes, processes
 from surgery.training.data import Examples, batches, read_examples
 from surgery.training.gradients import Gradients, Loss, Parts, Progress, gradients
-from surgery.training.processes import Processes, processes
 
 __all__ = ["GradientRun", "GradientSettings", "gradient_run", "is_file", "load_model", "on_device", "prepared"]
 

@@ -13,10 +13,10 @@ import torch
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.places import refuse_inputs
 from surgery.checkpoints.tensor_files import file_bytes
-from surgery.devices import resolve_device
 from surgery.errors import MethodError
+from surgery.system.devices import resolve_device
+from surgery.system.processes import Processes, processes
 from surgery.training.preparing import prepare
-from surgery.training.processes import Processes, processes
 from surgery.training.run import Feed, Run
 from surgery.training.settings import CACHE, TrainSettings
 from surgery.training.train_report import TrainReport

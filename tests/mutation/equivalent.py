@@ -6,7 +6,7 @@ __all__ = ["EQUIVALENT", "reason_for"]
 
 # A key ends where it says enough: everything in a function, or one change of it.
 EQUIVALENT: dict[str, str] = {
-    "surgery/linalg/threads.py::": "how many threads work, not what comes of it",
+    "surgery/system/threads.py::": "how many threads work, not what comes of it",
     "surgery/linalg/workers.py::Workers.curvatures: size <= self._room": "what is kept in memory, not what it is",
     "surgery/linalg/symmetric.py::_on_cpu:": "both roads are right on a CPU; the other one is there for GPUs",
     "surgery/linalg/symmetric.py::eigh_: not _on_cpu": "both roads are right on a CPU",

@@ -33,7 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "surgery/linalg/sparse.py": ("linalg/test_sparse.py", "linalg/test_delta.py"),
     "surgery/linalg/spectral.py": ("linalg/test_spectral.py", "methods/test_smoa.py"),
     "surgery/linalg/symmetric.py": ("linalg/test_symmetric.py", "linalg/test_joint.py"),
-    "surgery/linalg/threads.py": ("linalg/test_joint.py", "linalg/test_low_rank.py"),
+    "surgery/system/threads.py": ("linalg/test_joint.py", "linalg/test_low_rank.py"),
     "surgery/linalg/token_products.py": ("linalg/test_token_products.py", "methods/test_giva.py"),
     "surgery/linalg/workers.py": ("linalg/test_compress.py",),
     "surgery/methods/base.py": (*STARTS, "methods/test_inilora.py", "methods/test_frod.py"),

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.training.processes import Processes, processes
+from surgery.system.processes import Processes, processes
 from tests.models import build, spread
 from tests.reference import angle
 from tests.texts import save_tokenizer, text_rows, write_rows
