@@ -256,7 +256,7 @@ def _write_bf16_lora(folder: Path, llama: Llama, rank: int) -> None:
     """A LoRA on every linear of a Llama's blocks, bfloat16, as after training."""
     import torch
 
-    from surgery.checkpoints.rewriting import Tensor, tensor_bytes, write_file
+    from surgery.storage.safetensors_write import Tensor, tensor_bytes, write_file
 
     folder.mkdir(parents=True)
     shapes: dict[str, tuple[int, int]] = {}
@@ -282,7 +282,7 @@ def _write_random(folder: Path, llama: Llama) -> None:
     """A bfloat16 Llama with numbers in it, one tensor at a time; one tensor's numbers do for all of its shape."""
     import torch
 
-    from surgery.checkpoints.rewriting import Tensor, tensor_bytes, write_file
+    from surgery.storage.safetensors_write import Tensor, tensor_bytes, write_file
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(llama.config("BF16")), encoding="utf-8")

@@ -9,7 +9,6 @@ import torch
 
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.parts import Parts
 from surgery.errors import AdapterError
 from surgery.fitting import sites_on_base
 from surgery.linalg.delta import Delta
@@ -17,6 +16,7 @@ from surgery.linalg.low_rank import truncated_svd
 from surgery.methods.contents import Contents, contents_of, who
 from surgery.methods.on_base import ChangesOnBase
 from surgery.sites import Site
+from surgery.storage.resume import Parts
 
 __all__ = ["Change", "Source", "needs_base"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from surgery.checkpoints.parts import Parts
 from surgery.errors import MethodError
+from surgery.storage.resume import Parts
 from surgery.training.statistics import Moments
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import torch
 from surgery.checkpoints.adapter import MODEL_PREFIX
 from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.converters.changes import Change, Source
 from surgery.converters.frod_fit import Problem, fit_role
 from surgery.converters.request import Request, Result
@@ -19,6 +18,7 @@ from surgery.linalg.joint import joint_basis, right_inverse_transposed
 from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, narrow_positions, nonzeros
 from surgery.reports.tables import human_bytes
 from surgery.sites import Site
+from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_frod"]
 

@@ -8,7 +8,6 @@ import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX
 from surgery.checkpoints.fingerprint import Fingerprint
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.converters.changes import Change, Source
 from surgery.converters.request import Request, Result
 from surgery.converters.smoa_fit import fit_masked
@@ -21,6 +20,7 @@ from surgery.linalg.spectral import equal_share_cuts, top_components
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
 from surgery.reports.tables import human_bytes
 from surgery.sites import Site
+from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_smoa"]
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.converters.changes import Change, Source
 from surgery.converters.ranks import changes_of, decomposed
 from surgery.converters.request import Budget, Request, Result
@@ -25,6 +24,7 @@ from surgery.errors import MethodError
 from surgery.linalg.metric import MetricSVD, energy_rank, greedy_ranks
 from surgery.methods.vera import METHODS
 from surgery.reports.tables import human_bytes
+from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_vera"]
 

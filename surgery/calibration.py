@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.atomic_file import atomic_file
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.rewriting import write_tensors
-from surgery.checkpoints.tensor_files import read_tensor, tensor_names
 from surgery.converters.changes import Change, Source
 from surgery.errors import DataError
 from surgery.fitting import located
 from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
 from surgery.sites import Site
+from surgery.storage.atomic_file import atomic_file
+from surgery.storage.safetensors_read import read_tensor, tensor_names
+from surgery.storage.safetensors_write import write_tensors
 from surgery.training.data import Examples, batches
 from surgery.training.gradients import Progress
 from surgery.training.start import on_device

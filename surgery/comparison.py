@@ -13,7 +13,6 @@ import torch
 
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.compared_pair import Layer, Pair, Side, WithBias
 from surgery.errors import MethodError
 from surgery.linalg.delta import Delta
@@ -26,6 +25,7 @@ from surgery.reports.comparison_report import (
     TaskScores,
 )
 from surgery.sites import Site
+from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
 from surgery.training.data import Examples, batches, read_examples

@@ -12,10 +12,6 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, identity_of
-from surgery.checkpoints.atomic import check_output, resumable_folder
-from surgery.checkpoints.parts import Parts, run_key
-from surgery.checkpoints.places import refuse_inputs
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.conversion_base import Base, DataSettings, Measured
 from surgery.conversion_figures import converted_sites, largest_difference, overall
 from surgery.converters.changes import Source
@@ -23,6 +19,10 @@ from surgery.converters.request import Budget, Metric, Progress, Request, Result
 from surgery.errors import MethodError, OutputError
 from surgery.methods.contents import refuse_output_biases
 from surgery.reports.convert_report import ConvertReport
+from surgery.storage.atomic_folder import check_output, resumable_folder
+from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.resume import Parts, run_key
+from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.memory import release_freed
 

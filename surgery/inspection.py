@@ -13,15 +13,15 @@ import torch
 
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header
 from surgery.errors import AdapterError, listing
 from surgery.fitting import sites_on_base, with_place_for
-from surgery.hub.resolve import local_folder
 from surgery.linalg.delta import Delta
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.methods.contents import Contents, contents_of
 from surgery.methods.on_base import ChangesOnBase
 from surgery.sites import Site, linear_sites, role_by_name, unsupported_modules
+from surgery.storage.hub_cache import local_folder
+from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
 
 __all__ = ["InspectedRole", "InspectedSite", "Inspection", "inspect"]
 

@@ -11,9 +11,9 @@ from transformers import PretrainedConfig
 
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.tensor_files import read_json
 from surgery.errors import CheckpointError, listing
 from surgery.heads import HEAD_TASKS
+from surgery.storage.safetensors_read import read_json
 
 __all__ = [
     "check_untied",

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.parts import Parts
-from surgery.checkpoints.rewriting import (
+from surgery.checkpoints.untrusted import check_link
+from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
+from surgery.merge_plan import MergePlan
+from surgery.reports.tables import human_bytes
+from surgery.storage.resume import Parts
+from surgery.storage.safetensors_read import read_json
+from surgery.storage.safetensors_write import (
     DTYPES,
     Header,
     Tensor,
@@ -26,11 +31,6 @@ from surgery.checkpoints.rewriting import (
     verify_file,
     write_file,
 )
-from surgery.checkpoints.tensor_files import read_json
-from surgery.checkpoints.untrusted import check_link
-from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
-from surgery.merge_plan import MergePlan
-from surgery.reports.tables import human_bytes
 from surgery.system.memory import release_freed
 
 __all__ = ["MergedFolder"]

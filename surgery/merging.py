@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import Adapter, identity_of
-from surgery.checkpoints.atomic import check_output, resumable_folder
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.parts import file_identities, run_key
-from surgery.checkpoints.places import refuse_inputs
 from surgery.errors import MethodError, OutputError
 from surgery.merge_plan import MergePlan
 from surgery.merged_folder import MergedFolder
 from surgery.methods.contents import contents_of
 from surgery.reports.merge_report import MergeReport
+from surgery.storage.atomic_folder import check_output, resumable_folder
+from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.resume import file_identities, run_key
 from surgery.system.devices import resolve_device
 
 __all__ = ["merge"]

@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 import surgery
 from surgery.checkpoints import adapter as adapter_files
 from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.rewriting import write_tensors
 from surgery.cli.main import main
 from surgery.errors import (
     AdapterError,
@@ -38,6 +37,7 @@ from surgery.errors import (
     TargetError,
     WrongBaseError,
 )
+from surgery.storage.safetensors_write import write_tensors
 from tests.command_line import contents, flags, invoke
 from tests.models import edit_tensors, load_base, save_model
 from tests.texts import save_tokenizer, text_rows, write_rows
@@ -820,7 +820,7 @@ def test_output_that_cannot_be_a_folder(prepare, words, force: bool, llama: Path
 def test_parent_without_permission(llama: Path, tmp_path: Path, monkeypatch) -> None:
     access = os.access
     denied = lambda path, mode: False if Path(path) == tmp_path else access(path, mode)  # noqa: E731
-    monkeypatch.setattr("surgery.checkpoints.atomic.os.access", denied)
+    monkeypatch.setattr("surgery.storage.atomic_folder.os.access", denied)
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
         check_refused(tmp_path, OutputError, ("out:", "no permission to write in PLACE"), llama, out=out)
 

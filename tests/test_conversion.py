@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.checkpoints.adapter import WEIGHTS_FILE
-from surgery.checkpoints.rewriting import write_tensors
 from surgery.errors import AdapterError, MethodError, OutputError
+from surgery.storage.safetensors_write import write_tensors
 from tests.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
 from tests.texts import save_tokenizer, text_rows, write_rows
 

@@ -14,12 +14,12 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import surgery
-from surgery.checkpoints import tensor_files
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
 from surgery.linalg.delta import LowRank, Sum
 from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.reports.plots import short_number, short_roles
+from surgery.storage import safetensors_read as tensor_files
 from tests.command_line import contents, invoke
 from tests.models import edit_tensors, llama_config, load_base
 from tests.test_merging import trained

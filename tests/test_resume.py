@@ -16,9 +16,9 @@ import torch
 
 import surgery
 from surgery.checkpoints import parts as parts_module
-from surgery.checkpoints.atomic import PartialFolder
-from surgery.checkpoints.parts import Parts
 from surgery.errors import SurgeryError
+from surgery.storage.atomic_folder import PartialFolder
+from surgery.storage.resume import Parts
 from tests.command_line import contents, invoke
 from tests.models import edit_tensors, load_base, save_model
 from tests.test_conversion import trained

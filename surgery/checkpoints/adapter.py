@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from surgery.checkpoints.atomic import atomic_folder
 from surgery.checkpoints.foreign import foreign_format
-from surgery.checkpoints.format_version import check_format_version
 from surgery.checkpoints.packing import is_packed, packed, unpacked
-from surgery.checkpoints.parts import file_identities
-from surgery.checkpoints.rewriting import tensor_bytes, verify_file, write_tensors
-from surgery.checkpoints.tensor_files import read_json, read_tensors, read_text, tensor_names
 from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
-from surgery.hub.resolve import local_folder
+from surgery.storage.atomic_folder import atomic_folder
+from surgery.storage.format_version import check_format_version
+from surgery.storage.hub_cache import local_folder
+from surgery.storage.resume import file_identities
+from surgery.storage.safetensors_read import read_json, read_tensors, read_text, tensor_names
+from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:

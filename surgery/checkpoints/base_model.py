@@ -14,11 +14,11 @@ from transformers.models.auto import modeling_auto
 
 from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.naming import Source, parameter_sources
-from surgery.checkpoints.tensor_files import TensorFiles, read_json
 from surgery.checkpoints.untrusted import check_files, check_model_config, limited_modules
 from surgery.errors import CheckpointError, listing
-from surgery.hub.resolve import local_folder
 from surgery.sites import Site, select_sites
+from surgery.storage.hub_cache import local_folder
+from surgery.storage.safetensors_read import TensorFiles, read_json
 
 __all__ = ["TASKS", "BaseModel", "Task", "task_of"]
 

@@ -11,8 +11,8 @@ import click
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
-from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
+from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
     from surgery.reports.comparison_report import ComparedAdapter, ComparedSite, Comparison, Costs

@@ -20,8 +20,8 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
-from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
+from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
     from surgery.reports.report import Report

@@ -9,8 +9,8 @@ import click
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
 from surgery.errors import listing
-from surgery.hub.resolve import check_names
 from surgery.reports.tables import human_bytes
+from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
     from surgery.inspection import InspectedRole, InspectedSite, Inspection

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from surgery.checkpoints.atomic_file import atomic_file
 from surgery.errors import MethodError, OutputError
+from surgery.storage.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from surgery.inspection import InspectedSite, Inspection

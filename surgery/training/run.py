@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 
 from surgery.catalogue import method_for_config, training_rate
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from surgery.checkpoints.atomic import atomic_folder
-from surgery.checkpoints.atomic_file import named_errors
 from surgery.checkpoints.packing import is_packed
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.errors import MethodError
 from surgery.methods.contents import who
+from surgery.storage.atomic_file import named_errors
+from surgery.storage.atomic_folder import atomic_folder
+from surgery.storage.safetensors_read import file_bytes
 from surgery.system.processes import Processes
 from surgery.training.codes import RATE, CodeTraining
 from surgery.training.curve import curve, write_curve

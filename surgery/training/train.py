@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.places import refuse_inputs
-from surgery.checkpoints.tensor_files import file_bytes
 from surgery.errors import MethodError
+from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.processes import Processes, processes
 from surgery.training.preparing import prepare

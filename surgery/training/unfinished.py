@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoints.atomic import check_output, lock_folder
-from surgery.checkpoints.atomic_file import named_errors
-from surgery.checkpoints.tensor_files import read_json
 from surgery.errors import CheckpointError, MethodError, OutputError
+from surgery.storage.atomic_file import named_errors
+from surgery.storage.atomic_folder import check_output, lock_folder
+from surgery.storage.safetensors_read import read_json
 from surgery.training.trainer import last_checkpoint
 
 __all__ = ["Unfinished"]

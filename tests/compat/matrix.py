@@ -42,7 +42,7 @@ TESTS = (
     "tests/runtime/test_layer.py",
     "tests/checkpoints",
     "tests/methods/test_deltas.py",
-    "tests/hub/test_resolve.py",
+    "tests/storage/test_hub_cache.py",
 )
 
 

@@ -111,7 +111,7 @@ def _write(folder: Path, name: str, version: int, base: Path) -> None:
 def main() -> None:
     """Write the examples of this version."""
     import surgery
-    from surgery.checkpoints.format_version import FORMAT_VERSION
+    from surgery.storage.format_version import FORMAT_VERSION
     from tests.models import distance
 
     with tempfile.TemporaryDirectory() as name:

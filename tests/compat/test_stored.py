@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 import surgery
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.format_version import FORMAT_VERSION
 from surgery.errors import AdapterError
+from surgery.storage.format_version import FORMAT_VERSION
 from tests.compat.stored import EXAMPLES, LARGEST, base_in, changes, examples, sums, unfolded
 
 ALL = [pytest.param(path, id=f"{path.parent.name}-{path.stem}") for path in examples()]

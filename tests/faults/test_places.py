@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoints import tensor_files
 from surgery.checkpoints.base_model import BaseModel
+from surgery.storage import safetensors_read as tensor_files
 from tests.command_line import contents, invoke
 from tests.security.conftest import Folders
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.rewriting import DTYPES
-from surgery.checkpoints.tensor_files import TensorFiles, file_bytes, read_text
 from surgery.errors import AdapterError, CheckpointError
+from surgery.storage.safetensors_read import TensorFiles, file_bytes, read_text
+from surgery.storage.safetensors_write import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

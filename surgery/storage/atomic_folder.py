@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgery.checkpoints.atomic_file import flush, named_errors
-from surgery.checkpoints.parts import Parts
 from surgery.errors import OutputError
+from surgery.storage.atomic_file import flush, named_errors
+from surgery.storage.resume import Parts
 
 __all__ = ["PartialFolder", "atomic_folder", "check_output", "lock_folder", "resumable_folder"]
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 import surgery
 from surgery.errors import CheckpointError
-from surgery.hub.resolve import local_folder
+from surgery.storage.hub_cache import local_folder
 from tests.command_line import invoke
 from tests.hub.conftest import make_adapter
 from tests.hub.loopback import OWNER, STRANGER, Hub

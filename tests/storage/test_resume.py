@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.checkpoints import atomic
 from surgery.checkpoints import parts as module
-from surgery.checkpoints.atomic import PartialFolder, resumable_folder
-from surgery.checkpoints.parts import Parts, PartTensors, file_identities, run_key
-from surgery.checkpoints.rewriting import DTYPES, write_tensors
 from surgery.errors import OutputError
+from surgery.storage import atomic_folder as atomic
+from surgery.storage.atomic_folder import PartialFolder, resumable_folder
+from surgery.storage.resume import Parts, PartTensors, file_identities, run_key
+from surgery.storage.safetensors_write import DTYPES, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 FACTS = {"energy": 0.1 + 0.2, "notes": ["one", "two"]}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import xxhash
 
-from surgery.checkpoints.tensor_files import DTYPE_CODES, file_order, tensor_names
 from surgery.errors import CheckpointError, OutputError
+from surgery.storage.safetensors_read import DTYPE_CODES, file_order, tensor_names
 
 __all__ = [
     "DTYPES",

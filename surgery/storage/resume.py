@@ -26,8 +26,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from surgery.checkpoints.rewriting import DTYPES, Tensor, read_header
-from surgery.checkpoints.tensor_files import UNREADABLE, file_identity
+from surgery.storage.safetensors_read import UNREADABLE, file_identity
+from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
 
