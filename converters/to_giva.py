@@ -8,11 +8,11 @@ import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.checkpoints.packing import CODES, FACTORS, PLAIN, SCALES
+from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.changes import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.errors import MethodError
-from surgery.linalg.compress import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.reports.tables import human_bytes
 from surgery.storage.safetensors_read import file_bytes
 

@@ -13,10 +13,10 @@ from surgery.converters.request import Request, Result
 from surgery.converters.smoa_fit import fit_masked
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys
+from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import generator_for, kaiming_uniform
-from surgery.linalg.spectral import equal_share_cuts, top_components
+from surgery.linalg.spectral_groups import equal_share_cuts, top_components
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
 from surgery.reports.tables import human_bytes
 from surgery.sites import Site

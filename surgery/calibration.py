@@ -10,9 +10,9 @@ import torch
 
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Change, Source
+from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
 from surgery.fitting import located
-from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
 from surgery.sites import Site
 from surgery.storage.atomic_file import atomic_file

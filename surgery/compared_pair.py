@@ -12,10 +12,10 @@ import torch
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import needs_base
+from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.heads import HEAD_TASKS, missing_modules
-from surgery.linalg.delta import Delta
 from surgery.merged_config import with_labels
 from surgery.methods.contents import Contents, contents_of, who
 from surgery.methods.lora import BIAS_NAME, scaling_of

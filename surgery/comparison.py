@@ -14,8 +14,8 @@ import torch
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.checkpoints.base_model import BaseModel
 from surgery.compared_pair import Layer, Pair, Side, WithBias
+from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.linalg.delta import Delta
 from surgery.reports.comparison_report import (
     CarriedTensor,
     ComparedAdapter,

@@ -11,7 +11,7 @@ import torch
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.converters.changes import Source
 from surgery.converters.request import Result
-from surgery.linalg.delta import Delta
+from surgery.deltas.operators import Delta
 from surgery.reports.convert_report import ConvertedSite
 from surgery.system.threads import one_torch_thread
 

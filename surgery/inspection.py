@@ -13,10 +13,10 @@ import torch
 
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.base_model import BaseModel
+from surgery.deltas.operators import Delta
+from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, listing
 from surgery.fitting import sites_on_base, with_place_for
-from surgery.linalg.delta import Delta
-from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.methods.contents import Contents, contents_of
 from surgery.methods.on_base import ChangesOnBase
 from surgery.sites import Site, linear_sites, role_by_name, unsupported_modules

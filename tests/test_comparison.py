@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 import surgery
 from surgery.catalogue import METHODS
 from surgery.compared_pair import Pair
+from surgery.deltas.operators import Delta
+from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
-from surgery.linalg.delta import Delta
-from surgery.linalg.products import HadamardProduct
 from surgery.runtime.cost import bytes_of, loaded_cost
 from tests.command_line import contents, flags, invoke
 from tests.methods.test_stock import randomise
@@ -221,13 +221,13 @@ def test_no_matrix_as_large_as_a_weight_is_formed(pair, llama: Path, texts: Path
     def refuse(delta: Delta) -> torch.Tensor:
         raise AssertionError("a dense change was formed")
 
-    for kind in (surgery.linalg.delta.LowRank, surgery.linalg.delta.Sum):
+    for kind in (surgery.deltas.operators.LowRank, surgery.deltas.operators.Sum):
         monkeypatch.setattr(kind, "dense", refuse)
     surgery.compare(*pair)
     surgery.compare(*pair, base=llama, data=texts, latency=False)
     monkeypatch.setattr(HadamardProduct, "factors", lambda delta: None)  # a control: a type without factors needs it
     with pytest.raises(AssertionError, match="dense"):
-        first = surgery.linalg.delta.LowRank(torch.ones(2, 1), torch.ones(1, 2))
+        first = surgery.deltas.operators.LowRank(torch.ones(2, 1), torch.ones(1, 2))
         HadamardProduct(first, first).minus(first).norm()
 
 

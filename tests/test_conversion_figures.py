@@ -14,7 +14,7 @@ from surgery.checkpoints.adapter import Adapter
 from surgery.conversion_figures import converted_sites, largest_difference, squared_norms
 from surgery.converters.changes import Source
 from surgery.converters.request import Result
-from surgery.linalg.delta import Delta, LowRank
+from surgery.deltas.operators import Delta, LowRank
 from tests.models import load_base
 from tests.test_conversion import trained
 

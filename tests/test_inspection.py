@@ -14,10 +14,10 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import surgery
+from surgery.deltas.operators import LowRank, Sum
+from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
+from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
-from surgery.linalg.delta import LowRank, Sum
-from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
-from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.reports.plots import short_number, short_roles
 from surgery.storage import safetensors_read as tensor_files
 from tests.command_line import contents, invoke

@@ -23,7 +23,7 @@ from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_t
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
-    from surgery.linalg.delta import Delta
+    from surgery.deltas.operators import Delta
 
 __all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter", "bits_equal", "identity_of"]
 

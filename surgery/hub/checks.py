@@ -19,8 +19,8 @@ from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TU
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed
 from surgery.checkpoints.patterns import check_patterns
+from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
-from surgery.linalg.spectra import effective_rank, has_cheap_spectrum, singular_values
 from surgery.methods.contents import contents_of, refuse_unreadable
 from surgery.methods.stock import STOCK
 from surgery.storage.safetensors_read import read_tensor

@@ -16,8 +16,8 @@ import torch
 from peft import PeftConfig
 
 from surgery.catalogue import METHODS, MethodInfo
+from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.linalg.delta import Delta
 from surgery.linalg.seeded import sketch
 from surgery.sites import Site
 from surgery.storage.format_version import FORMAT_VERSION, check_format_version

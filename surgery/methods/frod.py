@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from surgery.deltas.operators import Delta, InputMap
+from surgery.deltas.sparse import Pattern
 from surgery.errors import AdapterError, MethodError
-from surgery.linalg.delta import Delta, InputMap
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
-from surgery.linalg.sparse import Pattern
 from surgery.methods.base import Bases, OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
 from surgery.sites import Site
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError, MethodError
-from surgery.linalg.delta import Delta, LowRank
 from surgery.linalg.low_rank import TruncatedSVD
 from surgery.linalg.seeded import generator_for, normal
 from surgery.methods.base import (

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from surgery.deltas.operators import Delta, LowRank, Sum
 from surgery.errors import MethodError
-from surgery.linalg.delta import Delta, LowRank, Sum
 from surgery.linalg.low_rank import truncated_svd
 from surgery.linalg.seeded import generator_for, kaiming_normal, normal
 from surgery.methods.base import (

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.linalg.delta import LowRank
 
 __all__ = ["A_NAME", "BIAS_NAME", "B_NAME", "lora_delta", "pattern_value", "refuse_variants", "scaling_of"]
 

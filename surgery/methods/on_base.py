@@ -13,8 +13,8 @@ import torch
 from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import Adapter
 from surgery.checkpoints.base_model import BaseModel
+from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
-from surgery.linalg.delta import Delta
 from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.contents import who
 from surgery.methods.deltas import in_float32, own_config, own_delta, short_names, stock_delta

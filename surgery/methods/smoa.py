@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from surgery.deltas.operators import Delta, Hadamard
 from surgery.errors import AdapterError, MethodError
-from surgery.linalg.delta import Delta, Hadamard
 from surgery.linalg.seeded import generator_for, kaiming_uniform
-from surgery.linalg.spectral import equal_share_cuts, top_components
+from surgery.linalg.spectral_groups import equal_share_cuts, top_components
 from surgery.methods.base import (
     OwnConfig,
     OwnMethod,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from surgery.deltas.operators import Delta, Hadamard, LowRank
+from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.errors import AdapterError
-from surgery.linalg.delta import Delta, Hadamard, LowRank
-from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.methods.lora import A_NAME, B_NAME, BIAS_NAME, lora_delta, pattern_value
 
 __all__ = ["REFUSED", "STOCK", "StockType"]

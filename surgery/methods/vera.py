@@ -14,8 +14,8 @@ import torch
 from peft import VeraConfig
 
 from surgery.catalogue import METHODS as TABLE
+from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError
-from surgery.linalg.delta import Delta, LowRank
 from surgery.linalg.seeded import kaiming_uniform
 from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
 from surgery.sites import Site

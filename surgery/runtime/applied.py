@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
-from surgery.linalg.delta import Delta
 
 __all__ = ["applied"]
 

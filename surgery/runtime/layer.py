@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
-from surgery.linalg.delta import Delta, InputMap
 from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
 from surgery.runtime.attachment import Attachment
 from surgery.sites import Site

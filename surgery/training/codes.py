@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.linalg.coded import grid_of
-from surgery.linalg.delta import Delta, LowRank
+from surgery.codec.factors import grid_of
+from surgery.deltas.operators import Delta, LowRank
 from surgery.runtime.layer import AdapterLayer
 from surgery.training.preparing import ACTIVE
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.linalg.delta import Delta
 from surgery.runtime.applied import applied
 from surgery.training.data import Examples, batches
 from surgery.training.start import on_device, prepared

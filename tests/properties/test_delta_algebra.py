@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.linalg.delta import Delta, Hadamard, InputMap, LowRank, Sum
-from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
-from surgery.linalg.sparse import Pattern
-from surgery.linalg.spectra import has_cheap_spectrum, singular_values
+from surgery.deltas.operators import Delta, Hadamard, InputMap, LowRank, Sum
+from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
+from surgery.deltas.sparse import Pattern
+from surgery.deltas.spectrum import has_cheap_spectrum, singular_values
 from tests.properties.examples import SEEDS, examples, generator
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgery.deltas.spectrum import effective_rank
 from surgery.linalg.low_rank import svd_of_map, svd_of_product, truncated_svd
 from surgery.linalg.metric import energy_rank, greedy_ranks, metric_svd
-from surgery.linalg.spectra import effective_rank
 from tests.properties.examples import SEEDS, examples, generator
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 60))

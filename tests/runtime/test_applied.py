@@ -16,8 +16,8 @@ import surgery
 from surgery.calibration import Calibration, carried_in
 from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Source
+from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.linalg.delta import LowRank
 from surgery.runtime.applied import applied
 from surgery.training.data import Examples
 from surgery.training.fidelity import Applied, fidelity

@@ -12,7 +12,7 @@ from peft.helpers import rescale_adapter_scale  # noqa: F401 - imports with our 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
-from surgery.linalg.delta import Hadamard, InputMap
+from surgery.deltas.operators import Hadamard, InputMap
 from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.inilora import IniloraConfig
 from surgery.methods.smoa import SmoaConfig

@@ -15,8 +15,8 @@ import transformers as tf
 from peft import PeftModel
 
 import surgery
+from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError, MethodError
-from surgery.linalg.delta import LowRank
 from surgery.sites import linear_sites
 from surgery.training.data import Examples
 from surgery.training.fidelity import Applied, Fidelity, fidelity

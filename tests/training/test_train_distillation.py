@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import surgery
+from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.linalg.delta import LowRank
 from surgery.runtime.cost import bytes_of
 from surgery.training.codes import CodeTraining
 from surgery.training.data import batches, read_examples

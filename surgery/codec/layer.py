@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.coded import LARGEST_EXPONENT, CodedFactors, code_bits, rounded_scales
-from surgery.linalg.entropy import WIDTHS, class_bits
-from surgery.linalg.feedback import Curvature, Integers, Rounding, RoundingRule, rounded
+from surgery.codec.entropy import WIDTHS, class_bits
+from surgery.codec.factors import LARGEST_EXPONENT, CodedFactors, code_bits, rounded_scales
+from surgery.codec.feedback import Curvature, Integers, Rounding, RoundingRule, rounded
 from surgery.linalg.metric import metric_svd
 
 __all__ = ["LIMITS", "Coded", "Factors", "LayerCoder", "Spectrum", "code_layers", "spectrum_of"]
@@ -125,7 +125,7 @@ class LayerCoder:
         D: squared error in each number.
         bits: limits the codes.
         fineness: how many scales there are to the octave, as a binary logarithm.
-        restored: see `surgery.linalg.compress.compress`.
+        restored: see `surgery.codec.model.compress`.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg import sparse
-from surgery.linalg.sparse import Pattern, sampled_outer, sparse_product
+from surgery.deltas import sparse
+from surgery.deltas.sparse import Pattern, sampled_outer, sparse_product
 
 SIZE, COLUMNS = 40, 7
 

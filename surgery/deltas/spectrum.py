@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from surgery.linalg.delta import Delta, LowRank
+from surgery.deltas.operators import Delta, LowRank
+from surgery.deltas.products import Kronecker
 from surgery.linalg.low_rank import svd_of_product
-from surgery.linalg.products import Kronecker
 
 __all__ = ["effective_rank", "has_cheap_spectrum", "singular_values"]
 

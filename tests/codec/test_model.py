@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.prototype import uniform
-from surgery.linalg import workers
-from surgery.linalg.coded import decode_factors
-from surgery.linalg.compress import Compressed, DoesNotFit, Goal, Metric, compress
+from surgery.codec import workers
+from surgery.codec.factors import decode_factors
+from surgery.codec.model import Compressed, DoesNotFit, Goal, Metric, compress
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 DAMPING = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from surgery.linalg.delta import Delta, LowRank
+from surgery.deltas.operators import Delta, LowRank
 
 __all__ = ["HadamardProduct", "Kronecker", "as_low_rank"]
 

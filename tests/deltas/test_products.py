@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg.delta import Delta, LowRank
-from surgery.linalg.products import HadamardProduct, Kronecker, as_low_rank
+from surgery.deltas.operators import Delta, LowRank
+from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
 
 
 def pair(out: int, rank: int, size: int, seed: int) -> LowRank:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.coded import CodedFactors, code_bits, decode_factors, encode_factors, grid_of, rounded_scales
-from surgery.linalg.entropy import LARGEST
+from surgery.codec.entropy import LARGEST
+from surgery.codec.factors import CodedFactors, code_bits, decode_factors, encode_factors, grid_of, rounded_scales
 
 Shape = tuple[int, int, int]
 SHAPES = [(30, 20, 3), (7, 50, 0), (1, 1, 1), (40, 9, 12), (5, 5, 0), (64, 33, 2)]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, encode
+from surgery.codec.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, encode
 
 __all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "grid_of", "rounded_scales"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg.delta import Delta, Hadamard, InputMap, LowRank, Sum
-from surgery.linalg.sparse import Pattern
+from surgery.deltas.operators import Delta, Hadamard, InputMap, LowRank, Sum
+from surgery.deltas.sparse import Pattern
 
 OUT, IN = 7, 5
 

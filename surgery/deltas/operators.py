@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from surgery.linalg.sparse import Pattern, sampled_outer, sparse_product
+from surgery.deltas.sparse import Pattern, sampled_outer, sparse_product
 
 __all__ = ["Delta", "Hadamard", "InputMap", "LowRank", "Sum"]
 

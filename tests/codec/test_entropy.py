@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from surgery.linalg import entropy
-from surgery.linalg.entropy import CLASSES, LARGEST, WIDTHS, best_classes, class_bits, decode, encode, lanes_for
+from surgery.codec import entropy
+from surgery.codec.entropy import CLASSES, LARGEST, WIDTHS, best_classes, class_bits, decode, encode, lanes_for
 
 GAUSSIAN, EXPONENTIAL = 20, WIDTHS + 20  # of width 4
 

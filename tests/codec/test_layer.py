@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.linalg import rounding
-from surgery.linalg.coded import CodedFactors, encode_factors
-from surgery.linalg.feedback import Curvature
-from surgery.linalg.rounding import LIMITS, Coded, LayerCoder, Spectrum, code_layers, spectrum_of
+from surgery.codec import layer as rounding
+from surgery.codec.factors import CodedFactors, encode_factors
+from surgery.codec.feedback import Curvature
+from surgery.codec.layer import LIMITS, Coded, LayerCoder, Spectrum, code_layers, spectrum_of
 
 DAMPING = 0.1
 Moments = tuple[torch.Tensor | None, torch.Tensor | None]  # of the inputs, of the outputs

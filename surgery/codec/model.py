@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.linalg.coded import CodedFactors, encode_factors
-from surgery.linalg.entropy import lanes_for
-from surgery.linalg.rounding import LIMITS, Coded, Factors, LayerCoder, Spectrum, code_layers, spectrum_of
-from surgery.linalg.workers import Metric, Moment, Workers
+from surgery.codec.entropy import lanes_for
+from surgery.codec.factors import CodedFactors, encode_factors
+from surgery.codec.layer import LIMITS, Coded, Factors, LayerCoder, Spectrum, code_layers, spectrum_of
+from surgery.codec.workers import Metric, Moment, Workers
 
 __all__ = ["Compressed", "DoesNotFit", "Goal", "Metric", "Moment", "compress"]
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from surgery.linalg.spectral import equal_share_cuts, top_components
+from surgery.linalg.spectral_groups import equal_share_cuts, top_components
 
 
 def weight(rows: int, columns: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from surgery.linalg.feedback import Curvature
-from surgery.linalg.rounding import Factors
+from surgery.codec.feedback import Curvature
+from surgery.codec.layer import Factors
 from surgery.system.threads import one_thread
 
 __all__ = ["Metric", "Moment", "Workers"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.entropy import WIDTHS, class_bits
-from surgery.linalg.feedback import ENOUGH, Curvature, Rounding, RoundingRule, _triangle, rounded
+from surgery.codec.entropy import WIDTHS, class_bits
+from surgery.codec.feedback import ENOUGH, Curvature, Rounding, RoundingRule, _triangle, rounded
 
 Matrix = NDArray[np.float64]
 PRICE = 0.1155  # 2 ln(2) / 12: the price of a bit where a step's error counts 1

@@ -1,0 +1,1 @@
+"""Weight changes as operators: applied, measured and factored without forming the matrix."""
