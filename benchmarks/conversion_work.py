@@ -53,8 +53,8 @@ def exported(adapter: str, model: str, device: str) -> Measured:
     import torch
 
     import surgery
-    from surgery.checkpoints.base_model import BaseModel
     from surgery.converters.changes import Source
+    from surgery.models.base_model import BaseModel
 
     base, opened = BaseModel.open(Path(model)), surgery.Adapter.open(adapter)
     found: dict[str, Any] = {}

@@ -98,7 +98,7 @@ def _prepared(
     import torch
     import transformers
 
-    from surgery.sites import linear_sites
+    from surgery.models.sites import linear_sites
 
     torch.manual_seed(0)
     if model == "random":

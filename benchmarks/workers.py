@@ -223,7 +223,7 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
 
 
 def _weights(model: str, targets: list[str], device: str) -> dict[str, Any]:
-    from surgery.checkpoints.base_model import BaseModel
+    from surgery.models.base_model import BaseModel
 
     base = BaseModel.open(Path(model))
     return {site.module: base.weight(site, device).clone() for site in base.select(targets)}

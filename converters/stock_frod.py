@@ -17,7 +17,7 @@ from surgery.errors import AdapterError
 from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod
 from surgery.methods.frod import column_norms, narrow_positions
-from surgery.sites import Site, linear_sites
+from surgery.models.sites import Site, linear_sites
 
 __all__ = ["portable_frod"]
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.converters.changes import Change, Source
 from surgery.converters.frod_fit import Problem, fit_role
@@ -16,8 +15,9 @@ from surgery.converters.type_config import own_keys
 from surgery.errors import MethodError
 from surgery.linalg.joint import joint_basis, right_inverse_transposed
 from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, narrow_positions, nonzeros
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 from surgery.reports.tables import human_bytes
-from surgery.sites import Site
 from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_frod"]

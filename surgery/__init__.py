@@ -15,13 +15,13 @@ import wrapt
 if TYPE_CHECKING:
     from surgery import errors
     from surgery.checkpoints.adapter import Adapter
-    from surgery.checkpoints.base_model import BaseModel
     from surgery.comparison import compare
     from surgery.conversion import convert
     from surgery.hub.push import push
     from surgery.initialization import init
     from surgery.inspection import Inspection, inspect
     from surgery.merging import merge
+    from surgery.models.base_model import BaseModel
     from surgery.reports.comparison_report import Comparison
     from surgery.reports.merge_report import MergeReport
     from surgery.reports.push_report import PushReport
@@ -57,7 +57,7 @@ __version__ = version("adapter-surgery")
 
 _HOMES = {
     "Adapter": "surgery.checkpoints.adapter",
-    "BaseModel": "surgery.checkpoints.base_model",
+    "BaseModel": "surgery.models.base_model",
     "Comparison": "surgery.reports.comparison_report",
     "Inspection": "surgery.inspection",
     "MergeReport": "surgery.reports.merge_report",

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
 from surgery.fitting import located
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 from surgery.runtime.applied import applied
-from surgery.sites import Site
 from surgery.storage.atomic_file import atomic_file
 from surgery.storage.safetensors_read import read_tensor, tensor_names
 from surgery.storage.safetensors_write import write_tensors

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import needs_base
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
-from surgery.heads import HEAD_TASKS, missing_modules
-from surgery.merged_config import with_labels
 from surgery.methods.contents import Contents, contents_of, who
 from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
-from surgery.sites import Site, role_by_name
+from surgery.models.base_model import BaseModel
+from surgery.models.heads import HEAD_TASKS, missing_modules
+from surgery.models.sites import Site, role_by_name
+from surgery.models.tying import with_labels
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["Layer", "Pair", "Side", "WithBias"]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
-from surgery.checkpoints.base_model import BaseModel
 from surgery.compared_pair import Layer, Pair, Side, WithBias
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 from surgery.reports.comparison_report import (
     CarriedTensor,
     ComparedAdapter,
@@ -24,7 +25,6 @@ from surgery.reports.comparison_report import (
     Costs,
     TaskScores,
 )
-from surgery.sites import Site
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread

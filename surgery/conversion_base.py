@@ -13,13 +13,13 @@ import torch
 
 from surgery.calibration import Calibration, StoredMoments, carried_in
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
 from surgery.fitting import located, with_place_for
-from surgery.merged_config import with_labels
 from surgery.methods.contents import Contents, contents_of
+from surgery.models.base_model import BaseModel
+from surgery.models.tying import with_labels
 from surgery.storage.resume import file_identities
 from surgery.training.data import Examples, read_examples
 from surgery.training.fidelity import Applied, fidelity

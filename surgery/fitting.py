@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.methods.contents import Contents, who
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site, linear_sites, unsupported_modules
 from surgery.runtime.loading import own_task
-from surgery.sites import Site, linear_sites, unsupported_modules
 
 __all__ = ["located", "sites_on_base", "with_place_for"]
 

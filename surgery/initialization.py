@@ -15,14 +15,14 @@ from torch import nn
 
 from surgery.catalogue import MethodInfo, method_info
 from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
-from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.live_model import LiveModel
 from surgery.errors import DataError, MethodError, TargetError, listing
-from surgery.heads import carried_modules, carried_tensors, missing_modules
 from surgery.methods.base import Method, OwnMethod
 from surgery.methods.giva import GradientSource
+from surgery.models.base_model import BaseModel
+from surgery.models.heads import carried_modules, carried_tensors, missing_modules
+from surgery.models.live_model import LiveModel
+from surgery.models.sites import Site, target_modules, unsupported_modules
 from surgery.reports.report import Report, SiteReport
-from surgery.sites import Site, target_modules, unsupported_modules
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.deltas.operators import Delta
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, listing
 from surgery.fitting import sites_on_base, with_place_for
 from surgery.methods.contents import Contents, contents_of
 from surgery.methods.on_base import ChangesOnBase
-from surgery.sites import Site, linear_sites, role_by_name, unsupported_modules
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site, linear_sites, role_by_name, unsupported_modules
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
 

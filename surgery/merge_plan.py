@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.inversion import written_back
-from surgery.checkpoints.naming import Source, parameter_sources
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
-from surgery.merged_config import (
+from surgery.methods.contents import Contents, who
+from surgery.methods.lora import BIAS_NAME, scaling_of
+from surgery.methods.on_base import ChangesOnBase
+from surgery.models.base_model import BaseModel
+from surgery.models.checkpoint_names import Source, parameter_sources
+from surgery.models.sites import Site
+from surgery.models.tying import (
     check_untied,
     class_names,
     raw_config,
@@ -25,11 +28,8 @@ from surgery.merged_config import (
     with_class,
     with_labels,
 )
-from surgery.methods.contents import Contents, who
-from surgery.methods.lora import BIAS_NAME, scaling_of
-from surgery.methods.on_base import ChangesOnBase
+from surgery.models.write_back import written_back
 from surgery.reports.merge_report import MergedSite
-from surgery.sites import Site
 
 __all__ = ["MergePlan"]
 

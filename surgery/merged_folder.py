@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.base_model import BaseModel
-from surgery.checkpoints.untrusted import check_link
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
 from surgery.merge_plan import MergePlan
+from surgery.models.base_model import BaseModel
+from surgery.models.config_limits import check_link
 from surgery.reports.tables import human_bytes
 from surgery.storage.resume import Parts
 from surgery.storage.safetensors_read import read_json

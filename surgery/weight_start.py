@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import MethodError, OutputError, SurgeryError
 from surgery.methods.base import Method, OwnMethod, Tensors
-from surgery.sites import Site
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 Loss = Callable[[Any, Any], torch.Tensor]
 

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.checkpoints import adapter as adapter_files
-from surgery.checkpoints.base_model import BaseModel
 from surgery.cli.main import main
 from surgery.errors import (
     AdapterError,
@@ -37,6 +36,7 @@ from surgery.errors import (
     TargetError,
     WrongBaseError,
 )
+from surgery.models.base_model import BaseModel
 from surgery.storage.safetensors_write import write_tensors
 from tests.command_line import contents, flags, invoke
 from tests.models import edit_tensors, load_base, save_model
@@ -1049,7 +1049,8 @@ def test_usage_error_ends_the_program_with_2(run_main) -> None:
 SLOW = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-from surgery.checkpoints import adapter, base_model
+from surgery.checkpoints import adapter
+from surgery.models import base_model
 from surgery.cli.main import main
 
 def wait(*args, **kwargs):

@@ -20,9 +20,9 @@ import torch
 
 import surgery
 from surgery.catalogue import METHODS, MethodInfo
-from surgery.checkpoints.base_model import BaseModel
 from surgery.cli.main import COMMANDS, cli
 from surgery.cli.output import progress_bar
+from surgery.models.base_model import BaseModel
 from tests.command_line import contents, flags, invoke
 from tests.models import save_model
 from tests.texts import save_tokenizer, text_rows, write_rows
@@ -279,7 +279,7 @@ def test_default_output(argument: str, name: str, llama: Path, tmp_path: Path, m
     ],
 )
 def test_default_output_of_a_hub_id(argument: str, name: str, llama: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("surgery.checkpoints.base_model.local_folder", lambda model: llama)
+    monkeypatch.setattr("surgery.models.base_model.local_folder", lambda model: llama)
     monkeypatch.chdir(tmp_path)
     assert invoke("init", argument, "--method", "vera", "-q").stdout == f"{name}\n"
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -148,7 +148,7 @@ def test_no_store_bases_is_smaller_and_regenerates_the_same(method: str, model_f
 
 
 def test_dry_run_reads_and_writes_nothing(llama: Path, tmp_path: Path, monkeypatch) -> None:
-    from surgery.checkpoints.base_model import BaseModel
+    from surgery.models.base_model import BaseModel
 
     monkeypatch.setattr(BaseModel, "raw_weight", lambda *args: pytest.fail("a weight was read"))
     adapter, plan = surgery.init(llama, method="frod", out=tmp_path / "out", dry_run=True)

@@ -190,7 +190,7 @@ def test_weights_that_are_fused_in_the_file_are_written_back(tmp_path: Path) -> 
 
 
 def test_a_rule_that_computes_is_not_inverted() -> None:
-    from surgery.checkpoints.inversion import written_back
+    from surgery.models.write_back import written_back
 
     class Doubling:
         keys = (("a", "a"),)

@@ -12,8 +12,8 @@ import xxhash
 
 from surgery.checkpoints.foreign import foreign_format
 from surgery.checkpoints.packing import is_packed, packed, unpacked
-from surgery.checkpoints.untrusted import check_adapter_config, check_files, check_link
 from surgery.errors import AdapterError, CheckpointError, OutputError
+from surgery.models.config_limits import check_adapter_config, check_files, check_link
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.format_version import check_format_version
 from surgery.storage.hub_cache import local_folder

@@ -19,7 +19,7 @@ from surgery.catalogue import METHODS, MethodInfo
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.linalg.seeded import sketch
-from surgery.sites import Site
+from surgery.models.sites import Site
 from surgery.storage.format_version import FORMAT_VERSION, check_format_version
 
 __all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]

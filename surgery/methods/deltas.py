@@ -14,7 +14,7 @@ from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
 from surgery.methods.regeneration import leaves_out_bases
 from surgery.methods.stock import STOCK
-from surgery.sites import Site
+from surgery.models.sites import Site
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from surgery.errors import AdapterError, MethodError
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
 from surgery.methods.base import Bases, OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 DEFAULT_SPARSE_RATE = 0.01
 ROUNDING = 1e-5

@@ -28,7 +28,7 @@ from surgery.methods.base import (
     WeightReader,
     positive_rank,
 )
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 # What B is: variant -> whether a seed gives it.
 VARIANTS = {"vr": True, "vrurand": True, "vru2r": False, "vrur": False}

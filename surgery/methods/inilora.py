@@ -31,7 +31,7 @@ from surgery.methods.base import (
     capped_rank_note,
     positive_rank,
 )
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 ALPHA_STD = 0.5
 

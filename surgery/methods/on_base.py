@@ -12,7 +12,6 @@ import torch
 
 from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Role, Tensors
@@ -21,7 +20,8 @@ from surgery.methods.deltas import in_float32, own_config, own_delta, short_name
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.methods.stock import STOCK
 from surgery.methods.vera import projections
-from surgery.sites import Site
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 
 __all__ = ["ChangesOnBase"]
 

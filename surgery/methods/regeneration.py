@@ -13,7 +13,7 @@ import torch
 from surgery.checkpoints.fingerprint import matches
 from surgery.errors import AdapterError, WrongBaseError
 from surgery.methods.base import CHECK, Bases, OwnMethod, Role, Tensors, WeightReader
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 __all__ = ["check_base", "leaves_out_bases", "regenerate"]
 

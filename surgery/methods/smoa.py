@@ -28,7 +28,7 @@ from surgery.methods.base import (
     capped_rank_note,
     positive_rank,
 )
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 DEFAULT_GROUPS = 2
 

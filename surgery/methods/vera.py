@@ -18,7 +18,7 @@ from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError
 from surgery.linalg.seeded import kaiming_uniform
 from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 
 class VeRA(Method):

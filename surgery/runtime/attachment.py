@@ -17,7 +17,7 @@ from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Tensors
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 if TYPE_CHECKING:
     from surgery.runtime.layer import AdapterLayer

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
 from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
+from surgery.models.sites import Site
 from surgery.runtime.attachment import Attachment
-from surgery.sites import Site
 
 __all__ = ["AdapterLayer"]
 

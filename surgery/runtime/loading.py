@@ -15,11 +15,11 @@ from peft.utils import get_peft_model_state_dict
 
 from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.checkpoints.patterns import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
-from surgery.merged_config import with_labels
-from surgery.sites import Site, linear_sites, target_modules
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site, linear_sites, target_modules
+from surgery.models.tying import with_labels
 
 __all__ = ["load", "own_task"]
 

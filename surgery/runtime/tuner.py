@@ -15,9 +15,9 @@ from surgery.catalogue import OWN_TYPES, method_for_type
 from surgery.checkpoints.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
+from surgery.models.sites import site_of
 from surgery.runtime.attachment import Attachment
 from surgery.runtime.layer import AdapterLayer
-from surgery.sites import site_of
 
 __all__ = ["AdapterModel", "tuner_class"]
 

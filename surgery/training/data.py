@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError, listing
+from surgery.models.base_model import BaseModel
 from surgery.system.stdout import nothing_printed
 
 __all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_in", "read_examples"]

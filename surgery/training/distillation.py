@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Source
 from surgery.errors import AdapterError
 from surgery.fitting import located
 from surgery.methods.contents import who
+from surgery.models.base_model import BaseModel
 from surgery.runtime.applied import applied
 from surgery.training.fidelity import NUMBERS, arguments
 from surgery.training.statistics import is_causal, predictions

@@ -18,7 +18,7 @@ from torch import nn
 from surgery.errors import MethodError
 from surgery.linalg.low_rank import TruncatedSVD
 from surgery.linalg.token_products import Reduce, TokenProduct, leading_svd
-from surgery.sites import Site
+from surgery.models.sites import Site
 from surgery.training.rebuilding import is_rebuildable, rebuild
 
 __all__ = ["GradientPass", "Gradients", "frozen", "gradients"]

@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import nn
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import with_place_for
-from surgery.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
-from surgery.merged_config import with_labels
 from surgery.methods.contents import contents_of, who
+from surgery.models.base_model import BaseModel
+from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
+from surgery.models.tying import with_labels
 from surgery.runtime.loading import fit_to_model, load, own_task
 from surgery.training.start import GradientSettings, load_model
 

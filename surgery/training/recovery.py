@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
-from surgery.checkpoints.base_model import BaseModel
+from surgery.models.base_model import BaseModel
 from surgery.runtime.loading import fit_to_model, load
 from surgery.system.processes import Processes
 from surgery.training.data import Examples

@@ -13,9 +13,9 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import CheckpointError, DataError, MethodError
-from surgery.sites import Site
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
 from surgery.system.processes import Processes, processes
 from surgery.training.data import Examples, batches, read_examples
 from surgery.training.gradients import Gradients, Loss, Parts, Progress, gradients

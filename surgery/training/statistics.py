@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.models.auto import modeling_auto
 
 from surgery.errors import MethodError
-from surgery.sites import Site
+from surgery.models.sites import Site
 from surgery.training.gradients import GradientPass, Progress, frozen
 
 __all__ = ["Moments", "gather_moments", "moment_bytes", "sampled_loss"]

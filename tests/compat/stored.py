@@ -75,8 +75,8 @@ def sums(change: torch.Tensor) -> list[float]:
 def changes(adapter: Path, base: Path) -> dict[str, list[float]]:
     """The sums of every layer of an adapter on its base."""
     from surgery.checkpoints.adapter import Adapter
-    from surgery.checkpoints.base_model import BaseModel
     from surgery.converters.changes import Source
+    from surgery.models.base_model import BaseModel
 
     source = Source.open(Adapter.open(adapter), BaseModel.open(base), torch.device("cpu"))
     return {module: sums(delta.dense()) for module, _, delta in source.deltas()}

@@ -10,7 +10,7 @@ from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
 from surgery.converters.stock_frod import _refuse_rounding
-from surgery.sites import Site
+from surgery.models.sites import Site
 from tests.models import load_base, model_inputs, output, relative_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")

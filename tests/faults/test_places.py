@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoints.base_model import BaseModel
+from surgery.models.base_model import BaseModel
 from surgery.storage import safetensors_read as tensor_files
 from tests.command_line import contents, invoke
 from tests.security.conftest import Folders

@@ -10,7 +10,7 @@ import torch
 from surgery.errors import WrongBaseError
 from surgery.methods.base import Bases
 from surgery.methods.regeneration import CHECK, regenerate
-from surgery.sites import Site
+from surgery.models.sites import Site
 
 SITE = Site("fc", "fc", "fc", None, 3, 4)
 

@@ -14,10 +14,10 @@ from peft import PeftModel
 
 import surgery
 from surgery.calibration import Calibration, carried_in
-from surgery.checkpoints.base_model import BaseModel
 from surgery.converters.changes import Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.models.base_model import BaseModel
 from surgery.runtime.applied import applied
 from surgery.training.data import Examples
 from surgery.training.fidelity import Applied, fidelity

@@ -337,7 +337,7 @@ def test_multiplying_heads_are_refused() -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList([torch.nn.MultiheadAttention(8, 2)])
 
-    from surgery.sites import linear_sites, unsupported_modules
+    from surgery.models.sites import linear_sites, unsupported_modules
 
     assert linear_sites(Model()) == []
     assert "layers.0.out_proj" in unsupported_modules(Model())

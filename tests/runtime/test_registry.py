@@ -45,7 +45,7 @@ def test_without_surgery_they_are_unknown() -> None:
 
 # At least one from every package: each may be the first import of a user's program.
 MODULES = (
-    "surgery.sites",
+    "surgery.models.sites",
     "surgery.initialization",
     "surgery.methods.base",
     "surgery.methods.smoa",
@@ -53,7 +53,7 @@ MODULES = (
     "surgery.runtime.layer",
     "surgery.runtime.loading",
     "surgery.checkpoints.adapter",
-    "surgery.checkpoints.base_model",
+    "surgery.models.base_model",
     "surgery.converters.stock_frod",
 )
 

@@ -178,5 +178,5 @@ def test_single_file_wins_over_an_index(folders: Folders) -> None:
     index = {"weight_map": dict.fromkeys(names, "other.safetensors")}
     (folders.model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert invoke(*folders.commands()["init"]).exit_code == 0
-    base = surgery.checkpoints.base_model.BaseModel.open(folders.model)
+    base = surgery.models.base_model.BaseModel.open(folders.model)
     assert {path.name for path in base.files.files.values()} == {"model.safetensors"}

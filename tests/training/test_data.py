@@ -16,8 +16,8 @@ import transformers
 from PIL import Image
 
 import surgery
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import DataError
+from surgery.models.base_model import BaseModel
 from surgery.training.data import batches, labels_in, read_examples
 from tests.models import build, load_base
 from tests.reference import own_loss

@@ -17,7 +17,7 @@ from peft import PeftModel
 import surgery
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError, MethodError
-from surgery.sites import linear_sites
+from surgery.models.sites import linear_sites
 from surgery.training.data import Examples
 from surgery.training.fidelity import Applied, Fidelity, fidelity
 from tests.models import VOCAB, build, labelled_inputs, load_base, spread

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import MethodError
-from surgery.sites import Site, select_sites, site_of
+from surgery.models.sites import Site, select_sites, site_of
 from surgery.training import gradients as passes
 from surgery.training.gradients import gradients
 from tests.models import build, labelled_inputs

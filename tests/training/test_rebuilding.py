@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.sites import linear_sites, select_sites
+from surgery.models.sites import linear_sites, select_sites
 from surgery.training import gradients as passes
 from surgery.training import rebuilding
 from surgery.training.gradients import gradients

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import CheckpointError, listing
-from surgery.heads import HEAD_TASKS
+from surgery.models.base_model import BaseModel
+from surgery.models.heads import HEAD_TASKS
 from surgery.storage.safetensors_read import read_json
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoints.base_model import BaseModel
+from surgery.models.base_model import BaseModel
 
 __all__ = ["carried_modules", "carried_tensors", "missing_modules"]
 

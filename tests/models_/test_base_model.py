@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.checkpoints.base_model import BaseModel
+from surgery.models.base_model import BaseModel
 from tests.models import load_base, save_model
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
@@ -80,7 +80,7 @@ def test_an_unknown_task_is_named(llama: Path) -> None:
 
 def test_converted_tensors_are_read_through_the_conversion(tmp_path: Path) -> None:
     """A tensor that transformers splits while loading: one file tensor, three sites (written as version 4 did)."""
-    from surgery.checkpoints.naming import parameter_sources
+    from surgery.models.checkpoint_names import parameter_sources
 
     save_model("mixtral", tmp_path / "mixtral")
     base = BaseModel.open(tmp_path / "mixtral")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.naming import Source
 from surgery.errors import CheckpointError
+from surgery.models.checkpoint_names import Source
 
 __all__ = ["written_back"]
 

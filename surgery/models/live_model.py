@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from surgery.checkpoints.base_model import TASKS, BaseModel, task_of
 from surgery.errors import CheckpointError
-from surgery.sites import Site, select_sites
+from surgery.models.base_model import TASKS, BaseModel, task_of
+from surgery.models.sites import Site, select_sites
 
 __all__ = ["LiveModel"]
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from surgery.catalogue import TASK_TABLE
-from surgery.checkpoints.naming import Source, parameter_sources
-from surgery.checkpoints.untrusted import check_files, check_model_config, limited_modules
 from surgery.errors import CheckpointError, listing
-from surgery.sites import Site, select_sites
+from surgery.models.checkpoint_names import Source, parameter_sources
+from surgery.models.config_limits import check_files, check_model_config, limited_modules
+from surgery.models.sites import Site, select_sites
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.safetensors_read import TensorFiles, read_json
 

@@ -8,10 +8,10 @@ import transformers
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from surgery.checkpoints.base_model import BaseModel
 from surgery.errors import TargetError
 from surgery.methods.inilora import IniloraConfig
-from surgery.sites import linear_sites, select_sites, target_modules, unsupported_modules
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import linear_sites, select_sites, target_modules, unsupported_modules
 from tests.models import build, llama_config
 
 
