@@ -16,7 +16,7 @@ LABELS = 8
 
 def giva_bases(**options: Any) -> Measured:
     """Our gradient pass, from the loaded model to every layer's singular vectors."""
-    from surgery.training.gradients import gradients
+    from surgery.passes.gradients import gradients
 
     rank = options.pop("rank")
     model, batch, sites, device = _prepared(**options)
@@ -64,7 +64,7 @@ def giva_energy(**options: Any) -> Measured:
     """How much of each layer's gradient our vectors hold, and `torch.svd_lowrank`'s, over what the exact ones hold."""
     import torch
 
-    from surgery.training.gradients import gradients
+    from surgery.passes.gradients import gradients
 
     rank = options.pop("rank")
     model, batch, sites, _ = _prepared(**options)

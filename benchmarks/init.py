@@ -189,7 +189,7 @@ def smoa(bench: Bench) -> None:
 
 def minilm(bench: Bench) -> None:
     """Every method's start on all linears of MiniLM."""
-    from surgery.catalogue import METHODS
+    from surgery.methods.catalogue import METHODS
 
     model = minilm_folder()
     names = [name for name, info in METHODS.items() if not info.reads_gradients]  # those have a benchmark of their own

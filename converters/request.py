@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from surgery.errors import MethodError
+from surgery.passes.moments import Moments
 from surgery.storage.resume import Parts
-from surgery.training.statistics import Moments
 
 if TYPE_CHECKING:
     from surgery.converters.changes import Change

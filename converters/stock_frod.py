@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from surgery.catalogue import method_named
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.checkpoints.fingerprint import Fingerprint
 from surgery.errors import AdapterError
 from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod
+from surgery.methods.catalogue import method_named
 from surgery.methods.frod import column_norms, narrow_positions
 from surgery.models.sites import Site, linear_sites
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
-from surgery.catalogue import METHODS, MethodInfo
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
+from surgery.methods.catalogue import METHODS, MethodInfo
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"

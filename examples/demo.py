@@ -18,7 +18,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 import surgery
-from surgery.catalogue import METHODS
+from surgery.methods.catalogue import METHODS
 from surgery.reports.tables import human_bytes, table
 
 

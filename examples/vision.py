@@ -17,7 +17,7 @@ import transformers
 from sklearn.datasets import load_digits
 
 import surgery
-from surgery.catalogue import METHODS
+from surgery.methods.catalogue import METHODS
 
 CUT = 1500
 

@@ -12,16 +12,16 @@ from surgery.converters.changes import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
 from surgery.fitting import located
+from surgery.initialization_.gradient_start import on_device
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
-from surgery.runtime.applied import applied
+from surgery.passes.examples import Examples, batches
+from surgery.passes.gradients import Progress
+from surgery.passes.hooks import applied
+from surgery.passes.moments import Moments, gather_moments, moment_bytes
 from surgery.storage.atomic_file import atomic_file
 from surgery.storage.safetensors_read import read_tensor, tensor_names
 from surgery.storage.safetensors_write import write_tensors
-from surgery.training.data import Examples, batches
-from surgery.training.gradients import Progress
-from surgery.training.start import on_device
-from surgery.training.statistics import Moments, gather_moments, moment_bytes
 
 __all__ = ["Calibration", "StoredMoments"]
 

@@ -15,8 +15,11 @@ from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.compared_pair import Layer, Pair, Side, WithBias
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
+from surgery.initialization_.gradient_start import GradientSettings, load_model, on_device, prepared
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
+from surgery.passes.examples import Examples, batches, read_examples
+from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
 from surgery.reports.comparison_report import (
     CarriedTensor,
     ComparedAdapter,
@@ -28,9 +31,6 @@ from surgery.reports.comparison_report import (
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
-from surgery.training.data import Examples, batches, read_examples
-from surgery.training.fidelity import Applied, Fidelity, arguments, fidelity
-from surgery.training.start import GradientSettings, load_model, on_device, prepared
 
 __all__ = ["compare"]
 

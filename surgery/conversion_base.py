@@ -17,13 +17,13 @@ from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
 from surgery.fitting import located, with_place_for
+from surgery.initialization_.gradient_start import GradientSettings, load_model, prepared
 from surgery.methods.contents import Contents, contents_of
 from surgery.models.base_model import BaseModel
 from surgery.models.tying import with_labels
+from surgery.passes.examples import Examples, read_examples
+from surgery.passes.fidelity import Applied, fidelity
 from surgery.storage.resume import file_identities
-from surgery.training.data import Examples, read_examples
-from surgery.training.fidelity import Applied, fidelity
-from surgery.training.start import GradientSettings, load_model, prepared
 
 __all__ = ["Base", "DataSettings", "Measured"]
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import surgery
-from surgery.catalogue import METHODS, MethodInfo
 from surgery.cli.main import COMMANDS, cli
 from surgery.cli.output import progress_bar
+from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.base_model import BaseModel
 from tests.command_line import contents, flags, invoke
 from tests.models import save_model

@@ -18,11 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import surgery
-from surgery.catalogue import METHODS
 from surgery.compared_pair import Pair
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
+from surgery.methods.catalogue import METHODS
 from surgery.runtime.cost import bytes_of, loaded_cost
 from tests.command_line import contents, flags, invoke
 from tests.methods.test_stock import randomise

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 import surgery
-from surgery.catalogue import METHODS
+from surgery.methods.catalogue import METHODS
 from tests.models import distance, load_base, model_inputs, output, relative_difference, start_options
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.catalogue import METHODS
 from surgery.cli.options import (
     common_options,
     compute_options,
@@ -20,6 +19,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
+from surgery.methods.catalogue import METHODS
 from surgery.reports.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import click
 
-from surgery.catalogue import METHODS
 from surgery.cli.output import show, show_json, table
+from surgery.methods.catalogue import METHODS
 
 
 @click.command("methods")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from surgery.catalogue import TASK_TABLE, method_info
+from surgery.methods.catalogue import TASK_TABLE, method_info
 
 __all__ = [
     "common_options",

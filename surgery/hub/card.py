@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from surgery.catalogue import METHODS, OWN_TYPES, TASK_TABLE, MethodInfo
 from surgery.errors import HubError
 from surgery.hub.checks import Checked
 from surgery.hub.private import without_paths
+from surgery.methods.catalogue import METHODS, OWN_TYPES, TASK_TABLE, MethodInfo
 from surgery.reports.tables import human_bytes
 
 __all__ = ["BEGIN", "END", "make_card", "method_of", "own_text"]

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from peft import PeftConfig
 
-from surgery.catalogue import METHODS, MethodInfo
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.linalg.seeded import sketch
+from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.sites import Site
 from surgery.storage.format_version import FORMAT_VERSION, check_format_version
 

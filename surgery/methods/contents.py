@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, listing
 from surgery.methods.base import OwnMethod, Role
+from surgery.methods.catalogue import METHODS, OWN_TYPES, method_for_type
 from surgery.methods.lora import BIAS_NAME, refuse_variants
 from surgery.methods.stock import REFUSED, STOCK, StockType
 from surgery.system.threads import one_torch_thread

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.catalogue import method_for_type
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.methods.base import OwnMethod, Role, Tensors
+from surgery.methods.catalogue import method_for_type
 from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
 from surgery.methods.regeneration import leaves_out_bases
 from surgery.methods.stock import STOCK

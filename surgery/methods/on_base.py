@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from surgery.catalogue import method_for_type
 from surgery.checkpoints.adapter import Adapter
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Role, Tensors
+from surgery.methods.catalogue import method_for_type
 from surgery.methods.contents import who
 from surgery.methods.deltas import in_float32, own_config, own_delta, short_names, stock_delta
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from peft import VeraConfig
 
-from surgery.catalogue import METHODS as TABLE
 from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError
 from surgery.linalg.seeded import kaiming_uniform
 from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
+from surgery.methods.catalogue import METHODS as TABLE
 from surgery.models.sites import Site
 
 

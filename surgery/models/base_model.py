@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from surgery.catalogue import TASK_TABLE
 from surgery.errors import CheckpointError, listing
+from surgery.methods.catalogue import TASK_TABLE
 from surgery.models.checkpoint_names import Source, parameter_sources
 from surgery.models.config_limits import check_files, check_model_config, limited_modules
 from surgery.models.sites import Site, select_sites

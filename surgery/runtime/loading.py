@@ -13,10 +13,10 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 
-from surgery.catalogue import TASK_TABLE
 from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
 from surgery.checkpoints.patterns import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
+from surgery.methods.catalogue import TASK_TABLE
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site, linear_sites, target_modules
 from surgery.models.tying import with_labels

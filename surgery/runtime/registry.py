@@ -11,8 +11,8 @@ def register_types(_peft: Any = None) -> None:
     """Enter our types in PEFT's tables. Called once, as soon as both peft and surgery are imported."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    from surgery.catalogue import OWN_TYPES, method_for_type
     from surgery.methods.base import OwnMethod, OwnType
+    from surgery.methods.catalogue import OWN_TYPES, method_for_type
     from surgery.runtime.tuner import tuner_class
 
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING

@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from surgery.catalogue import OWN_TYPES, method_for_type
 from surgery.checkpoints.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
+from surgery.methods.catalogue import OWN_TYPES, method_for_type
 from surgery.models.sites import site_of
 from surgery.runtime.attachment import Attachment
 from surgery.runtime.layer import AdapterLayer

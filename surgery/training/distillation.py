@@ -24,9 +24,9 @@ from surgery.errors import AdapterError
 from surgery.fitting import located
 from surgery.methods.contents import who
 from surgery.models.base_model import BaseModel
-from surgery.runtime.applied import applied
-from surgery.training.fidelity import NUMBERS, arguments
-from surgery.training.statistics import is_causal, predictions
+from surgery.passes.fidelity import NUMBERS, arguments
+from surgery.passes.hooks import applied
+from surgery.passes.moments import is_causal, predictions
 
 __all__ = ["Answers", "Divergence", "Teacher", "divergence", "without_adapters"]
 

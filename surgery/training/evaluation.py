@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from surgery.initialization_.gradient_start import on_device, prepared
+from surgery.passes.examples import Examples, batches
+from surgery.passes.fidelity import NUMBERS
+from surgery.passes.moments import is_causal, predictions
 from surgery.system.processes import Processes
-from surgery.training.data import Examples, batches
 from surgery.training.distillation import Teacher, divergence
-from surgery.training.fidelity import NUMBERS
 from surgery.training.interruption import Interruption
-from surgery.training.start import on_device, prepared
-from surgery.training.statistics import is_causal, predictions
 
 __all__ = ["Evaluation", "evaluate"]
 

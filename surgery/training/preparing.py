@@ -14,12 +14,12 @@ from torch import nn
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import with_place_for
+from surgery.initialization_.gradient_start import GradientSettings, load_model
 from surgery.methods.contents import contents_of, who
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.tying import with_labels
 from surgery.runtime.loading import fit_to_model, load, own_task
-from surgery.training.start import GradientSettings, load_model
 
 __all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
+from surgery.initialization_.gradient_start import GradientSettings, load_model
 from surgery.models.base_model import BaseModel
+from surgery.passes.examples import Examples
 from surgery.runtime.loading import fit_to_model, load
 from surgery.system.processes import Processes
-from surgery.training.data import Examples
 from surgery.training.preparing import Prepared
 from surgery.training.run import Feed, Run
 from surgery.training.settings import TrainSettings
-from surgery.training.start import GradientSettings, load_model
 from surgery.training.trainer import Progress
 
 __all__ = ["Distilled", "distil"]

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from surgery.catalogue import method_for_config, training_rate
 from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from surgery.checkpoints.packing import is_packed
 from surgery.errors import MethodError
+from surgery.methods.catalogue import method_for_config, training_rate
 from surgery.methods.contents import who
+from surgery.passes.examples import Examples, read_examples
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.processes import Processes
 from surgery.training.codes import RATE, CodeTraining
 from surgery.training.curve import curve, write_curve
-from surgery.training.data import Examples, read_examples
 from surgery.training.distillation import Teacher
 from surgery.training.evaluation import Evaluation, evaluate
 from surgery.training.interruption import Interruption, TrainingInterrupted

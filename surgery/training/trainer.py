@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from surgery.errors import CheckpointError, MethodError, OutputError, first_line
+from surgery.passes.examples import Features, collated
+from surgery.passes.fidelity import arguments
 from surgery.training.codes import CodeTraining
-from surgery.training.data import Features, collated
 from surgery.training.distillation import Teacher, divergence
-from surgery.training.fidelity import arguments
 from surgery.training.interruption import Interruption
 
 __all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]

@@ -14,7 +14,7 @@ import surgery
 from surgery.calibration import StoredMoments
 from surgery.checkpoints.adapter import Adapter
 from surgery.models.base_model import BaseModel
-from surgery.training.statistics import Moments
+from surgery.passes.moments import Moments
 from tests.models import edit_tensors, llama_config, save_model, spread
 from tests.properties.examples import Layer, changes_of, generator, lora, lora_of, name_of, relative_error
 

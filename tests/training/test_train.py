@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import surgery
-from surgery.catalogue import METHODS, method_for_config, training_rate
 from surgery.cli.main import cli
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
+from surgery.methods.catalogue import METHODS, method_for_config, training_rate
 from surgery.training.preparing import trained_parameters
 from tests.command_line import contents, invoke
 from tests.models import load_base, save_model

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 import surgery
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.passes.examples import batches, read_examples
 from surgery.runtime.cost import bytes_of
 from surgery.training.codes import CodeTraining
-from surgery.training.data import batches, read_examples
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import TrainingInterrupted
 from surgery.training.preparing import Prepared, base_for, prepare

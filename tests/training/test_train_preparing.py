@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.catalogue import METHODS
 from surgery.errors import AdapterError
+from surgery.methods.catalogue import METHODS
 from surgery.training.preparing import trained_parameters
 from tests.models import build, labelled_inputs, load_base, save_model, start_options
 from tests.texts import save_tokenizer, text_rows, write_rows

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.runtime.applied import applied
-from surgery.training.data import Examples, batches
-from surgery.training.start import on_device, prepared
-from surgery.training.statistics import is_causal, predictions
+from surgery.initialization_.gradient_start import on_device, prepared
+from surgery.passes.examples import Examples, batches
+from surgery.passes.hooks import applied
+from surgery.passes.moments import is_causal, predictions
 
 __all__ = ["Applied", "Fidelity", "LayerOutput", "Scores", "arguments", "fidelity"]
 
@@ -32,7 +32,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Applied:
-    """What an adapter does to a loaded model, by the model's names (see `surgery.runtime.applied`).
+    """What an adapter does to a loaded model, by the model's names (see `surgery.passes.hooks`).
 
     Attributes:
         deltas: weight changes by module.

@@ -18,13 +18,13 @@ from surgery.converters.changes import Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel
-from surgery.runtime.applied import applied
-from surgery.training.data import Examples
-from surgery.training.fidelity import Applied, fidelity
-from surgery.training.statistics import gather_moments
+from surgery.passes.examples import Examples
+from surgery.passes.fidelity import Applied, fidelity
+from surgery.passes.hooks import applied
+from surgery.passes.moments import gather_moments
 from tests.models import load_base, relative_difference
+from tests.passes.test_fidelity import ragged
 from tests.test_merging import outputs, tied_llama, trained
-from tests.training.test_fidelity import ragged
 
 CASES: dict[str, dict[str, Any]] = {
     "copy of the head": {"modules_to_save": ["lm_head"]},

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from surgery.errors import MethodError
 from surgery.models.sites import Site
-from surgery.training.gradients import GradientPass, Progress, frozen
+from surgery.passes.gradients import GradientPass, Progress, frozen
 
 __all__ = ["Moments", "gather_moments", "moment_bytes", "sampled_loss"]
 

@@ -19,7 +19,7 @@ from surgery.errors import MethodError
 from surgery.linalg.low_rank import TruncatedSVD
 from surgery.linalg.token_products import Reduce, TokenProduct, leading_svd
 from surgery.models.sites import Site
-from surgery.training.rebuilding import is_rebuildable, rebuild
+from surgery.passes.rebuilding import is_rebuildable, rebuild
 
 __all__ = ["GradientPass", "Gradients", "frozen", "gradients"]
 

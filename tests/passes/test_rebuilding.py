@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from surgery.models.sites import linear_sites, select_sites
+from surgery.passes import rebuilding
+from surgery.passes.gradients import gradients
+from surgery.passes.rebuilding import is_rebuildable, rebuild
 from surgery.training import gradients as passes
-from surgery.training import rebuilding
-from surgery.training.gradients import gradients
-from surgery.training.rebuilding import is_rebuildable, rebuild
 from tests.models import build, labelled_inputs
 from tests.reference import own_loss
 

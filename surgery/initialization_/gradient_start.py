@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from surgery.errors import CheckpointError, DataError, MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
+from surgery.passes.examples import Examples, batches, read_examples
+from surgery.passes.gradients import Gradients, Loss, Parts, Progress, gradients
 from surgery.system.processes import Processes, processes
-from surgery.training.data import Examples, batches, read_examples
-from surgery.training.gradients import Gradients, Loss, Parts, Progress, gradients
 
 __all__ = ["GradientRun", "GradientSettings", "gradient_run", "is_file", "load_model", "on_device", "prepared"]
 

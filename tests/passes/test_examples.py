@@ -18,7 +18,7 @@ from PIL import Image
 import surgery
 from surgery.errors import DataError
 from surgery.models.base_model import BaseModel
-from surgery.training.data import batches, labels_in, read_examples
+from surgery.passes.examples import batches, labels_in, read_examples
 from tests.models import build, load_base
 from tests.reference import own_loss
 from tests.texts import END, MASK, PAD, save_tokenizer, text_rows, write_rows

@@ -18,8 +18,8 @@ import surgery
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError, MethodError
 from surgery.models.sites import linear_sites
-from surgery.training.data import Examples
-from surgery.training.fidelity import Applied, Fidelity, fidelity
+from surgery.passes.examples import Examples
+from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from tests.models import VOCAB, build, labelled_inputs, load_base, spread
 from tests.test_merging import TARGETS, trained
 
@@ -281,7 +281,7 @@ def test_what_the_base_is_scored_with() -> None:
 def test_many_classes_are_compared_some_rows_at_a_time(case, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, a, b = case("llama")
     whole = measured("llama", folder, a, b)
-    monkeypatch.setattr("surgery.training.fidelity.ROWS_AT_A_TIME", 2 * VOCAB)
+    monkeypatch.setattr("surgery.passes.fidelity.ROWS_AT_A_TIME", 2 * VOCAB)
     parts = measured("llama", folder, a, b)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-12) and parts.agreement == whole.agreement
 

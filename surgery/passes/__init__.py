@@ -1,0 +1,1 @@
+"""What runs a model over data: examples, gradients, second moments, the divergence of two models."""
