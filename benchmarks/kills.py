@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import Llama, write_llama, write_lora
-from surgery.reports.tables import table
+from surgery.display.tables import table
 
 SHAPE = Llama(num_hidden_layers=4, hidden_size=256, intermediate_size=704, num_attention_heads=4, vocab_size=256)
 IN_A_ROW = 4
@@ -83,9 +83,9 @@ def _prepare() -> None:
 
     from surgery.checkpoints import parts
 
-    for module in ("transformers.models.llama.modeling_llama", "surgery.conversion", "surgery.initialization"):
+    for module in ("transformers.models.llama.modeling_llama", "surgery.conversion", "surgery.initialization.init"):
         importlib.import_module(module)
-    importlib.import_module("surgery.merging")
+    importlib.import_module("surgery.merging.merge")
     torch.set_num_threads(1)
     parts.BYTES, parts.SECONDS = 0, 0.0
 

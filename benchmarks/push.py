@@ -110,7 +110,7 @@ def hub(part: int | None) -> Iterator[str]:
 
 def work(folder: str, how: str) -> Measured:
     """One push, in this process, whose imports are done."""
-    import surgery.hub.push
+    import surgery.publishing.push
 
     if how == "client":
         from huggingface_hub import HfApi, constants

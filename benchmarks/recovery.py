@@ -24,7 +24,7 @@ import torch
 import surgery
 from benchmarks.compress import Curve, factors_of
 from benchmarks.lora_cases import docstring_case
-from surgery.reports.tables import table
+from surgery.display.tables import table
 
 TARGETS = {29: 0.007, 15: 0.07}  # KL after 200 steps
 VERA_RANK = 256

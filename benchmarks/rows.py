@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.process import Measured
-from surgery.reports.tables import table
+from surgery.display.tables import table
 
 __all__ = ["Row", "markdown", "show"]
 

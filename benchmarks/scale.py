@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import LLAMA_3_70B, Llama, minilm_folder, write_llama, write_lora
 from benchmarks.process import Measured, alternating, in_process, measured
-from surgery.reports.tables import table
+from surgery.display.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTHS = (8, 32)

@@ -33,7 +33,7 @@ def run(name: str, options: str) -> None:
 
     for module in ("bert", "llama"):
         importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    importlib.import_module("surgery.initialization")
+    importlib.import_module("surgery.initialization.init")
     importlib.import_module("surgery.passes.gradients")
     for method in ("frod", "giva", "inilora", "smoa", "vera"):
         importlib.import_module(f"surgery.methods.{method}")

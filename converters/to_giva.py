@@ -12,8 +12,8 @@ from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.changes import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
+from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
-from surgery.reports.tables import human_bytes
 from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_giva"]

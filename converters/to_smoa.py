@@ -14,12 +14,12 @@ from surgery.converters.smoa_fit import fit_masked
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys
 from surgery.deltas.operators import Delta
+from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.linalg.seeded import generator_for, kaiming_uniform
 from surgery.linalg.spectral_groups import equal_share_cuts, top_components
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
 from surgery.models.sites import Site
-from surgery.reports.tables import human_bytes
 from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_smoa"]

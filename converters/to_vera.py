@@ -20,10 +20,10 @@ from surgery.converters.request import Budget, Request, Result
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys, targets_of
 from surgery.converters.vera_random import random_basis
+from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.linalg.metric import MetricSVD, energy_rank, greedy_ranks
 from surgery.methods.vera import METHODS
-from surgery.reports.tables import human_bytes
 from surgery.storage.safetensors_read import file_bytes
 
 __all__ = ["to_vera"]

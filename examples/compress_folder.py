@@ -16,7 +16,7 @@ import transformers
 from sample import sample, train_lora
 
 import surgery
-from surgery.reports.tables import human_bytes, table
+from surgery.display.tables import human_bytes, table
 
 RATIOS = (80, 40, 20, 10)
 

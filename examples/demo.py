@@ -18,8 +18,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 import surgery
+from surgery.display.tables import human_bytes, table
 from surgery.methods.catalogue import METHODS
-from surgery.reports.tables import human_bytes, table
 
 
 def minilm() -> Path:

@@ -15,17 +15,17 @@ import wrapt
 if TYPE_CHECKING:
     from surgery import errors
     from surgery.checkpoints.adapter import Adapter
-    from surgery.comparison import compare
+    from surgery.comparison.compare import compare
+    from surgery.comparison.report import Comparison
     from surgery.conversion import convert
-    from surgery.hub.push import push
-    from surgery.initialization import init
-    from surgery.inspection import Inspection, inspect
-    from surgery.merging import merge
+    from surgery.initialization.init import init
+    from surgery.initialization.report import Report
+    from surgery.inspection.inspect import Inspection, inspect
+    from surgery.merging.merge import merge
+    from surgery.merging.report import MergeReport
     from surgery.models.base_model import BaseModel
-    from surgery.reports.comparison_report import Comparison
-    from surgery.reports.merge_report import MergeReport
-    from surgery.reports.push_report import PushReport
-    from surgery.reports.report import Report
+    from surgery.publishing.push import push
+    from surgery.publishing.report import PushReport
     from surgery.runtime.loading import load
     from surgery.training.preparing import trainable
     from surgery.training.train import train
@@ -58,20 +58,20 @@ __version__ = version("adapter-surgery")
 _HOMES = {
     "Adapter": "surgery.checkpoints.adapter",
     "BaseModel": "surgery.models.base_model",
-    "Comparison": "surgery.reports.comparison_report",
-    "Inspection": "surgery.inspection",
-    "MergeReport": "surgery.reports.merge_report",
-    "PushReport": "surgery.reports.push_report",
-    "Report": "surgery.reports.report",
+    "Comparison": "surgery.comparison.report",
+    "Inspection": "surgery.inspection.inspect",
+    "MergeReport": "surgery.merging.report",
+    "PushReport": "surgery.publishing.report",
+    "Report": "surgery.initialization.report",
     "TrainReport": "surgery.training.train_report",
-    "compare": "surgery.comparison",
+    "compare": "surgery.comparison.compare",
     "convert": "surgery.conversion",
     "errors": "surgery.errors",
-    "init": "surgery.initialization",
-    "inspect": "surgery.inspection",
+    "init": "surgery.initialization.init",
+    "inspect": "surgery.inspection.inspect",
     "load": "surgery.runtime.loading",
-    "merge": "surgery.merging",
-    "push": "surgery.hub.push",
+    "merge": "surgery.merging.merge",
+    "push": "surgery.publishing.push",
     "train": "surgery.training.train",
     "trainable": "surgery.training.preparing",
 }

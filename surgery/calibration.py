@@ -12,7 +12,7 @@ from surgery.converters.changes import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
 from surgery.fitting import located
-from surgery.initialization_.gradient_start import on_device
+from surgery.initialization.gradient_start import on_device
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches

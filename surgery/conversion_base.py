@@ -17,7 +17,7 @@ from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
 from surgery.fitting import located, with_place_for
-from surgery.initialization_.gradient_start import GradientSettings, load_model, prepared
+from surgery.initialization.gradient_start import GradientSettings, load_model, prepared
 from surgery.methods.contents import Contents, contents_of
 from surgery.models.base_model import BaseModel
 from surgery.models.tying import with_labels

@@ -761,7 +761,7 @@ def test_split_that_is_not_understood(value: str, learner: Path, tmp_path: Path)
 
 
 def test_output_is_checked_before_the_model_is_loaded(learner: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("surgery.initialization.gradient_run", lambda *args, **kwargs: pytest.fail("it was run"))
+    monkeypatch.setattr("surgery.initialization.init.gradient_run", lambda *args, **kwargs: pytest.fail("it was run"))
     occupy(tmp_path / "out")
     data = write_rows(tmp_path / "data.jsonl", text_rows(4))
     check_refused(tmp_path, OutputError, ("--force",), learner, "giva", data=data)

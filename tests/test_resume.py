@@ -213,7 +213,7 @@ def test_parts_of_other_options_are_not_used(name, first, second, place: Path, t
 def test_control_parts_without_a_key_would_be_used(place: Path, tmp_path: Path, monkeypatch) -> None:
     run, _ = RUNS["inilora-alpha"]
     run(place, tmp_path / "expected", seed=1)
-    monkeypatch.setattr("surgery.initialization.run_key", lambda *args: "the same")
+    monkeypatch.setattr("surgery.initialization.init.run_key", lambda *args: "the same")
     interrupted(run, place, tmp_path / "out", monkeypatch, seed=0)
     run(place, tmp_path / "out", seed=1)
     assert contents(tmp_path / "out") != contents(tmp_path / "expected")

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import surgery
-from surgery import initialization
 from surgery.checkpoints import parts as parts_module
 from surgery.errors import CheckpointError, OutputError
+from surgery.initialization.weight_start import Sharing
+from surgery.initialization_ import init as initialization
 from surgery.system import devices
 from surgery.system.processes import Processes
-from surgery.weight_start import Sharing
 from tests.command_line import contents
 from tests.models import edit_tensors, save_model
 from tests.system.test_processes import launch
@@ -127,7 +127,7 @@ def test_both_devices_work(place: Path, two_devices, monkeypatch) -> None:
     """Each waits for the other inside its first layer."""
     meeting = threading.Barrier(2, timeout=30)
     workers: set[int] = set()
-    read = surgery.weight_start._Reader.__call__
+    read = surgery.initialization.weight_start._Reader.__call__
 
     def meet(self, site):
         if threading.get_ident() not in workers:
@@ -135,7 +135,7 @@ def test_both_devices_work(place: Path, two_devices, monkeypatch) -> None:
             meeting.wait()
         return read(self, site)
 
-    monkeypatch.setattr(surgery.weight_start._Reader, "__call__", meet)
+    monkeypatch.setattr(surgery.initialization.weight_start._Reader, "__call__", meet)
     surgery.init(place / "model", "inilora")
     assert len(workers) == 2
 

@@ -10,12 +10,12 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
+from surgery.display.tables import human_bytes
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
-    from surgery.reports.comparison_report import ComparedAdapter, ComparedSite, Comparison, Costs
+    from surgery.comparison.report import ComparedAdapter, ComparedSite, Comparison, Costs
 
 # Options that say something about the data alone.
 DATA_FLAGS = {
@@ -83,7 +83,7 @@ def command(a: str, b: str, as_json: bool, quiet: bool, verbose: bool, **options
         raise click.UsageError("--task chooses the class of the base model: give it with --base MODEL")
     check_names(a, b, options["base"])
     set_verbosity(verbose, quiet)
-    from surgery.comparison import compare
+    from surgery.comparison.compare import compare
 
     given = {name: value for name, value in options.items() if value is not None}
     with progress_bar("compare", wanted=not quiet and not as_json) as progress:

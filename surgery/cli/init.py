@@ -18,13 +18,13 @@ from surgery.cli.options import (
     task_option,
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
+from surgery.display.tables import human_bytes
 from surgery.errors import listing
 from surgery.methods.catalogue import METHODS
-from surgery.reports.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
-    from surgery.reports.report import Report
+    from surgery.initialization.report import Report
 
 FLAGS = {
     "rank": "--rank",
@@ -127,7 +127,7 @@ def command(
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
     check_names(model)
     set_verbosity(verbose, quiet)
-    from surgery.initialization import init
+    from surgery.initialization.init import init
 
     name = Path(model).resolve() if os.path.isdir(model) else Path(model.partition("@")[0])
     folder = out or f"{name.name}-{method}"

@@ -8,12 +8,12 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
+from surgery.display.tables import human_bytes
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
-    from surgery.inspection import InspectedRole, InspectedSite, Inspection
+    from surgery.inspection.inspect import InspectedRole, InspectedSite, Inspection
 
 
 @click.command("inspect")
@@ -36,7 +36,7 @@ def command(path: str, as_json: bool, quiet: bool, verbose: bool, **options: Any
     """
     check_names(path, options["base"])
     set_verbosity(verbose, quiet)
-    from surgery.inspection import inspect
+    from surgery.inspection.inspect import inspect
 
     found = inspect(path, **options)
     if as_json:

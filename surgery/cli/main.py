@@ -14,7 +14,7 @@ import click
 from surgery import __version__
 from surgery.cli.output import printable
 from surgery.errors import SurgeryError
-from surgery.hub.private import redacted
+from surgery.publishing.private import redacted
 
 __all__ = ["cli", "main"]
 

@@ -9,12 +9,12 @@ import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
+from surgery.display.tables import human_bytes
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
-    from surgery.reports.merge_report import MergeReport
+    from surgery.merging.report import MergeReport
 
 
 @click.command("merge")
@@ -48,7 +48,7 @@ def command(
     """
     check_names(adapter, base)
     set_verbosity(verbose, quiet)
-    from surgery.merging import merge
+    from surgery.merging.merge import merge
 
     folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-merged"
     with progress_bar("merge", wanted=not quiet and not as_json) as progress:

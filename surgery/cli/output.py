@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from surgery.reports import tables
+from surgery.display import tables
 
 __all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table", "written"]
 

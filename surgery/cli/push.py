@@ -13,11 +13,11 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
+from surgery.display.tables import human_bytes
 from surgery.errors import listing
-from surgery.reports.tables import human_bytes
 
 if TYPE_CHECKING:
-    from surgery.reports.push_report import PushReport
+    from surgery.publishing.report import PushReport
 
 
 @click.command("push")
@@ -56,7 +56,7 @@ def command(
     """
     token = _taken(token)
     set_verbosity(verbose, quiet)
-    from surgery.hub.push import push
+    from surgery.publishing.push import push
 
     shown = not quiet and not as_json
     dry_run = options["dry_run"]

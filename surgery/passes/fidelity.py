@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.initialization_.gradient_start import on_device, prepared
+from surgery.initialization.gradient_start import on_device, prepared
 from surgery.passes.examples import Examples, batches
 from surgery.passes.hooks import applied
 from surgery.passes.moments import is_causal, predictions

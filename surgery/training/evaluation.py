@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.initialization_.gradient_start import on_device, prepared
+from surgery.initialization.gradient_start import on_device, prepared
 from surgery.passes.examples import Examples, batches
 from surgery.passes.fidelity import NUMBERS
 from surgery.passes.moments import is_causal, predictions

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import with_place_for
-from surgery.initialization_.gradient_start import GradientSettings, load_model
+from surgery.initialization.gradient_start import GradientSettings, load_model
 from surgery.methods.contents import contents_of, who
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules

@@ -13,8 +13,8 @@ import yaml
 
 import surgery
 from surgery.errors import HubError
-from surgery.hub.card import BEGIN, END, make_card, own_text
-from surgery.hub.checks import Checked
+from surgery.publishing.card import BEGIN, END, make_card, own_text
+from surgery.publishing.checks import Checked
 from tests.hub.conftest import make_adapter
 from tests.models import load_base
 

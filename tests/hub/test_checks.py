@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 import surgery
 from surgery.errors import SurgeryError
-from surgery.hub import checks
-from surgery.hub.checks import check_adapter
+from surgery.publishing import checks
+from surgery.publishing.checks import check_adapter
 from tests.hub.conftest import KINDS, make_adapter
 from tests.models import edit_tensors, load_base
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import HubError
-from surgery.hub.private import redacted, without_paths
+from surgery.publishing.private import redacted, without_paths
 from tests.command_line import invoke
 from tests.hub.conftest import make_adapter
 from tests.hub.loopback import OWNER, Hub

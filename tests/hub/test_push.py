@@ -100,7 +100,7 @@ def test_without_xet_files_go_by_lfs(xet: bool, hub: Hub, adapter: Path, monkeyp
 
 def test_the_client_alone_does_not_fall_back(hub: Hub, adapter: Path, monkeypatch) -> None:
     """The control: files by their path, with Xet on, on a server without it."""
-    monkeypatch.setattr("surgery.hub.upload.Upload._has_xet", lambda self: True)
+    monkeypatch.setattr("surgery.publishing.upload.Upload._has_xet", lambda self: True)
     with pytest.raises(HubError):
         push(adapter)
     assert REPO not in hub.repos

@@ -15,7 +15,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import CheckpointError, DataError, MethodError
-from surgery.initialization_.gradient_start import _moved
+from surgery.initialization.gradient_start import _moved
 from surgery.models.sites import select_sites, target_modules
 from tests.models import VOCAB, build, labelled_inputs, load_base, spread
 from tests.reference import angle, own_loss, spectrum, true_gradients

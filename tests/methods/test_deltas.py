@@ -15,8 +15,8 @@ from surgery.checkpoints.adapter import MODEL_PREFIX
 from surgery.errors import AdapterError
 from surgery.methods import contents
 from surgery.methods.contents import contents_of, who
+from tests.initialization.test_init import perturb
 from tests.models import load_base
-from tests.test_initialization import perturb
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "t5": ["q", "wo"]}
 

@@ -18,9 +18,9 @@ from surgery.methods import giva
 from surgery.methods.giva import GiVA, GivaConfig, heights_of
 from surgery.models.sites import Site, select_sites
 from surgery.runtime.layer import AdapterLayer
+from tests.initialization.test_init import perturb
 from tests.models import build, labelled_inputs, load_base, minilm_folder, model_inputs, output, relative_difference
 from tests.reference import Spectrum, angle, own_loss, spectrum, true_gradients
-from tests.test_initialization import perturb
 from tests.texts import docstring_rows, write_rows
 
 # (model, how its fused layers are split)

@@ -22,9 +22,9 @@ from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, fidelity
 from surgery.passes.hooks import applied
 from surgery.passes.moments import gather_moments
+from tests.merging.test_merge import outputs, tied_llama, trained
 from tests.models import load_base, relative_difference
 from tests.passes.test_fidelity import ragged
-from tests.test_merging import outputs, tied_llama, trained
 
 CASES: dict[str, dict[str, Any]] = {
     "copy of the head": {"modules_to_save": ["lm_head"]},

@@ -12,8 +12,8 @@ import transformers
 from peft import PeftModel
 
 import surgery
+from tests.initialization.test_init import perturb
 from tests.models import load_base, model_inputs, output, relative_difference, start_options
-from tests.test_initialization import perturb
 
 METHODS = ("vera", "giva", "inilora", "frod", "smoa")
 

@@ -46,7 +46,7 @@ def test_without_surgery_they_are_unknown() -> None:
 # At least one from every package: each may be the first import of a user's program.
 MODULES = (
     "surgery.models.sites",
-    "surgery.initialization",
+    "surgery.initialization.init",
     "surgery.methods.base",
     "surgery.methods.smoa",
     "surgery.runtime.attachment",

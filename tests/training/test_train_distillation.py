@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import surgery
+from surgery.comparison.cost import bytes_of
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 from surgery.passes.examples import batches, read_examples
-from surgery.runtime.cost import bytes_of
 from surgery.training.codes import CodeTraining
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import TrainingInterrupted

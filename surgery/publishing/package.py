@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from surgery.hub.checks import Checked
-from surgery.hub.private import machine_folders, refuse_private, without_paths
 from surgery.models.config_limits import check_link
+from surgery.publishing.checks import Checked
+from surgery.publishing.private import machine_folders, refuse_private, without_paths
 from surgery.storage.safetensors_read import read_json
 from surgery.storage.safetensors_write import read_header
 

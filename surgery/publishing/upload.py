@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
 from surgery.errors import HubError
-from surgery.hub.package import PlannedFile
-from surgery.hub.private import redacted
+from surgery.publishing.package import PlannedFile
+from surgery.publishing.private import redacted
 
 __all__ = ["Progress", "Published", "Target", "Upload"]
 

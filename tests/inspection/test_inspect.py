@@ -17,12 +17,12 @@ import surgery
 from surgery.deltas.operators import LowRank, Sum
 from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
+from surgery.display.heat_maps import short_number, short_roles
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
-from surgery.reports.plots import short_number, short_roles
 from surgery.storage import safetensors_read as tensor_files
 from tests.command_line import contents, invoke
+from tests.merging.test_merge import trained
 from tests.models import edit_tensors, llama_config, load_base
-from tests.test_merging import trained
 
 FILE = "adapter_model.safetensors"
 

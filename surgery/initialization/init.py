@@ -15,7 +15,9 @@ from torch import nn
 
 from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.errors import DataError, MethodError, TargetError, listing
-from surgery.initialization_.gradient_start import GradientRun, GradientSettings, gradient_run, is_file
+from surgery.initialization.gradient_start import GradientRun, GradientSettings, gradient_run, is_file
+from surgery.initialization.report import Report, SiteReport
+from surgery.initialization.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 from surgery.methods.base import Method, OwnMethod
 from surgery.methods.catalogue import MethodInfo, method_info
 from surgery.methods.giva import GradientSource
@@ -24,14 +26,12 @@ from surgery.models.heads import carried_modules, carried_tensors, missing_modul
 from surgery.models.live_model import LiveModel
 from surgery.models.sites import Site, target_modules, unsupported_modules
 from surgery.passes.examples import labels_in
-from surgery.reports.report import Report, SiteReport
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key
 from surgery.storage.safetensors_read import read_tensors
 from surgery.system.devices import resolve_device, working_devices
 from surgery.system.processes import Processes, processes
-from surgery.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 
 __all__ = ["init"]
 

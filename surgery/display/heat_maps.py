@@ -12,8 +12,8 @@ from surgery.errors import MethodError, OutputError
 from surgery.storage.atomic_file import atomic_file
 
 if TYPE_CHECKING:
-    from surgery.inspection import InspectedSite, Inspection
-    from surgery.reports.comparison_report import Comparison
+    from surgery.comparison.report import Comparison
+    from surgery.inspection.inspect import InspectedSite, Inspection
 
 __all__ = ["Grid", "check_picture", "draw_comparison", "draw_grids", "draw_inspection", "short_number", "short_roles"]
 

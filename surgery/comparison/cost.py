@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.checkpoints.adapter import Adapter
-from surgery.reports.comparison_report import Cost
+from surgery.comparison.report import Cost
 from surgery.runtime.loading import load
 
 __all__ = ["bytes_of", "forward_seconds", "loaded_cost"]

@@ -12,6 +12,7 @@ import torch
 from surgery.checkpoints.adapter import Adapter
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.fitting import located, sites_on_base, with_place_for
+from surgery.merging.report import MergedSite
 from surgery.methods.contents import Contents, who
 from surgery.methods.lora import BIAS_NAME, scaling_of
 from surgery.methods.on_base import ChangesOnBase
@@ -29,7 +30,6 @@ from surgery.models.tying import (
     with_labels,
 )
 from surgery.models.write_back import written_back
-from surgery.reports.merge_report import MergedSite
 
 __all__ = ["MergePlan"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from surgery.display.tables import human_bytes
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
-from surgery.merge_plan import MergePlan
+from surgery.merging.plan import MergePlan
 from surgery.models.base_model import BaseModel
 from surgery.models.config_limits import check_link
-from surgery.reports.tables import human_bytes
 from surgery.storage.resume import Parts
 from surgery.storage.safetensors_read import read_json
 from surgery.storage.safetensors_write import (

@@ -16,12 +16,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import surgery
-from surgery import merged_folder
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError, SurgeryError, WrongBaseError
+from surgery.merging import folder as merged_folder
 from tests.command_line import contents, invoke
+from tests.initialization.test_init import perturb
 from tests.methods.test_stock import randomise
 from tests.models import build, edit_tensors, llama_config, load_base, model_inputs, output, relative_difference, spread
-from tests.test_initialization import perturb
 from tests.texts import save_tokenizer, text_rows, write_rows
 
 TARGETS = {

@@ -12,15 +12,8 @@ from typing import Any
 import torch
 
 from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
-from surgery.compared_pair import Layer, Pair, Side, WithBias
-from surgery.deltas.operators import Delta
-from surgery.errors import MethodError
-from surgery.initialization_.gradient_start import GradientSettings, load_model, on_device, prepared
-from surgery.models.base_model import BaseModel
-from surgery.models.sites import Site
-from surgery.passes.examples import Examples, batches, read_examples
-from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
-from surgery.reports.comparison_report import (
+from surgery.comparison.pair import Layer, Pair, Side, WithBias
+from surgery.comparison.report import (
     CarriedTensor,
     ComparedAdapter,
     ComparedSite,
@@ -28,6 +21,13 @@ from surgery.reports.comparison_report import (
     Costs,
     TaskScores,
 )
+from surgery.deltas.operators import Delta
+from surgery.errors import MethodError
+from surgery.initialization.gradient_start import GradientSettings, load_model, on_device, prepared
+from surgery.models.base_model import BaseModel
+from surgery.models.sites import Site
+from surgery.passes.examples import Examples, batches, read_examples
+from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
@@ -102,7 +102,7 @@ def compare(
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     settings = GradientSettings(samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device))
     if plot is not None:
-        from surgery.reports.plots import check_picture
+        from surgery.display.heat_maps import check_picture
 
         check_picture(Path(plot))
     opened = [each if isinstance(each, Adapter) else Adapter.open(each) for each in (a, b)]
@@ -116,7 +116,7 @@ def compare(
             found = _on_data(a, b, pair, data, settings, latency, progress)
     found.device = str(where)
     if plot is not None:
-        from surgery.reports.plots import draw_comparison
+        from surgery.display.heat_maps import draw_comparison
 
         draw_comparison(found, Path(plot))
         found.out = str(plot)
@@ -332,7 +332,7 @@ def _add_answers(found: Comparison, result: Fidelity) -> None:
 
 def _costs(model: Any, pair: Pair, examples: Examples, settings: GradientSettings) -> Costs:
     """Time and memory under PEFT, one form after the other on the same model."""
-    from surgery.runtime.cost import loaded_cost
+    from surgery.comparison.cost import loaded_cost
 
     inputs = [_inputs(model, examples, size) for size in (1, settings.batch_size)]
     base, ours, theirs = (loaded_cost(model, adapter, inputs) for adapter in (None, pair.a.adapter, pair.b.adapter))

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.hub.card import make_card, method_of, own_text
-from surgery.hub.checks import Checked, check_adapter, valid_id
-from surgery.hub.package import PICTURE_NAME, PlannedFile, own_picture, package, refuse_private_files
-from surgery.hub.picture import draw_layers
-from surgery.hub.private import quiet_logs
-from surgery.hub.upload import Progress, Published, Target, Upload
-from surgery.reports.push_report import PushedFile, PushReport
+from surgery.publishing.card import make_card, method_of, own_text
+from surgery.publishing.checks import Checked, check_adapter, valid_id
+from surgery.publishing.package import PICTURE_NAME, PlannedFile, own_picture, package, refuse_private_files
+from surgery.publishing.picture import draw_layers
+from surgery.publishing.private import quiet_logs
+from surgery.publishing.report import PushedFile, PushReport
+from surgery.publishing.upload import Progress, Published, Target, Upload
 
 __all__ = ["push"]
 

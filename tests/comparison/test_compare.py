@@ -18,17 +18,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import surgery
-from surgery.compared_pair import Pair
+from surgery.comparison.cost import bytes_of, loaded_cost
+from surgery.comparison.pair import Pair
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
 from surgery.methods.catalogue import METHODS
-from surgery.runtime.cost import bytes_of, loaded_cost
 from tests.command_line import contents, flags, invoke
+from tests.initialization.test_init import perturb
+from tests.merging.test_merge import STOCK, TARGETS, tied_llama, trained
 from tests.methods.test_stock import randomise
 from tests.models import build, edit_tensors, llama_config, load_base, start_options
-from tests.test_initialization import perturb
-from tests.test_merging import STOCK, TARGETS, tied_llama, trained
 from tests.texts import save_tokenizer, text_rows, write_rows
 
 FILE = "adapter_model.safetensors"
@@ -606,7 +606,7 @@ def test_costs(pair, llama: Path, texts: Path) -> None:
 def test_times_are_medians_for_each_token(pair, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock under control: of six runs the first does not count, and the others' median is 2, their mean 2.4."""
     seconds = itertools.cycle([9.0, 1.0, 2.0, 3.0, 5.0, 1.0])
-    monkeypatch.setattr("surgery.runtime.cost._timed", lambda model, inputs: next(seconds))
+    monkeypatch.setattr("surgery.comparison.cost._timed", lambda model, inputs: next(seconds))
     model = load_base(llama)
     batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
     cost = loaded_cost(model, None, [(batch, 10), (batch, 10)])
@@ -672,7 +672,7 @@ def test_errors(options: dict[str, Any], kind: type[SurgeryError], message: str,
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_the_work(pair, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("surgery.comparison.Pair.open", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr("surgery.comparison.compare.Pair.open", lambda *args: pytest.fail("worked first"))
     for target in (tmp_path / "nowhere" / "x.png", tmp_path / "x.txt", tmp_path):
         with pytest.raises(SurgeryError):
             surgery.compare(*pair, plot=target)

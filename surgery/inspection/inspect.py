@@ -157,7 +157,7 @@ def inspect(
     """
     started = time.perf_counter()
     if plot is not None:
-        from surgery.reports.plots import check_picture
+        from surgery.display.heat_maps import check_picture
 
         check_picture(Path(plot))
     folder = local_folder(str(path))
@@ -169,7 +169,7 @@ def inspect(
         found = _model(str(path), BaseModel.open(folder, None, trust_remote_code), spectra)
     found.roles = _by_role(found.sites)
     if plot is not None:
-        from surgery.reports.plots import draw_inspection
+        from surgery.display.heat_maps import draw_inspection
 
         draw_inspection(found, Path(plot))
         found.out = str(plot)

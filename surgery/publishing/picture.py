@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from surgery.hub.checks import Checked
-from surgery.inspection import InspectedSite, Inspection
-from surgery.reports.plots import draw_inspection
+from surgery.display.heat_maps import draw_inspection
+from surgery.inspection.inspect import InspectedSite, Inspection
+from surgery.publishing.checks import Checked
 
 __all__ = ["draw_layers"]
 

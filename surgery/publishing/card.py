@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from surgery.display.tables import human_bytes
 from surgery.errors import HubError
-from surgery.hub.checks import Checked
-from surgery.hub.private import without_paths
 from surgery.methods.catalogue import METHODS, OWN_TYPES, TASK_TABLE, MethodInfo
-from surgery.reports.tables import human_bytes
+from surgery.publishing.checks import Checked
+from surgery.publishing.private import without_paths
 
 __all__ = ["BEGIN", "END", "make_card", "method_of", "own_text"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.reports.tables import summary, table
+from surgery.display.tables import summary, table
 
 HEADER = ["role", "layers", "shape", "rank"]
 ROWS = [["layer.*.query", "6", "384 x 384", "1 to 16"], ["head", "1", "4 x 384", "-"]]

@@ -11,11 +11,11 @@ import torch
 
 from surgery.checkpoints.adapter import Adapter, identity_of
 from surgery.errors import MethodError, OutputError
-from surgery.merge_plan import MergePlan
-from surgery.merged_folder import MergedFolder
+from surgery.merging.folder import MergedFolder
+from surgery.merging.plan import MergePlan
+from surgery.merging.report import MergeReport
 from surgery.methods.contents import contents_of
 from surgery.models.base_model import BaseModel
-from surgery.reports.merge_report import MergeReport
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key

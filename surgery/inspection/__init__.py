@@ -1,0 +1,1 @@
+"""The verb inspect: what an adapter holds, layer by layer."""

@@ -1,0 +1,1 @@
+"""The verb push: an adapter checked, described and uploaded to the Hub."""
