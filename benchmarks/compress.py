@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 import surgery
 from benchmarks.lora_cases import Factors, LoraCase, code_case, docstring_case
 from benchmarks.prototype import prototype, truncated, uniform
+from surgery.adapters.contents import contents_of
 from surgery.display.tables import table
-from surgery.methods.contents import contents_of
 from surgery.storage.safetensors_read import file_bytes, read_tensor, tensor_names
 
 CASES: dict[str, Callable[[Path, int], LoraCase]] = {"docstrings": docstring_case, "code": code_case}

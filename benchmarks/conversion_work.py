@@ -53,7 +53,7 @@ def exported(adapter: str, model: str, device: str) -> Measured:
     import torch
 
     import surgery
-    from surgery.converters.changes import Source
+    from surgery.adapters.source import Source
     from surgery.models.base_model import BaseModel
 
     base, opened = BaseModel.open(Path(model)), surgery.Adapter.open(adapter)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.converters.changes import Change, Source
+from surgery.adapters.source import Change, Source
 from surgery.converters.request import Request
 from surgery.display.tables import human_bytes
 from surgery.errors import MethodError

@@ -14,7 +14,7 @@ from surgery.passes.moments import Moments
 from surgery.storage.resume import Parts
 
 if TYPE_CHECKING:
-    from surgery.converters.changes import Change
+    from surgery.adapters.source import Change
 
 __all__ = ["Budget", "Metric", "Request", "Result"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.checkpoints.fingerprint import Fingerprint
-from surgery.converters.changes import Change, Source
+from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.fingerprint import Fingerprint
+from surgery.adapters.source import Change, Source
 from surgery.converters.frod_fit import Problem, fit_role
 from surgery.converters.request import Request, Result
 from surgery.converters.type_config import own_keys

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.packing import CODES, FACTORS, PLAIN, SCALES
+from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.packing import CODES, FACTORS, PLAIN, SCALES
+from surgery.adapters.source import Change, Source
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
-from surgery.converters.changes import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.display.tables import human_bytes

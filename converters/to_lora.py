@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.converters.changes import Change, Source
+from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.source import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed, entry_bytes
 from surgery.converters.request import Request, Result
 from surgery.storage.safetensors_read import file_bytes

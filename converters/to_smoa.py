@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.checkpoints.fingerprint import Fingerprint
-from surgery.converters.changes import Change, Source
+from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.fingerprint import Fingerprint
+from surgery.adapters.source import Change, Source
 from surgery.converters.request import Request, Result
 from surgery.converters.smoa_fit import fit_masked
 from surgery.converters.to_lora import balanced

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.converters.changes import Change, Source
+from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.source import Change, Source
 from surgery.converters.ranks import changes_of, decomposed
 from surgery.converters.request import Budget, Request, Result
 from surgery.converters.to_lora import balanced

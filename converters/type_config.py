@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from surgery.converters.changes import Source
+from surgery.adapters.source import Source
 
 __all__ = ["own_keys", "targets_of"]
 

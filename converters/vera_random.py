@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX
-from surgery.converters.changes import Change, Source
+from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.source import Change, Source
 from surgery.converters.request import Metric, Request, Result
 from surgery.converters.type_config import own_keys, targets_of
 from surgery.errors import MethodError

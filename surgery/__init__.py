@@ -14,7 +14,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from surgery import errors
-    from surgery.checkpoints.adapter import Adapter
+    from surgery.adapters.adapter import Adapter
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
     from surgery.conversion import convert
@@ -56,7 +56,7 @@ __all__ = [
 __version__ = version("adapter-surgery")
 
 _HOMES = {
-    "Adapter": "surgery.checkpoints.adapter",
+    "Adapter": "surgery.adapters.adapter",
     "BaseModel": "surgery.models.base_model",
     "Comparison": "surgery.comparison.report",
     "Inspection": "surgery.inspection.inspect",

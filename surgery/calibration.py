@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from surgery.converters.changes import Change, Source
+from surgery.adapters.fitting import located
+from surgery.adapters.source import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
-from surgery.fitting import located
 from surgery.initialization.gradient_start import on_device
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site

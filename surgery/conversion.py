@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, identity_of
+from surgery.adapters.adapter import WEIGHTS_FILE, Adapter, identity_of
+from surgery.adapters.contents import refuse_output_biases
+from surgery.adapters.source import Source
 from surgery.conversion_base import Base, DataSettings, Measured
 from surgery.conversion_figures import converted_sites, largest_difference, overall
-from surgery.converters.changes import Source
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
 from surgery.errors import MethodError, OutputError
-from surgery.methods.contents import refuse_output_biases
 from surgery.reports.convert_report import ConvertReport
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs

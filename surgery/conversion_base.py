@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import Contents, contents_of
+from surgery.adapters.fitting import located, with_place_for
+from surgery.adapters.source import Change, Source
 from surgery.calibration import Calibration, StoredMoments, carried_in
-from surgery.checkpoints.adapter import Adapter
-from surgery.converters.changes import Change, Source
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
-from surgery.fitting import located, with_place_for
 from surgery.initialization.gradient_start import GradientSettings, load_model, prepared
-from surgery.methods.contents import Contents, contents_of
 from surgery.models.base_model import BaseModel
 from surgery.models.tying import with_labels
 from surgery.passes.examples import Examples, read_examples

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
-from surgery.converters.changes import Source
+from surgery.adapters.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.source import Source
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta
 from surgery.reports.convert_report import ConvertedSite

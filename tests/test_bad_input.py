@@ -1049,7 +1049,7 @@ def test_usage_error_ends_the_program_with_2(run_main) -> None:
 SLOW = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-from surgery.checkpoints import adapter
+from surgery.adapters import adapter
 from surgery.models import base_model
 from surgery.cli.main import main
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.checkpoints.adapter import WEIGHTS_FILE
+from surgery.adapters.adapter import WEIGHTS_FILE
 from surgery.errors import AdapterError, MethodError, OutputError
 from surgery.storage.safetensors_write import write_tensors
 from tests.models import build, load_base, model_inputs, output, relative_difference, save_model, spread

@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 import surgery
 from surgery import conversion_figures
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.source import Source
 from surgery.conversion_figures import converted_sites, largest_difference, squared_norms
-from surgery.converters.changes import Source
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta, LowRank
 from tests.models import load_base

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter, bits_equal
+from surgery.adapters.adapter import WEIGHTS_FILE, Adapter, bits_equal
 from surgery.comparison.pair import Layer, Pair, Side, WithBias
 from surgery.comparison.report import (
     CarriedTensor,

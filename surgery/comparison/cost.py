@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.comparison.report import Cost
 from surgery.runtime.loading import load
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter
-from surgery.converters.changes import needs_base
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import Contents, contents_of, who
+from surgery.adapters.fitting import located, sites_on_base, with_place_for
+from surgery.adapters.lora import BIAS_NAME, scaling_of
+from surgery.adapters.on_base import ChangesOnBase
+from surgery.adapters.source import needs_base
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
-from surgery.fitting import located, sites_on_base, with_place_for
-from surgery.methods.contents import Contents, contents_of, who
-from surgery.methods.lora import BIAS_NAME, scaling_of
-from surgery.methods.on_base import ChangesOnBase
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_TASKS, missing_modules
 from surgery.models.sites import Site, role_by_name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoints.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
 from surgery.errors import DataError, MethodError, TargetError, listing
 from surgery.initialization.gradient_start import GradientRun, GradientSettings, gradient_run, is_file
 from surgery.initialization.report import Report, SiteReport

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
-from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.fingerprint import Fingerprint
 from surgery.errors import MethodError, OutputError, SurgeryError
 from surgery.methods.base import Method, OwnMethod, Tensors
 from surgery.models.base_model import BaseModel

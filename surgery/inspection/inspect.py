@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from surgery.adapters.contents import Contents, contents_of
+from surgery.adapters.fitting import sites_on_base, with_place_for
+from surgery.adapters.on_base import ChangesOnBase
 from surgery.deltas.operators import Delta
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, listing
-from surgery.fitting import sites_on_base, with_place_for
-from surgery.methods.contents import Contents, contents_of
-from surgery.methods.on_base import ChangesOnBase
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site, linear_sites, role_by_name, unsupported_modules
 from surgery.storage.hub_cache import local_folder

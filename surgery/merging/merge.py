@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter, identity_of
+from surgery.adapters.adapter import Adapter, identity_of
+from surgery.adapters.contents import contents_of
 from surgery.errors import MethodError, OutputError
 from surgery.merging.folder import MergedFolder
 from surgery.merging.plan import MergePlan
 from surgery.merging.report import MergeReport
-from surgery.methods.contents import contents_of
 from surgery.models.base_model import BaseModel
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs

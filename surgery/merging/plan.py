@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import Contents, who
+from surgery.adapters.fitting import located, sites_on_base, with_place_for
+from surgery.adapters.lora import BIAS_NAME, scaling_of
+from surgery.adapters.on_base import ChangesOnBase
 from surgery.errors import AdapterError, CheckpointError, listing
-from surgery.fitting import located, sites_on_base, with_place_for
 from surgery.merging.report import MergedSite
-from surgery.methods.contents import Contents, who
-from surgery.methods.lora import BIAS_NAME, scaling_of
-from surgery.methods.on_base import ChangesOnBase
 from surgery.models.base_model import BaseModel
 from surgery.models.checkpoint_names import Source, parameter_sources
 from surgery.models.sites import Site

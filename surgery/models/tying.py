@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.errors import CheckpointError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_TASKS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoints.adapter import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from surgery.adapters.adapter import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.models.config_limits import check_link
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import machine_folders, refuse_private, without_paths

@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
-from surgery.checkpoints.patterns import check_patterns
+from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
+from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
 from surgery.methods.catalogue import TASK_TABLE
 from surgery.models.base_model import BaseModel
@@ -69,7 +69,7 @@ def load(
                 raise
             raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; give base=...") from None
     if opened.peft_type == "FROD":
-        from surgery.converters.stock_frod import portable_frod
+        from surgery.adapters.stock_frod import portable_frod
 
         opened = portable_frod(opened, model)
     if opened.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:

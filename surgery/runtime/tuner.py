@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from surgery.checkpoints.packing import CODES, FACTORS, is_packed, packed, unpacked
+from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.methods.catalogue import OWN_TYPES, method_for_type

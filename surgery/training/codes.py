@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from surgery.checkpoints.adapter import MODEL_PREFIX
+from surgery.adapters.adapter import MODEL_PREFIX
 from surgery.codec.factors import grid_of
 from surgery.deltas.operators import Delta, LowRank
 from surgery.runtime.layer import AdapterLayer

@@ -18,11 +18,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.checkpoints.adapter import Adapter
-from surgery.converters.changes import Source
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import who
+from surgery.adapters.fitting import located
+from surgery.adapters.source import Source
 from surgery.errors import AdapterError
-from surgery.fitting import located
-from surgery.methods.contents import who
 from surgery.models.base_model import BaseModel
 from surgery.passes.fidelity import NUMBERS, arguments
 from surgery.passes.hooks import applied

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.contents import contents_of, who
+from surgery.adapters.fitting import with_place_for
 from surgery.errors import AdapterError, CheckpointError, listing
-from surgery.fitting import with_place_for
 from surgery.initialization.gradient_start import GradientSettings, load_model
-from surgery.methods.contents import contents_of, who
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.tying import with_labels
@@ -120,7 +120,7 @@ def prepare(
     _refuse_untrained_head(adapter, opened)
     model = load_model(opened, GradientSettings(dtype=DTYPES[dtype], device=torch.device(device)), heads)
     if adapter.peft_type == "FROD":
-        from surgery.converters.stock_frod import portable_frod
+        from surgery.adapters.stock_frod import portable_frod
 
         adapter = portable_frod(adapter, model)
     fitted = fit_to_model(adapter, model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.adapter import MODEL_PREFIX, Adapter
 from surgery.initialization.gradient_start import GradientSettings, load_model
 from surgery.models.base_model import BaseModel
 from surgery.passes.examples import Examples

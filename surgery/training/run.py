@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from surgery.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from surgery.checkpoints.packing import is_packed
+from surgery.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from surgery.adapters.contents import who
+from surgery.adapters.packing import is_packed
 from surgery.errors import MethodError
 from surgery.methods.catalogue import method_for_config, training_rate
-from surgery.methods.contents import who
 from surgery.passes.examples import Examples, read_examples
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder

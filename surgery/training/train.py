@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.errors import MethodError
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.safetensors_read import file_bytes

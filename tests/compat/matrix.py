@@ -41,7 +41,7 @@ TESTS = (
     "tests/runtime/test_loading.py",
     "tests/runtime/test_layer.py",
     "tests/checkpoints",
-    "tests/methods/test_deltas.py",
+    "tests/adapters/test_weight_change.py",
     "tests/storage/test_hub_cache.py",
 )
 

@@ -74,8 +74,8 @@ def sums(change: torch.Tensor) -> list[float]:
 
 def changes(adapter: Path, base: Path) -> dict[str, list[float]]:
     """The sums of every layer of an adapter on its base."""
-    from surgery.checkpoints.adapter import Adapter
-    from surgery.converters.changes import Source
+    from surgery.adapters.adapter import Adapter
+    from surgery.adapters.source import Source
     from surgery.models.base_model import BaseModel
 
     source = Source.open(Adapter.open(adapter), BaseModel.open(base), torch.device("cpu"))

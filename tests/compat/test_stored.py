@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaForCausalLM
 
 import surgery
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.errors import AdapterError
 from surgery.storage.format_version import FORMAT_VERSION
 from tests.compat.stored import EXAMPLES, LARGEST, base_in, changes, examples, sums, unfolded

@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.converters.changes import Change
+from surgery.adapters.source import Change
 from surgery.converters.frod_fit import Problem, fit_role, solved
 from surgery.converters.to_frod import _problem
 from surgery.errors import MethodError, WrongBaseError
+from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
-from tests.methods.test_stock import randomise
 from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 from tests.test_conversion import WEIGHTS, dense, trained
 

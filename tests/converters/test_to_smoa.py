@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.converters.smoa_fit import fit_masked
 from surgery.errors import MethodError, WrongBaseError
+from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
-from tests.methods.test_stock import randomise
 from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 from tests.test_conversion import WEIGHTS, dense, trained
 

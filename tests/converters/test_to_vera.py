@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.converters.vera_random import fitted_vectors
 from surgery.errors import MethodError
-from tests.methods.test_stock import randomise
+from tests.adapters.test_stock_types import randomise
 from tests.models import load_base, relative_difference, save_model
 from tests.test_conversion import WEIGHTS, dense, logits, trained
 from tests.texts import save_tokenizer, text_rows, write_rows

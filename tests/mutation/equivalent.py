@@ -41,7 +41,7 @@ EQUIVALENT: dict[str, str] = {
     "converters/to_vera.py::_filled: size(first(middle)) <= limit -> (size(first(middle)) <": (
         "the direction after those is tried again"
     ),
-    "converters/changes.py::Change.none: torch.empty(": "only its name and shape count",
+    "surgery/adapters/source.py::Change.none: torch.empty(": "only its name and shape count",
     "converters/frod_fit.py::_row_blocks: RIDGE": "how fast an iteration converges",
     "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
     "surgery/codec/layer.py::LayerCoder.__init__: step_B * step_A > SMALLEST_SCALE -> (step_B * step_A >=": (
@@ -51,11 +51,11 @@ EQUIVALENT: dict[str, str] = {
     "surgery/codec/layer.py::_inverse: torch.linalg.pinv": "the matrix is symmetric",
     "surgery/linalg/symmetric.py::Widener.__init__: torch.empty(0": "only its dtype counts",
     "surgery/linalg/joint.py::_with_inverse: V * _column_signs(V) -> (V / ": "the signs are 1 and -1",
-    "converters/changes.py::_truncated: min(2 *": "more of a decomposition than is asked for, cut to the same",
+    "surgery/adapters/source.py::_truncated: min(2 *": "more of a decomposition than is asked for, cut to the same",
     "converters/frod_fit.py::solved: TOLERANCE ** 2 -> (TOLERANCE ** 3)": "a later stop of an iteration",
-    "surgery/methods/deltas.py::_owner: adapter.layer(candidate)[stored].shape[0]": "the shared basis is square",
-    "surgery/methods/on_base.py::ChangesOnBase._regenerated: len(group) > 1": "what is kept, not what it is",
-    "surgery/methods/on_base.py::_ByKey.__getitem__: self.base.raw_weight": "a weight that is read is checked anyway",
+    "surgery/adapters/weight_change.py::_owner: adapter.layer(candidate)[stored].shape[0]": "the shared basis is square",
+    "surgery/adapters/on_base.py::ChangesOnBase._regenerated: len(group) > 1": "what is kept, not what it is",
+    "surgery/adapters/on_base.py::_ByKey.__getitem__: self.base.raw_weight": "a weight that is read is checked anyway",
 }
 
 

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 
 import surgery
+from surgery.adapters.source import Source
 from surgery.calibration import Calibration, carried_in
-from surgery.converters.changes import Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel

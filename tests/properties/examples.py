@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 
 MODEL = "base_model.model."
 

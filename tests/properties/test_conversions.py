@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.checkpoints.adapter import WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import WEIGHTS_FILE, Adapter
 from surgery.errors import MethodError
 from tests.properties.examples import (
     LAYERS,

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import surgery
+from surgery.adapters.adapter import Adapter
 from surgery.calibration import StoredMoments
-from surgery.checkpoints.adapter import Adapter
 from surgery.models.base_model import BaseModel
 from surgery.passes.moments import Moments
 from tests.models import edit_tensors, llama_config, save_model, spread

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 
 import surgery
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from tests.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.properties.examples import SEEDS, examples, generator
 from tests.test_conversion import trained

@@ -52,9 +52,9 @@ MODULES = (
     "surgery.runtime.attachment",
     "surgery.runtime.layer",
     "surgery.runtime.loading",
-    "surgery.checkpoints.adapter",
+    "surgery.adapters.adapter",
     "surgery.models.base_model",
-    "surgery.converters.stock_frod",
+    "surgery.adapters.stock_frod",
 )
 
 FORKED = """

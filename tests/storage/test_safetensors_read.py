@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.errors import AdapterError, CheckpointError
 from surgery.storage.safetensors_read import TensorFiles, file_bytes, read_text
 from surgery.storage.safetensors_write import DTYPES

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.checkpoints import patterns
-from surgery.checkpoints.patterns import check_patterns
+from surgery.adapters import regex_check as patterns
+from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError
 from tests.models import load_base
 

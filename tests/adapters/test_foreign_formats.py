@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.checkpoints.foreign import foreign_format
+from surgery.adapters.foreign_formats import foreign_format
 from surgery.errors import AdapterError
 
 FOREIGN = {

@@ -9,7 +9,7 @@ import torch
 from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
-from surgery.converters.stock_frod import _refuse_rounding
+from surgery.adapters.stock_frod import _refuse_rounding
 from surgery.models.sites import Site
 from tests.models import load_base, model_inputs, output, relative_difference
 

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import surgery
+from surgery.adapters.adapter import Adapter
 from surgery.checkpoints import adapter as module
-from surgery.checkpoints.adapter import Adapter
 from surgery.errors import OutputError
 from surgery.storage import safetensors_write as rewriting
 from tests.models import load_base, model_inputs, output
@@ -116,7 +116,7 @@ def test_corrupted_write_is_caught(llama: Path, tmp_path: Path, monkeypatch) -> 
 KILLED = """
 import sys, os, time, pathlib
 from surgery.storage import atomic_folder as atomic
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
 atomic._flush = lambda folder: (print("writing", flush=True), time.sleep(60))
 Adapter.open(sys.argv[1]).save(sys.argv[2], force=True)
 """

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 import surgery
+from surgery.adapters.contents import contents_of, refuse_output_biases
+from surgery.adapters.stock_types import STOCK
 from surgery.errors import AdapterError
-from surgery.methods.contents import contents_of, refuse_output_biases
-from surgery.methods.stock import STOCK
 from tests.models import edit_tensors, load_base
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "bert": ["query", "dense"]}

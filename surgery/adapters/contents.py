@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.lora import BIAS_NAME, refuse_variants
+from surgery.adapters.stock_types import REFUSED, STOCK, StockType
 from surgery.errors import AdapterError, listing
 from surgery.methods.base import OwnMethod, Role
 from surgery.methods.catalogue import METHODS, OWN_TYPES, method_for_type
-from surgery.methods.lora import BIAS_NAME, refuse_variants
-from surgery.methods.stock import REFUSED, STOCK, StockType
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
-    from surgery.checkpoints.adapter import Adapter
+    from surgery.adapters.adapter import Adapter
 
 __all__ = [
     "Contents",

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.adapters.contents import check_layer, refuse_unreadable, with_shared
+from surgery.adapters.regeneration import leaves_out_bases
+from surgery.adapters.stock_types import STOCK
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.methods.base import OwnMethod, Role, Tensors
 from surgery.methods.catalogue import method_for_type
-from surgery.methods.contents import check_layer, refuse_unreadable, with_shared
-from surgery.methods.regeneration import leaves_out_bases
-from surgery.methods.stock import STOCK
 from surgery.models.sites import Site
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
-    from surgery.checkpoints.adapter import Adapter
+    from surgery.adapters.adapter import Adapter
 
 __all__ = ["delta_of", "own_config", "own_delta", "short_names", "stock_delta"]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from surgery.adapters.lora import A_NAME, B_NAME, BIAS_NAME, lora_delta, pattern_value
 from surgery.deltas.operators import Delta, Hadamard, LowRank
 from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
 from surgery.errors import AdapterError
-from surgery.methods.lora import A_NAME, B_NAME, BIAS_NAME, lora_delta, pattern_value
 
 __all__ = ["REFUSED", "STOCK", "StockType"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.fingerprint import matches
+from surgery.adapters.fingerprint import matches
 from surgery.errors import AdapterError, WrongBaseError
 from surgery.methods.base import CHECK, Bases, OwnMethod, Role, Tensors, WeightReader
 from surgery.models.sites import Site

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.adapter import MODEL_PREFIX, Adapter
-from surgery.checkpoints.fingerprint import Fingerprint
+from surgery.adapters.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.fingerprint import Fingerprint
 from surgery.errors import AdapterError
 from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod

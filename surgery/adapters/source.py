@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import Contents, contents_of, who
+from surgery.adapters.fitting import sites_on_base
+from surgery.adapters.on_base import ChangesOnBase
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
-from surgery.fitting import sites_on_base
 from surgery.linalg.low_rank import truncated_svd
-from surgery.methods.contents import Contents, contents_of, who
-from surgery.methods.on_base import ChangesOnBase
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.storage.resume import Parts

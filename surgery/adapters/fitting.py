@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from surgery.checkpoints.adapter import Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.contents import Contents, who
 from surgery.errors import AdapterError, CheckpointError, listing
-from surgery.methods.contents import Contents, who
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site, linear_sites, unsupported_modules
 from surgery.runtime.loading import own_task

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from surgery.checkpoints.foreign import foreign_format
-from surgery.checkpoints.packing import is_packed, packed, unpacked
+from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.packing import is_packed, packed, unpacked
 from surgery.errors import AdapterError, CheckpointError, OutputError
 from surgery.models.config_limits import check_adapter_config, check_files, check_link
 from surgery.storage.atomic_folder import atomic_folder
@@ -153,14 +153,14 @@ class Adapter:
         return self._sorted
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
-        """The weight change of one layer, as a structured operator (see `surgery.methods.deltas.delta_of`).
+        """The weight change of one layer, as a structured operator (see `surgery.adapters.weight_change.delta_of`).
 
         Args:
             module: the layer's name, as in `modules`.
             weight: its base weight `(out, in)`, for the types that need it.
         """
         # Upwards in the order of imports, for the sake of a short call: only when it is used.
-        from surgery.methods.deltas import delta_of
+        from surgery.adapters.weight_change import delta_of
 
         return delta_of(self, module, weight)
 
