@@ -83,7 +83,11 @@ def _prepare() -> None:
 
     from surgery.checkpoints import parts
 
-    for module in ("transformers.models.llama.modeling_llama", "surgery.conversion", "surgery.initialization.init"):
+    for module in (
+        "transformers.models.llama.modeling_llama",
+        "surgery.converters.convert",
+        "surgery.initialization.init",
+    ):
         importlib.import_module(module)
     importlib.import_module("surgery.merging.merge")
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""From one adapter form to another, one module per direction."""
+"""The verb convert: a trained adapter in another form. Imported as surgery.converters."""

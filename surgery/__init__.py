@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from surgery.adapters.adapter import Adapter
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
-    from surgery.conversion import convert
+    from surgery.converters.convert import convert
     from surgery.initialization.init import init
     from surgery.initialization.report import Report
     from surgery.inspection.inspect import Inspection, inspect
     from surgery.merging.merge import merge
     from surgery.merging.report import MergeReport
     from surgery.models.base_model import BaseModel
+    from surgery.peft_types.loading import load
     from surgery.publishing.push import push
     from surgery.publishing.report import PushReport
-    from surgery.runtime.loading import load
     from surgery.training.preparing import trainable
+    from surgery.training.report import TrainReport
     from surgery.training.train import train
-    from surgery.training.train_report import TrainReport
 
 __all__ = [
     "Adapter",
@@ -63,13 +63,13 @@ _HOMES = {
     "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",
     "Report": "surgery.initialization.report",
-    "TrainReport": "surgery.training.train_report",
+    "TrainReport": "surgery.training.report",
     "compare": "surgery.comparison.compare",
-    "convert": "surgery.conversion",
+    "convert": "surgery.converters.convert",
     "errors": "surgery.errors",
     "init": "surgery.initialization.init",
     "inspect": "surgery.inspection.inspect",
-    "load": "surgery.runtime.loading",
+    "load": "surgery.peft_types.loading",
     "merge": "surgery.merging.merge",
     "push": "surgery.publishing.push",
     "train": "surgery.training.train",
@@ -89,7 +89,7 @@ def __dir__() -> list[str]:
 
 
 def _peft_imported(peft: Any) -> None:
-    from surgery.runtime.registry import register_types
+    from surgery.peft_types.registry import register_types
 
     register_types(peft)
 

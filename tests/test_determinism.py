@@ -15,8 +15,8 @@ import pytest
 
 import surgery
 from tests.command_line import contents
+from tests.converters.test_convert import trained
 from tests.models import load_base, save_model
-from tests.test_conversion import trained
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("vera", "inilora", "inilora-alpha", "inilora-beta", "frod", "smoa")

@@ -20,8 +20,8 @@ from surgery.errors import SurgeryError
 from surgery.storage.atomic_folder import PartialFolder
 from surgery.storage.resume import Parts
 from tests.command_line import contents, invoke
+from tests.converters.test_convert import trained
 from tests.models import edit_tensors, load_base, save_model
-from tests.test_conversion import trained
 
 Run = Callable[..., Any]
 

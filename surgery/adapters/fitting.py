@@ -9,7 +9,7 @@ from surgery.adapters.contents import Contents, who
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site, linear_sites, unsupported_modules
-from surgery.runtime.loading import own_task
+from surgery.peft_types.loading import own_task
 
 __all__ = ["located", "sites_on_base", "with_place_for"]
 

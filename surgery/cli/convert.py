@@ -14,7 +14,7 @@ from surgery.display.tables import human_bytes
 from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
-    from surgery.reports.convert_report import ConvertReport
+    from surgery.converters.report import ConvertReport
 
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 BUDGETS = ("rank", "energy", "max_error", "size", "ratio")
@@ -107,7 +107,7 @@ def command(
         raise click.UsageError("--data and --stats say something about the base model: give it with --base MODEL")
     check_names(*adapters, options["base"])
     set_verbosity(verbose, quiet)
-    from surgery.conversion import convert
+    from surgery.converters.convert import convert
 
     several = len(adapters) > 1
     folder = out or (f"converted-{to}" if several else f"{_name(adapters[0])}-{to}")

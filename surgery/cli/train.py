@@ -18,7 +18,7 @@ from surgery.storage.hub_cache import check_names
 
 if TYPE_CHECKING:
     from surgery.training.evaluation import Evaluation
-    from surgery.training.train_report import TrainReport
+    from surgery.training.report import TrainReport
 
 
 @click.command("train")

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.adapters.adapter import Adapter
 from surgery.comparison.report import Cost
-from surgery.runtime.loading import load
+from surgery.peft_types.loading import load
 
 __all__ = ["bytes_of", "forward_seconds", "loaded_cost"]
 

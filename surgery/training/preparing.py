@@ -19,7 +19,7 @@ from surgery.initialization.gradient_start import GradientSettings, load_model
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.tying import with_labels
-from surgery.runtime.loading import fit_to_model, load, own_task
+from surgery.peft_types.loading import fit_to_model, load, own_task
 
 __all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
 

@@ -10,7 +10,7 @@ from surgery.adapters.adapter import MODEL_PREFIX, Adapter
 from surgery.initialization.gradient_start import GradientSettings, load_model
 from surgery.models.base_model import BaseModel
 from surgery.passes.examples import Examples
-from surgery.runtime.loading import fit_to_model, load
+from surgery.peft_types.loading import fit_to_model, load
 from surgery.system.processes import Processes
 from surgery.training.preparing import Prepared
 from surgery.training.run import Feed, Run

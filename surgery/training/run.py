@@ -24,14 +24,15 @@ from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.processes import Processes
-from surgery.training.codes import RATE, CodeTraining
 from surgery.training.curve import curve, write_curve
 from surgery.training.distillation import Teacher
 from surgery.training.evaluation import Evaluation, evaluate
 from surgery.training.interruption import Interruption, TrainingInterrupted
+from surgery.training.packed_codes import RATE, CodeTraining
 from surgery.training.preparing import Prepared
+from surgery.training.report import TrainReport
+from surgery.training.run_folder import Unfinished
 from surgery.training.settings import TrainSettings
-from surgery.training.train_report import TrainReport
 from surgery.training.trainer import (
     SAMPLE,
     AdapterTrainer,
@@ -43,7 +44,6 @@ from surgery.training.trainer import (
     random_state,
     silence,
 )
-from surgery.training.unfinished import Unfinished
 
 __all__ = ["Feed", "Run", "default_rate"]
 

@@ -17,11 +17,11 @@ from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.processes import Processes, processes
 from surgery.training.preparing import prepare
+from surgery.training.report import TrainReport
 from surgery.training.run import Feed, Run
+from surgery.training.run_folder import Unfinished
 from surgery.training.settings import CACHE, TrainSettings
-from surgery.training.train_report import TrainReport
 from surgery.training.trainer import Progress
-from surgery.training.unfinished import Unfinished
 
 __all__ = ["train"]
 

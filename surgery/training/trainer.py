@@ -18,9 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from surgery.errors import CheckpointError, MethodError, OutputError, first_line
 from surgery.passes.examples import Features, collated
 from surgery.passes.fidelity import arguments
-from surgery.training.codes import CodeTraining
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import Interruption
+from surgery.training.packed_codes import CodeTraining
 
 __all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]
 

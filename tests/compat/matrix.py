@@ -37,9 +37,9 @@ COMBINATIONS: dict[str, dict[str, str]] = {
 }
 TESTS = (
     "tests/compat/test_stored.py",
-    "tests/runtime/test_registry.py",
-    "tests/runtime/test_loading.py",
-    "tests/runtime/test_layer.py",
+    "tests/peft_types/test_registry.py",
+    "tests/peft_types/test_loading.py",
+    "tests/peft_types/test_layer.py",
     "tests/checkpoints",
     "tests/adapters/test_weight_change.py",
     "tests/storage/test_hub_cache.py",

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.reports.convert_report import ConvertReport
+from surgery.converters.report import ConvertReport
+from tests.converters.test_convert import dense
 from tests.models import load_base, save_model
-from tests.test_conversion import dense
 from tests.texts import save_tokenizer, text_rows, write_rows
 
 __all__ = ["output_errors"]

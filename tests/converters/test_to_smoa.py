@@ -17,8 +17,8 @@ from surgery.converters.smoa_fit import fit_masked
 from surgery.errors import MethodError, WrongBaseError
 from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
+from tests.converters.test_convert import WEIGHTS, dense, trained
 from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
-from tests.test_conversion import WEIGHTS, dense, trained
 
 
 @pytest.fixture

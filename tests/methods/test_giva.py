@@ -17,7 +17,7 @@ from surgery.errors import AdapterError, MethodError
 from surgery.methods import giva
 from surgery.methods.giva import GiVA, GivaConfig, heights_of
 from surgery.models.sites import Site, select_sites
-from surgery.runtime.layer import AdapterLayer
+from surgery.peft_types.layer import AdapterLayer
 from tests.initialization.test_init import perturb
 from tests.models import build, labelled_inputs, load_base, minilm_folder, model_inputs, output, relative_difference
 from tests.reference import Spectrum, angle, own_loss, spectrum, true_gradients

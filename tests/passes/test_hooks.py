@@ -14,7 +14,7 @@ from peft import PeftModel
 
 import surgery
 from surgery.adapters.source import Source
-from surgery.calibration import Calibration, carried_in
+from surgery.converters.calibration import Calibration, carried_in
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel

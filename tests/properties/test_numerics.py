@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import surgery
 from surgery.adapters.adapter import Adapter
-from surgery.calibration import StoredMoments
+from surgery.converters.calibration import StoredMoments
 from surgery.models.base_model import BaseModel
 from surgery.passes.moments import Moments
 from tests.models import edit_tensors, llama_config, save_model, spread

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel
 
 import surgery
 from surgery.adapters.adapter import Adapter
+from tests.converters.test_convert import trained
 from tests.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.properties.examples import SEEDS, examples, generator
-from tests.test_conversion import trained
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
 FORMS: dict[str, dict[str, Any]] = {

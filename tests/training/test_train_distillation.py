@@ -17,9 +17,9 @@ from surgery.comparison.cost import bytes_of
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 from surgery.passes.examples import batches, read_examples
-from surgery.training.codes import CodeTraining
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import TrainingInterrupted
+from surgery.training.packed_codes import CodeTraining
 from surgery.training.preparing import Prepared, base_for, prepare
 from surgery.training.recovery import distil
 from surgery.training.settings import TrainSettings

@@ -18,7 +18,7 @@ import torch
 import surgery
 from surgery.errors import MethodError, OutputError
 from surgery.training.interruption import TrainingInterrupted
-from surgery.training.unfinished import Unfinished
+from surgery.training.run_folder import Unfinished
 from tests.models import save_model
 from tests.system.test_processes import launch
 from tests.texts import save_tokenizer, text_rows, write_rows

@@ -20,7 +20,7 @@ from surgery.methods.base import OwnMethod, Tensors
 from surgery.models.sites import Site
 
 if TYPE_CHECKING:
-    from surgery.runtime.layer import AdapterLayer
+    from surgery.peft_types.layer import AdapterLayer
 
 __all__ = ["Attachment"]
 

@@ -21,7 +21,7 @@ from torch import nn
 from surgery.adapters.adapter import MODEL_PREFIX
 from surgery.codec.factors import grid_of
 from surgery.deltas.operators import Delta, LowRank
-from surgery.runtime.layer import AdapterLayer
+from surgery.peft_types.layer import AdapterLayer
 from surgery.training.preparing import ACTIVE
 
 __all__ = ["RATE", "CodeTraining"]

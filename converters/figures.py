@@ -10,9 +10,9 @@ import torch
 
 from surgery.adapters.adapter import MODEL_PREFIX, Adapter
 from surgery.adapters.source import Source
+from surgery.converters.report import ConvertedSite
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta
-from surgery.reports.convert_report import ConvertedSite
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["converted_sites", "largest_difference", "overall"]

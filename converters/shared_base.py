@@ -15,7 +15,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import located, with_place_for
 from surgery.adapters.source import Change, Source
-from surgery.calibration import Calibration, StoredMoments, carried_in
+from surgery.converters.calibration import Calibration, StoredMoments, carried_in
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
 from surgery.initialization.gradient_start import GradientSettings, load_model, prepared

@@ -16,7 +16,7 @@ from surgery.deltas.operators import Hadamard, InputMap
 from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.inilora import IniloraConfig
 from surgery.methods.smoa import SmoaConfig
-from surgery.runtime.layer import AdapterLayer
+from surgery.peft_types.layer import AdapterLayer
 from tests.models import load_base, model_inputs, output, relative_difference
 
 METHODS = ("inilora", "frod", "smoa")

@@ -9,14 +9,14 @@ import torch
 from peft import LoraConfig
 
 import surgery
-from surgery import conversion_figures
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.source import Source
-from surgery.conversion_figures import converted_sites, largest_difference, squared_norms
+from surgery.converters import figures as conversion_figures
+from surgery.converters.figures import converted_sites, largest_difference, squared_norms
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta, LowRank
+from tests.converters.test_convert import trained
 from tests.models import load_base
-from tests.test_conversion import trained
 
 # Out, in, ranks of old and new: thin, flat, wider than a block of columns, and layers of one number.
 SHAPES = [(1, 1, 1, 1), (30, 17, 4, 3), (17, 30, 5, 0), (1, 23, 1, 2), (23, 1, 3, 1), (16, 16, 16, 16)]

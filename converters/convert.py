@@ -14,11 +14,11 @@ import torch
 from surgery.adapters.adapter import WEIGHTS_FILE, Adapter, identity_of
 from surgery.adapters.contents import refuse_output_biases
 from surgery.adapters.source import Source
-from surgery.conversion_base import Base, DataSettings, Measured
-from surgery.conversion_figures import converted_sites, largest_difference, overall
+from surgery.converters.figures import converted_sites, largest_difference, overall
+from surgery.converters.report import ConvertReport
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
+from surgery.converters.shared_base import Base, DataSettings, Measured
 from surgery.errors import MethodError, OutputError
-from surgery.reports.convert_report import ConvertReport
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import Parts, run_key

@@ -311,7 +311,7 @@ def test_statistics_of_a_base_serve_a_second_adapter(lora: Path, text_llama: Pat
     _, again = surgery.convert(lora, "lora", base=text_llama, data=data, samples=16, stats=stats, ratio=2)
     assert any("those of" in note and "16 samples measure" in note for note in again.notes)
     assert not any("calibrate" in note for note in again.notes)
-    monkeypatch.setattr("surgery.conversion_base.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("surgery.converters.shared_base.load_model", lambda *args: pytest.fail("the model was loaded"))
     _, report = surgery.convert(lora, "lora", tmp_path / "b", base=text_llama, stats=stats, ratio=2)
     assert report.output_error is not None
     assert surgery.Adapter.open(tmp_path / "a").tensors.keys() == surgery.Adapter.open(tmp_path / "b").tensors.keys()

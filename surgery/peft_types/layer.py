@@ -15,7 +15,7 @@ from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
 from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
 from surgery.models.sites import Site
-from surgery.runtime.attachment import Attachment
+from surgery.peft_types.attachment import Attachment
 
 __all__ = ["AdapterLayer"]
 

@@ -16,8 +16,8 @@ from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.methods.catalogue import OWN_TYPES, method_for_type
 from surgery.models.sites import site_of
-from surgery.runtime.attachment import Attachment
-from surgery.runtime.layer import AdapterLayer
+from surgery.peft_types.attachment import Attachment
+from surgery.peft_types.layer import AdapterLayer
 
 __all__ = ["AdapterModel", "tuner_class"]
 

@@ -13,7 +13,7 @@ def register_types(_peft: Any = None) -> None:
 
     from surgery.methods.base import OwnMethod, OwnType
     from surgery.methods.catalogue import OWN_TYPES, method_for_type
-    from surgery.runtime.tuner import tuner_class
+    from surgery.peft_types.tuner import tuner_class
 
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
