@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.process import Measured, in_process, measured
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKEN = "hf_OwnerOwnerOwnerOwnerOwnerOwner01"  # of tests/hub/loopback.py
+TOKEN = "hf_OwnerOwnerOwnerOwnerOwnerOwner01"  # of tests/helpers/loopback.py
 LIMIT = 150e6
 PART = 32 << 20
 WIDTH, RANK = 4096, 64

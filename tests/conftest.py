@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from tests.models import minilm_folder, save_model
+from tests.helpers.models import minilm_folder, save_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -38,9 +38,9 @@ from surgery.errors import (
 )
 from surgery.models.base_model import BaseModel
 from surgery.storage.safetensors_write import write_tensors
-from tests.command_line import contents, flags, invoke
-from tests.models import edit_tensors, load_base, save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.command_line import contents, flags, invoke
+from tests.helpers.models import edit_tensors, load_base, save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 READS_WEIGHTS = ("frod", "inilora", "smoa")
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

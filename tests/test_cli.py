@@ -23,9 +23,9 @@ from surgery.cli.main import COMMANDS, cli
 from surgery.cli.output import progress_bar
 from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.base_model import BaseModel
-from tests.command_line import contents, flags, invoke
-from tests.models import save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.command_line import contents, flags, invoke
+from tests.helpers.models import save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT_KEYS = {

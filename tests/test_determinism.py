@@ -14,9 +14,9 @@ import peft
 import pytest
 
 import surgery
-from tests.command_line import contents
 from tests.converters.test_convert import trained
-from tests.models import load_base, save_model
+from tests.helpers.command_line import contents
+from tests.helpers.models import load_base, save_model
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("vera", "inilora", "inilora-alpha", "inilora-beta", "frod", "smoa")

@@ -19,7 +19,7 @@ from click.shell_completion import get_completion_class
 import surgery
 from surgery.cli.main import COMMANDS, cli
 from surgery.methods.catalogue import METHODS
-from tests.docs_pages import DOCS, ROOT, Block, Page, anchors, blocks, example, make_workspace, pages, slug
+from tests.helpers.docs_pages import DOCS, ROOT, Block, Page, anchors, blocks, example, make_workspace, pages, slug
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 BROKEN = {

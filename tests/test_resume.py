@@ -19,9 +19,9 @@ from surgery.checkpoints import parts as parts_module
 from surgery.errors import SurgeryError
 from surgery.storage.atomic_folder import PartialFolder
 from surgery.storage.resume import Parts
-from tests.command_line import contents, invoke
 from tests.converters.test_convert import trained
-from tests.models import edit_tensors, load_base, save_model
+from tests.helpers.command_line import contents, invoke
+from tests.helpers.models import edit_tensors, load_base, save_model
 
 Run = Callable[..., Any]
 

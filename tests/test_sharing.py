@@ -18,8 +18,8 @@ from surgery.initialization.weight_start import Sharing
 from surgery.initialization_ import init as initialization
 from surgery.system import devices
 from surgery.system.processes import Processes
-from tests.command_line import contents
-from tests.models import edit_tensors, save_model
+from tests.helpers.command_line import contents
+from tests.helpers.models import edit_tensors, save_model
 from tests.system.test_processes import launch
 
 METHODS = ("vera", "inilora", "inilora-beta", "frod", "smoa")

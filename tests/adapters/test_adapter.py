@@ -17,7 +17,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.checkpoints import adapter as module
 from surgery.errors import OutputError
 from surgery.storage import safetensors_write as rewriting
-from tests.models import load_base, model_inputs, output
+from tests.helpers.models import load_base, model_inputs, output
 
 
 def listing(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import surgery
 from surgery.adapters import regex_check as patterns
 from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError
-from tests.models import load_base
+from tests.helpers.models import load_base
 
 NAMES = [f"model.layers.{block}.self_attn.{role}_proj" for block in range(80) for role in "qkvo"]
 ENDLESS = r"(?:(?:\w+)+\.?)+[^a-z]"

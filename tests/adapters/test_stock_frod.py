@@ -11,7 +11,7 @@ from peft import FrodConfig, PeftModel, get_peft_model
 import surgery
 from surgery.adapters.stock_frod import _refuse_rounding
 from surgery.models.sites import Site
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.helpers.models import load_base, model_inputs, output, relative_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

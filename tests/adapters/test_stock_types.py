@@ -17,7 +17,7 @@ import surgery
 from surgery.adapters.contents import contents_of, refuse_output_biases
 from surgery.adapters.stock_types import STOCK
 from surgery.errors import AdapterError
-from tests.models import edit_tensors, load_base
+from tests.helpers.models import edit_tensors, load_base
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "bert": ["query", "dense"]}
 FILE = "adapter_model.safetensors"

@@ -15,8 +15,8 @@ from surgery.adapters.adapter import MODEL_PREFIX
 from surgery.adapters.contents import contents_of, who
 from surgery.checkpoints import adapter as adapter_module
 from surgery.errors import AdapterError
+from tests.helpers.models import load_base
 from tests.initialization.test_init import perturb
-from tests.models import load_base
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "t5": ["q", "wo"]}
 

@@ -25,11 +25,11 @@ from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
 from surgery.methods.catalogue import METHODS
 from tests.adapters.test_stock_types import randomise
-from tests.command_line import contents, flags, invoke
+from tests.helpers.command_line import contents, flags, invoke
+from tests.helpers.models import build, edit_tensors, llama_config, load_base, start_options
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 from tests.initialization.test_init import perturb
 from tests.merging.test_merge import STOCK, TARGETS, tied_llama, trained
-from tests.models import build, edit_tensors, llama_config, load_base, start_options
-from tests.texts import save_tokenizer, text_rows, write_rows
 
 FILE = "adapter_model.safetensors"
 LORA = peft.LoraConfig

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.models import llama_config
+from tests.helpers.models import llama_config
 
 __all__ = ["EXAMPLES", "base_in", "examples", "sums", "unfolded"]
 
@@ -112,7 +112,7 @@ def main() -> None:
     """Write the examples of this version."""
     import surgery
     from surgery.storage.format_version import FORMAT_VERSION
-    from tests.models import distance
+    from tests.helpers.models import distance
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import surgery
 from surgery.converters.report import ConvertReport
 from tests.converters.test_convert import dense
-from tests.models import load_base, save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import load_base, save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 __all__ = ["output_errors"]
 

@@ -18,8 +18,8 @@ import surgery
 from surgery.adapters.adapter import WEIGHTS_FILE
 from surgery.errors import AdapterError, MethodError, OutputError
 from surgery.storage.safetensors_write import write_tensors
-from tests.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -16,7 +16,7 @@ from surgery.converters.figures import converted_sites, largest_difference, squa
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta, LowRank
 from tests.converters.test_convert import trained
-from tests.models import load_base
+from tests.helpers.models import load_base
 
 # Out, in, ranks of old and new: thin, flat, wider than a block of columns, and layers of one number.
 SHAPES = [(1, 1, 1, 1), (30, 17, 4, 3), (17, 30, 5, 0), (1, 23, 1, 2), (23, 1, 3, 1), (16, 16, 16, 16)]

@@ -18,7 +18,7 @@ from surgery.errors import MethodError, WrongBaseError
 from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
 from tests.converters.test_convert import WEIGHTS, dense, trained
-from tests.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
+from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 
 
 @pytest.fixture

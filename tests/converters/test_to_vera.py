@@ -21,8 +21,8 @@ from surgery.converters.vera_random import fitted_vectors
 from surgery.errors import MethodError
 from tests.adapters.test_stock_types import randomise
 from tests.converters.test_convert import WEIGHTS, dense, logits, trained
-from tests.models import load_base, relative_difference, save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import load_base, relative_difference, save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 MODEL = "base_model.model."
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults.campaign import FAULTS, KILL, OPERATIONS, Rehearsal
 from tests.faults.tracing import available
-from tests.isolated import Place, import_everything
+from tests.helpers.isolated import Place, import_everything
 
 RACES = 6
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.faults.tracing import Call, Decision, follow, let_trace
 from tests.fuzz.campaign import faults_of
-from tests.isolated import Limits, Outcome, Place, outcome, run, run_and_learn, start
+from tests.helpers.isolated import Limits, Outcome, Place, outcome, run, run_and_learn, start
 
 __all__ = ["FAULTS", "OPERATIONS", "Finding", "Operation", "Rehearsal"]
 

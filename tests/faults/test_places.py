@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.models.base_model import BaseModel
 from surgery.storage import safetensors_read as tensor_files
-from tests.command_line import contents, invoke
+from tests.helpers.command_line import contents, invoke
 from tests.security.conftest import Folders
 
 WEIGHTS = "adapter_model.safetensors"
@@ -106,7 +106,7 @@ def test_base_that_changes_between_two_tensors(
 def make_hira(folders: Folders) -> None:
     import peft
 
-    from tests.models import load_base
+    from tests.helpers.models import load_base
 
     shutil.rmtree(folders.lora)
     model: Any = peft.get_peft_model(load_base(folders.model), peft.HiraConfig(r=2, target_modules=["q_proj"]))

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.isolated import Limits, Place, import_everything
+from tests.helpers.isolated import Limits, Place, import_everything
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         import_everything(Path(folder) / "cache")
         from tests.fuzz.campaign import Campaign, table
         from tests.fuzz.specimens import make_specimens
-        from tests.hub.guard import sitecustomize
+        from tests.helpers.guard import sitecustomize
 
         for owner, attribute, checked in sitecustomize.guards():
             setattr(owner, attribute, checked)

@@ -22,7 +22,7 @@ from tests.fuzz.files import mutate_file
 from tests.fuzz.jsons import mutate_json
 from tests.fuzz.scenarios import SCENARIOS, Scenario
 from tests.fuzz.tensors import mutate_header, mutate_tensors
-from tests.isolated import Limits, Outcome, Place, confine, outcome, run, run_and_learn, run_here, snapshot
+from tests.helpers.isolated import Limits, Outcome, Place, confine, outcome, run, run_and_learn, run_here, snapshot
 
 __all__ = ["Campaign", "Mutant", "Verdict", "faults_of"]
 

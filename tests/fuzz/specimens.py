@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 
 import surgery
-from tests.models import VOCAB, llama_config, load_base, spread
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import VOCAB, llama_config, load_base, spread
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 __all__ = ["ADAPTERS", "BASES", "make_specimens"]
 

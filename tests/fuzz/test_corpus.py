@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.command_line import contents, invoke
 from tests.fuzz.campaign import faults_of
 from tests.fuzz.specimens import make_specimens
 from tests.fuzz.tensors import join, split
-from tests.isolated import Outcome
+from tests.helpers.command_line import contents, invoke
+from tests.helpers.isolated import Outcome
 
 WEIGHTS, CONFIG, ADAPTER_CONFIG = "adapter_model.safetensors", "config.json", "adapter_config.json"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fuzz.campaign import SECRET, faults_of
 from tests.fuzz.jsons import mutate_json
-from tests.isolated import Outcome
+from tests.helpers.isolated import Outcome
 
 ROOT = Path(__file__).parents[2]
 MUTANTS = 200

@@ -17,9 +17,9 @@ import surgery
 from surgery.errors import CheckpointError, DataError, MethodError
 from surgery.initialization.gradient_start import _moved
 from surgery.models.sites import select_sites, target_modules
-from tests.models import VOCAB, build, labelled_inputs, load_base, spread
-from tests.reference import angle, own_loss, spectrum, true_gradients
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import VOCAB, build, labelled_inputs, load_base, spread
+from tests.helpers.reference import angle, own_loss, spectrum, true_gradients
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 RANK = 4
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 import surgery
 from surgery.methods.catalogue import METHODS
-from tests.models import distance, load_base, model_inputs, output, relative_difference, start_options
+from tests.helpers.models import distance, load_base, model_inputs, output, relative_difference, start_options
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
 # Exact zero by construction, except where the frozen bases are regenerated (tested further down).
@@ -78,7 +78,7 @@ torch.set_num_threads(int(sys.argv[3]))
 import surgery
 from pathlib import Path
 from peft import PeftModel
-from tests.models import load_base, model_inputs, output
+from tests.helpers.models import load_base, model_inputs, output
 model = PeftModel.from_pretrained(load_base(Path(sys.argv[1])), sys.argv[2]).double().eval()
 with torch.no_grad():
     torch.save(output(model, model_inputs(sys.argv[5])), sys.argv[4])

@@ -20,9 +20,9 @@ from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular
 from surgery.display.heat_maps import short_number, short_roles
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
 from surgery.storage import safetensors_read as tensor_files
-from tests.command_line import contents, invoke
+from tests.helpers.command_line import contents, invoke
+from tests.helpers.models import edit_tensors, llama_config, load_base
 from tests.merging.test_merge import trained
-from tests.models import edit_tensors, llama_config, load_base
 
 FILE = "adapter_model.safetensors"
 

@@ -11,7 +11,7 @@ import torch
 
 from surgery.linalg import token_products
 from surgery.linalg.token_products import TokenProduct, leading_svd
-from tests.reference import angle
+from tests.helpers.reference import angle
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -19,10 +19,19 @@ import surgery
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError, SurgeryError, WrongBaseError
 from surgery.merging import folder as merged_folder
 from tests.adapters.test_stock_types import randomise
-from tests.command_line import contents, invoke
+from tests.helpers.command_line import contents, invoke
+from tests.helpers.models import (
+    build,
+    edit_tensors,
+    llama_config,
+    load_base,
+    model_inputs,
+    output,
+    relative_difference,
+    spread,
+)
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 from tests.initialization.test_init import perturb
-from tests.models import build, edit_tensors, llama_config, load_base, model_inputs, output, relative_difference, spread
-from tests.texts import save_tokenizer, text_rows, write_rows
 
 TARGETS = {
     "bert": ["query", "dense"],

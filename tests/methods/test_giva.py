@@ -18,10 +18,18 @@ from surgery.methods import giva
 from surgery.methods.giva import GiVA, GivaConfig, heights_of
 from surgery.models.sites import Site, select_sites
 from surgery.peft_types.layer import AdapterLayer
+from tests.helpers.models import (
+    build,
+    labelled_inputs,
+    load_base,
+    minilm_folder,
+    model_inputs,
+    output,
+    relative_difference,
+)
+from tests.helpers.reference import Spectrum, angle, own_loss, spectrum, true_gradients
+from tests.helpers.texts import docstring_rows, write_rows
 from tests.initialization.test_init import perturb
-from tests.models import build, labelled_inputs, load_base, minilm_folder, model_inputs, output, relative_difference
-from tests.reference import Spectrum, angle, own_loss, spectrum, true_gradients
-from tests.texts import docstring_rows, write_rows
 
 # (model, how its fused layers are split)
 MODELS: dict[str, tuple[str, dict[str, int] | None]] = {

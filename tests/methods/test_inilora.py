@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import surgery
 from surgery.methods.inilora import IniloraConfig
-from tests.models import load_base
+from tests.helpers.models import load_base
 
 
 def factors(adapter: surgery.Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -91,7 +91,7 @@ def test_variants_are_seeded_and_distributed_as_published(model_folder) -> None:
 
 def test_regenerated_variants_depend_on_the_seed_not_the_base(model_folder, tmp_path: Path) -> None:
     """-alpha and -beta without bases open on any weights of the same shape: nothing of theirs comes from the base."""
-    from tests.models import save_model
+    from tests.helpers.models import save_model
 
     surgery.init(model_folder("llama"), "inilora-beta", tmp_path / "out", store_bases=False)
     other = save_model("llama", tmp_path / "other", seed=9)

@@ -11,7 +11,7 @@ from peft import HiraConfig, PeftModel, get_peft_model
 
 import surgery
 from surgery.methods.smoa import split_rank
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.helpers.models import load_base, model_inputs, output, relative_difference
 
 
 def trained(folder: Path, out: Path, **options):

@@ -10,7 +10,7 @@ from peft import PeftModel, VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
 import surgery
-from tests.models import load_base
+from tests.helpers.models import load_base
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "t5"])

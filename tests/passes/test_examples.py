@@ -19,9 +19,9 @@ import surgery
 from surgery.errors import DataError
 from surgery.models.base_model import BaseModel
 from surgery.passes.examples import batches, labels_in, read_examples
-from tests.models import build, load_base
-from tests.reference import own_loss
-from tests.texts import END, MASK, PAD, save_tokenizer, text_rows, write_rows
+from tests.helpers.models import build, load_base
+from tests.helpers.reference import own_loss
+from tests.helpers.texts import END, MASK, PAD, save_tokenizer, text_rows, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from surgery.errors import AdapterError, MethodError
 from surgery.models.sites import linear_sites
 from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
+from tests.helpers.models import VOCAB, build, labelled_inputs, load_base, spread
 from tests.merging.test_merge import TARGETS, trained
-from tests.models import VOCAB, build, labelled_inputs, load_base, spread
 
 KINDS = ["llama", "gpt2", "t5", "vit", "bert"]
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}

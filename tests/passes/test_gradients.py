@@ -16,8 +16,8 @@ from surgery.errors import MethodError
 from surgery.models.sites import Site, select_sites, site_of
 from surgery.passes.gradients import gradients
 from surgery.training import gradients as passes
-from tests.models import build, labelled_inputs
-from tests.reference import angle, own_loss, spectrum, true_gradients
+from tests.helpers.models import build, labelled_inputs
+from tests.helpers.reference import angle, own_loss, spectrum, true_gradients
 
 KINDS = ("llama", "gpt2", "t5", "vit")
 

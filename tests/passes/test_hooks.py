@@ -22,8 +22,8 @@ from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, fidelity
 from surgery.passes.hooks import applied
 from surgery.passes.moments import gather_moments
+from tests.helpers.models import load_base, relative_difference
 from tests.merging.test_merge import outputs, tied_llama, trained
-from tests.models import load_base, relative_difference
 from tests.passes.test_fidelity import ragged
 
 CASES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from surgery.passes import rebuilding
 from surgery.passes.gradients import gradients
 from surgery.passes.rebuilding import is_rebuildable, rebuild
 from surgery.training import gradients as passes
-from tests.models import build, labelled_inputs
-from tests.reference import own_loss
+from tests.helpers.models import build, labelled_inputs
+from tests.helpers.reference import own_loss
 
 # Inputs of adapted layers, and how many of them a pass has to hold: those that no gradient reaches, of the first
 # block's queries, keys and values.

@@ -17,7 +17,7 @@ from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.inilora import IniloraConfig
 from surgery.methods.smoa import SmoaConfig
 from surgery.peft_types.layer import AdapterLayer
-from tests.models import load_base, model_inputs, output, relative_difference
+from tests.helpers.models import load_base, model_inputs, output, relative_difference
 
 METHODS = ("inilora", "frod", "smoa")
 KINDS = ("llama", "gpt2")

@@ -12,8 +12,8 @@ import transformers
 from peft import PeftModel
 
 import surgery
+from tests.helpers.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.initialization.test_init import perturb
-from tests.models import load_base, model_inputs, output, relative_difference, start_options
 
 METHODS = ("vera", "giva", "inilora", "frod", "smoa")
 
@@ -169,7 +169,7 @@ def test_adapter_with_a_head_opens_by_its_own_defaults(model_folder, tmp_path: P
 
 def test_what_the_checkpoint_lacks_is_the_same_at_every_load(tmp_path: Path) -> None:
     """A masked-LM checkpoint has no pooler: a classifier on it would find another one each time."""
-    from tests.models import build
+    from tests.helpers.models import build
 
     masked = transformers.BertForMaskedLM(build("bert").config)
     masked.save_pretrained(tmp_path / "masked")

@@ -15,7 +15,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.converters.calibration import StoredMoments
 from surgery.models.base_model import BaseModel
 from surgery.passes.moments import Moments
-from tests.models import edit_tensors, llama_config, save_model, spread
+from tests.helpers.models import edit_tensors, llama_config, save_model, spread
 from tests.properties.examples import Layer, changes_of, generator, lora, lora_of, name_of, relative_error
 
 SCALES = [1e-8, 1e-4, 1.0, 1e4, 1e8]

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 import surgery
 from surgery.adapters.adapter import Adapter
 from tests.converters.test_convert import trained
-from tests.models import load_base, model_inputs, output, relative_difference, start_options
+from tests.helpers.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.properties.examples import SEEDS, examples, generator
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}

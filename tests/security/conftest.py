@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.hub.conftest import make_adapter
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
+from tests.publishing.conftest import make_adapter
 
 BASE = "org/base"
 

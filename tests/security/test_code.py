@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import CheckpointError
-from tests.command_line import invoke
 from tests.fuzz.files import Canary
+from tests.helpers.command_line import invoke
 from tests.security.conftest import Folders
 from tests.training.test_train_resume import stopped
 

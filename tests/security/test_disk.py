@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.command_line import contents, invoke
+from tests.helpers.command_line import contents, invoke
 from tests.security.conftest import Folders
 
 SECRET = "a-secret-of-the-user"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from tests.command_line import invoke
+from tests.helpers.command_line import invoke
 from tests.security.conftest import Folders
 
 COMMANDS = list(Folders(Path()).commands())

@@ -13,10 +13,10 @@ from huggingface_hub import constants
 import surgery
 from surgery.errors import CheckpointError
 from surgery.storage.hub_cache import local_folder
-from tests.command_line import invoke
-from tests.hub.conftest import make_adapter
-from tests.hub.loopback import OWNER, STRANGER, Hub
-from tests.models import load_base, model_inputs, output
+from tests.helpers.command_line import invoke
+from tests.helpers.loopback import OWNER, STRANGER, Hub
+from tests.helpers.models import load_base, model_inputs, output
+from tests.publishing.conftest import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

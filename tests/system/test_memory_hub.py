@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from benchmarks.push import LIMIT, PART, made
-from tests.hub.conftest import ROOT
-from tests.hub.loopback import OWNER, Hub
+from tests.helpers.loopback import OWNER, Hub
+from tests.publishing.conftest import ROOT
 
 
 def test_200_megabytes(hub: Hub, tmp_path: Path, fresh) -> None:

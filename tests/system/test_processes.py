@@ -15,9 +15,9 @@ import transformers
 
 import surgery
 from surgery.system.processes import Processes, processes
-from tests.models import build, spread
-from tests.reference import angle
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import build, spread
+from tests.helpers.reference import angle
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
 CLASSIFIER = {"task": "seq-cls"}

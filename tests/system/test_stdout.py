@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import surgery
-from tests.models import save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 
 def test_settings_that_tokenizers_does_not_know_are_not_printed(

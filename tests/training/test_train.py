@@ -21,9 +21,9 @@ from surgery.cli.main import cli
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
 from surgery.methods.catalogue import METHODS, method_for_config, training_rate
 from surgery.training.preparing import trained_parameters
-from tests.command_line import contents, invoke
-from tests.models import load_base, save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.command_line import contents, invoke
+from tests.helpers.models import load_base, save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 STEPS, BATCH, LR = 6, 4, 1e-2
 QUICK: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "lr": LR}

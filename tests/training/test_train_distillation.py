@@ -23,8 +23,8 @@ from surgery.training.packed_codes import CodeTraining
 from surgery.training.preparing import Prepared, base_for, prepare
 from surgery.training.recovery import distil
 from surgery.training.settings import TrainSettings
-from tests.models import save_model
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 ADAPTERS = {"llama": ("vera", "inilora"), "bert": ("vera", "giva")}
 

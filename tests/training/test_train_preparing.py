@@ -13,8 +13,8 @@ import surgery
 from surgery.errors import AdapterError
 from surgery.methods.catalogue import METHODS
 from surgery.training.preparing import trained_parameters
-from tests.models import build, labelled_inputs, load_base, save_model, start_options
-from tests.texts import save_tokenizer, text_rows, write_rows
+from tests.helpers.models import build, labelled_inputs, load_base, save_model, start_options
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 # PEFT type -> what trains, as the methods' papers say.
 PARTS = {

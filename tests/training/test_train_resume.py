@@ -19,9 +19,9 @@ import surgery
 from surgery.errors import MethodError, OutputError
 from surgery.training.interruption import TrainingInterrupted
 from surgery.training.run_folder import Unfinished
-from tests.models import save_model
+from tests.helpers.models import save_model
+from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 from tests.system.test_processes import launch
-from tests.texts import save_tokenizer, text_rows, write_rows
 
 STEPS = 60
 OPTIONS = {"steps": STEPS, "batch_size": 8, "lr": 3e-3, "save_every": 10, "seed": 5}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import HubError
 from surgery.publishing.private import redacted, without_paths
-from tests.command_line import invoke
-from tests.hub.conftest import make_adapter
-from tests.hub.loopback import OWNER, Hub
+from tests.helpers.command_line import invoke
+from tests.helpers.loopback import OWNER, Hub
+from tests.publishing.conftest import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 REPO, BASE = "org/small", "bases/llama"

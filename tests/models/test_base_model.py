@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from surgery.models.base_model import BaseModel
-from tests.models import load_base, save_model
+from tests.helpers.models import load_base, save_model
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
 

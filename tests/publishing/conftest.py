@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import constants, hf_api
 
 import surgery
-from tests.hub.guard import sitecustomize
-from tests.hub.loopback import OWNER, Hub
-from tests.models import load_base, start_options
+from tests.helpers.guard import sitecustomize
+from tests.helpers.loopback import OWNER, Hub
+from tests.helpers.models import load_base, start_options
 
 ROOT = Path(__file__).parents[2]
 KINDS = {

@@ -20,8 +20,8 @@ import transformers
 import yaml
 
 from surgery.cli.main import cli
-from tests.command_line import invoke
-from tests.models import minilm_folder
+from tests.helpers.command_line import invoke
+from tests.helpers.models import minilm_folder
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -12,7 +12,7 @@ from surgery.errors import TargetError
 from surgery.methods.inilora import IniloraConfig
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import linear_sites, select_sites, target_modules, unsupported_modules
-from tests.models import build, llama_config
+from tests.helpers.models import build, llama_config
 
 
 def matched_by_peft(model: nn.Module, targets: list[str]) -> set[str]:

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import VOCAB
+from tests.helpers.models import VOCAB
 
 PAD, UNK, END, MASK, FIRST = 0, 1, 2, 3, 4
 SPECIAL = {"<pad>": PAD, "<unk>": UNK, "<end>": END, "<mask>": MASK}

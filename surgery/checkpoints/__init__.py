@@ -1,1 +1,0 @@
-"""Files: base weights read one tensor at a time, adapter folders read and written whole."""

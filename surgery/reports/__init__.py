@@ -1,1 +1,0 @@
-"""What surgery tells about its results: the `Report`, and its tables."""
