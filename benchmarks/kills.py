@@ -81,7 +81,7 @@ def _prepare() -> None:
     """All imports, before anything is forked; one thread, as threads do not outlive a fork."""
     import torch
 
-    from surgery.checkpoints import parts
+    from surgery.storage import resume as parts
 
     for module in (
         "transformers.models.llama.modeling_llama",

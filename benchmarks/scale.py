@@ -187,7 +187,7 @@ def work(name: str, place: str, layers: int, kept: str) -> Measured:
 
     import surgery
     from surgery import conversion, initialization, inspection, merging
-    from surgery.checkpoints import parts
+    from surgery.storage import resume as parts
 
     transformers.logging.set_verbosity_error()
     assert transformers.LlamaForCausalLM and transformers.BertModel and peft.PeftModel

@@ -12,12 +12,12 @@ from surgery.adapters.fitting import located
 from surgery.adapters.source import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError
-from surgery.initialization.gradient_start import on_device
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches
 from surgery.passes.gradients import Progress
 from surgery.passes.hooks import applied
+from surgery.passes.loaded_model import on_device
 from surgery.passes.moments import Moments, gather_moments, moment_bytes
 from surgery.storage.atomic_file import atomic_file
 from surgery.storage.safetensors_read import read_tensor, tensor_names

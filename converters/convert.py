@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.adapter import WEIGHTS_FILE, Adapter, identity_of
+from surgery.adapters.adapter import Adapter, identity_of
 from surgery.adapters.contents import refuse_output_biases
+from surgery.adapters.names import WEIGHTS_FILE
 from surgery.adapters.source import Source
 from surgery.converters.figures import converted_sites, largest_difference, overall
 from surgery.converters.report import ConvertReport
@@ -25,6 +26,7 @@ from surgery.storage.resume import Parts, run_key
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.memory import release_freed
+from surgery.version import __version__
 
 __all__ = ["FORMS", "convert"]
 
@@ -272,8 +274,6 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
         config["target_modules"] = sorted(result.ranks)
     config.update(result.config)
     config["inference_mode"] = True
-    from surgery import __version__
-
     given = {name: value for name, value in vars(options.budget).items() if value is not None}
     provenance = {
         "format_version": 1,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Source
 from surgery.converters.report import ConvertedSite
 from surgery.converters.request import Result

@@ -9,9 +9,9 @@ import torch
 
 from surgery.adapters.source import Change, Source
 from surgery.converters.request import Request
-from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.linalg.metric import MetricSVD, energy_rank, greedy_ranks, metric_svd
+from surgery.system.text import human_bytes
 
 __all__ = ["Spectra", "changes_of", "decomposed", "entry_bytes"]
 

@@ -18,11 +18,11 @@ from surgery.adapters.source import Change, Source
 from surgery.converters.calibration import Calibration, StoredMoments, carried_in
 from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
-from surgery.initialization.gradient_start import GradientSettings, load_model, prepared
 from surgery.models.base_model import BaseModel
-from surgery.models.tying import with_labels
+from surgery.models.labels import with_labels
 from surgery.passes.examples import Examples, read_examples
 from surgery.passes.fidelity import Applied, fidelity
+from surgery.passes.loaded_model import RunSettings, load_model, prepared
 from surgery.storage.resume import file_identities
 
 __all__ = ["Base", "DataSettings", "Measured"]
@@ -234,7 +234,7 @@ class Base:
             )
             calibration, held_out, notes = _divided(examples, settings.samples)
             heads = _of_other_shapes(base, _brought(source.adapter, source.contents, base))
-            model = load_model(base, GradientSettings(seed=settings.seed, device=self.device), heads)
+            model = load_model(base, RunSettings(seed=settings.seed, device=self.device), heads)
             self._stack.enter_context(prepared(model, False, examples))
             self._loaded = (base, model, calibration, held_out, notes)
         return self._loaded[1:]

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX
 from surgery.adapters.fingerprint import Fingerprint
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.frod_fit import Problem, fit_role
 from surgery.converters.request import Request, Result
 from surgery.converters.type_config import own_keys
-from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.linalg.joint import joint_basis, right_inverse_transposed
 from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, narrow_positions, nonzeros
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.text import human_bytes
 
 __all__ = ["to_frod"]
 

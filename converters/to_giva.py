@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.packing import CODES, FACTORS, PLAIN, SCALES
 from surgery.adapters.source import Change, Source
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
-from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.text import human_bytes
 
 __all__ = ["to_giva"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.ranks import Spectra, changes_of, decomposed, entry_bytes
 from surgery.converters.request import Request, Result

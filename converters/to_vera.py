@@ -13,18 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.ranks import changes_of, decomposed
 from surgery.converters.request import Budget, Request, Result
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys, targets_of
 from surgery.converters.vera_random import random_basis
-from surgery.display.tables import human_bytes
 from surgery.errors import MethodError
 from surgery.linalg.metric import MetricSVD, energy_rank, greedy_ranks
 from surgery.methods.vera import METHODS
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.text import human_bytes
 
 __all__ = ["to_vera"]
 

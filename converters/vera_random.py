@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.request import Metric, Request, Result
 from surgery.converters.type_config import own_keys, targets_of

@@ -16,7 +16,8 @@ import transformers
 from sample import sample, train_lora
 
 import surgery
-from surgery.display.tables import human_bytes, table
+from surgery.display.tables import table
+from surgery.system.text import human_bytes
 
 RATIOS = (80, 40, 20, 10)
 

@@ -18,8 +18,9 @@ from peft import PeftModel
 from tqdm import tqdm
 
 import surgery
-from surgery.display.tables import human_bytes, table
+from surgery.display.tables import table
 from surgery.methods.catalogue import METHODS
+from surgery.system.text import human_bytes
 
 
 def minilm() -> Path:

@@ -7,10 +7,11 @@ the two is imported first. It imports neither torch nor peft by itself.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import wrapt
+
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery import errors
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from surgery.converters.convert import convert
     from surgery.initialization.init import init
     from surgery.initialization.report import Report
-    from surgery.inspection.inspect import Inspection, inspect
+    from surgery.inspection.inspect import inspect
+    from surgery.inspection.report import Inspection
     from surgery.merging.merge import merge
     from surgery.merging.report import MergeReport
     from surgery.models.base_model import BaseModel
@@ -53,13 +55,11 @@ __all__ = [
     "trainable",
 ]
 
-__version__ = version("adapter-surgery")
-
 _HOMES = {
     "Adapter": "surgery.adapters.adapter",
     "BaseModel": "surgery.models.base_model",
     "Comparison": "surgery.comparison.report",
-    "Inspection": "surgery.inspection.inspect",
+    "Inspection": "surgery.inspection.report",
     "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",
     "Report": "surgery.initialization.report",

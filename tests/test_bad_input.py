@@ -24,7 +24,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import surgery
-from surgery.checkpoints import adapter as adapter_files
+from surgery.adapters import adapter as adapter_files
 from surgery.cli.main import main
 from surgery.errors import (
     AdapterError,

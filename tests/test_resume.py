@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.checkpoints import parts as parts_module
 from surgery.errors import SurgeryError
+from surgery.storage import resume as parts_module
 from surgery.storage.atomic_folder import PartialFolder
 from surgery.storage.resume import Parts
 from tests.converters.test_convert import trained

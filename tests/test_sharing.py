@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import surgery
-from surgery.checkpoints import parts as parts_module
 from surgery.errors import CheckpointError, OutputError
+from surgery.initialization import init as initialization
 from surgery.initialization.weight_start import Sharing
-from surgery.initialization_ import init as initialization
+from surgery.storage import resume as parts_module
 from surgery.system import devices
 from surgery.system.processes import Processes
 from tests.helpers.command_line import contents

@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from surgery.adapters.config_schema import check_adapter_config
 from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.names import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_PREFIX,
+    PICKLE_FILE,
+    PROVENANCE_FILE,
+    TUNER_PREFIX,
+    WEIGHTS_FILE,
+    TensorNames,
+)
 from surgery.adapters.packing import is_packed, packed, unpacked
 from surgery.errors import AdapterError, CheckpointError, OutputError
-from surgery.models.config_limits import check_adapter_config, check_files, check_link
 from surgery.storage.atomic_folder import atomic_folder
+from surgery.storage.folder_checks import check_files, check_link
 from surgery.storage.format_version import check_format_version
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.resume import file_identities
@@ -25,15 +36,7 @@ from surgery.system.threads import one_torch_thread
 if TYPE_CHECKING:
     from surgery.deltas.operators import Delta
 
-__all__ = ["CONFIG_FILE", "PROVENANCE_FILE", "WEIGHTS_FILE", "Adapter", "bits_equal", "identity_of"]
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-PROVENANCE_FILE = "surgery.json"
-CARD_FILE = "README.md"
-MODEL_PREFIX = "base_model.model."
-TUNER_PREFIX = "base_model."
+__all__ = ["Adapter", "bits_equal", "identity_of"]
 
 
 class Adapter:
@@ -64,7 +67,7 @@ class Adapter:
         self.card = card
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
-        self._sorted = _Names([])
+        self._sorted = TensorNames([])
 
     @classmethod
     def open(cls, adapter: str | Path) -> Adapter:
@@ -145,11 +148,11 @@ class Adapter:
         return self._names.foreign
 
     @property
-    def _names(self) -> _Names:
+    def _names(self) -> TensorNames:
         # Sorted once for all layers, and anew where a caller has added tensors or taken some away.
         listed = list(self.tensors)
         if listed != self._sorted.listed:
-            self._sorted = _Names(listed)
+            self._sorted = TensorNames(listed)
         return self._sorted
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
@@ -249,21 +252,6 @@ def identity_of(adapter: Adapter, given: Any) -> Any:
     return digest.hexdigest()
 
 
-class _Names:
-    """The names of a file's tensors: by module and short name, and the modules by the short names that they have."""
-
-    def __init__(self, listed: list[str]) -> None:
-        self.listed = listed
-        self.by_module: dict[str, dict[str, str]] = {}
-        self.holders: dict[str, list[str]] = {}
-        for name in listed:
-            stem = name.removeprefix(MODEL_PREFIX if name.startswith(MODEL_PREFIX) else TUNER_PREFIX)
-            module, short = _split_name(stem)
-            self.by_module.setdefault(module, {})[short] = name
-            self.holders.setdefault(short, []).append(module)
-        self.foreign = foreign_format(listed)
-
-
 def _without_config(folder: Path) -> str:
     """What a folder without a PEFT configuration is, as far as its files tell."""
     if (folder / "config.json").is_file():
@@ -273,13 +261,6 @@ def _without_config(folder: Path) -> str:
         if found is not None:
             return f"{path.name} is no PEFT adapter: {found}"
     return "this is not an adapter folder"
-
-
-def _split_name(stem: str) -> tuple[str, str]:
-    """A tensor's module and its name there."""
-    module, _, short = stem.rpartition(".")
-    outer, _, last = module.rpartition(".")
-    return (outer, f"{last}.{short}") if last.startswith("lora_") else (module, short)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

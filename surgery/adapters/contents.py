@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.lora import BIAS_NAME, refuse_variants
+from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.stock_types import REFUSED, STOCK, StockType
 from surgery.errors import AdapterError, listing
 from surgery.methods.base import OwnMethod, Role
-from surgery.methods.catalogue import METHODS, OWN_TYPES, method_for_type
+from surgery.methods.catalogue import METHODS, OWN_TYPES
+from surgery.methods.registry import method_for_type
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from surgery.adapters.weight_change import in_float32, own_config, own_delta, sh
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Role, Tensors
-from surgery.methods.catalogue import method_for_type
+from surgery.methods.registry import method_for_type
 from surgery.methods.vera import projections
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site

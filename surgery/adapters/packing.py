@@ -1,10 +1,11 @@
 """GiVA adapters in few bits: all layers' integer factors in one coded tensor, and back.
 
 A packed file holds `base_model.giva_codes` (uint8: the integers and scales of all layers, entropy-coded, see
-`surgery.codec.factors`), in the order of the names in the configuration's `packed`, which says `[out, in, rank]` of each
-layer. Scales that are on no grid, since they have been trained, are in `base_model.giva_s` instead, and `o` is in the
-file where it is not all ones. In memory every layer has its `giva_A`, `giva_B`, `giva_s` and `giva_o` as any other GiVA
-adapter. With 16 or 32 `bits` the factors are plain floats, all in one `base_model.giva_factors`, beside `giva_s`.
+`surgery.codec.factors`), in the order of the names in the configuration's `packed`, which says `[out, in, rank]` of
+each layer. Scales that are on no grid, since they have been trained, are in `base_model.giva_s` instead, and `o` is
+in the file where it is not all ones. In memory every layer has its `giva_A`, `giva_B`, `giva_s` and `giva_o` as any
+other GiVA adapter. With 16 or 32 `bits` the factors are plain floats, all in one `base_model.giva_factors`, beside
+`giva_s`.
 """
 
 from __future__ import annotations

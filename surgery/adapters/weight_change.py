@@ -13,7 +13,7 @@ from surgery.adapters.stock_types import STOCK
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.methods.base import OwnMethod, Role, Tensors
-from surgery.methods.catalogue import method_for_type
+from surgery.methods.registry import method_for_type
 from surgery.models.sites import Site
 from surgery.system.threads import one_torch_thread
 

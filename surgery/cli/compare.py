@@ -10,9 +10,9 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
-from surgery.display.tables import human_bytes
 from surgery.errors import listing
 from surgery.storage.hub_cache import check_names
+from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
     from surgery.comparison.report import ComparedAdapter, ComparedSite, Comparison, Costs

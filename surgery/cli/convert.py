@@ -10,8 +10,8 @@ import click
 
 from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
-from surgery.display.tables import human_bytes
 from surgery.storage.hub_cache import check_names
+from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
     from surgery.converters.report import ConvertReport

@@ -18,10 +18,10 @@ from surgery.cli.options import (
     task_option,
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
-from surgery.display.tables import human_bytes
 from surgery.errors import listing
 from surgery.methods.catalogue import METHODS
 from surgery.storage.hub_cache import check_names
+from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
     from surgery.initialization.report import Report

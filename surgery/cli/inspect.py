@@ -8,12 +8,12 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
-from surgery.display.tables import human_bytes
 from surgery.errors import listing
 from surgery.storage.hub_cache import check_names
+from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
-    from surgery.inspection.inspect import InspectedRole, InspectedSite, Inspection
+    from surgery.inspection.report import InspectedRole, InspectedSite, Inspection
 
 
 @click.command("inspect")

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from surgery import __version__
 from surgery.cli.output import printable
 from surgery.errors import SurgeryError
-from surgery.publishing.private import redacted
+from surgery.system.redaction import redacted
+from surgery.version import __version__
 
 __all__ = ["cli", "main"]
 

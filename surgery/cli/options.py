@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from surgery.methods.catalogue import TASK_TABLE, method_info
+from surgery.methods.catalogue import method_info
+from surgery.models.tasks import TASK_TABLE
 
 __all__ = [
     "common_options",

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from surgery.display import tables
+from surgery.system.text import human_bytes
 
 __all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table", "written"]
 
@@ -28,7 +29,7 @@ def show_json(value: dict[str, Any]) -> None:
 
 def written(out: str | None, size: int) -> str:
     """What --quiet prints of an output: where it is, or after a dry run how large it would be."""
-    return out if out is not None else tables.human_bytes(size)
+    return out if out is not None else human_bytes(size)
 
 
 def note(text: str) -> None:

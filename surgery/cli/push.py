@@ -13,8 +13,8 @@ import click
 
 from surgery.cli.options import common_options, set_verbosity
 from surgery.cli.output import note, show, show_json, summary, table
-from surgery.display.tables import human_bytes
 from surgery.errors import listing
+from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
     from surgery.publishing.report import PushReport

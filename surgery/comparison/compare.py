@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.adapter import WEIGHTS_FILE, Adapter, bits_equal
+from surgery.adapters.adapter import Adapter, bits_equal
+from surgery.adapters.names import WEIGHTS_FILE
 from surgery.comparison.pair import Layer, Pair, Side, WithBias
 from surgery.comparison.report import (
     CarriedTensor,
@@ -23,11 +24,11 @@ from surgery.comparison.report import (
 )
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.initialization.gradient_start import GradientSettings, load_model, on_device, prepared
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
+from surgery.passes.loaded_model import RunSettings, load_model, on_device, prepared
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
@@ -100,7 +101,7 @@ def compare(
         raise MethodError("data says something about a model's answers: give the base model with --base")
     if dtype not in DTYPES:
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
-    settings = GradientSettings(samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device))
+    settings = RunSettings(samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device))
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 
@@ -116,7 +117,7 @@ def compare(
             found = _on_data(a, b, pair, data, settings, latency, progress)
     found.device = str(where)
     if plot is not None:
-        from surgery.display.heat_maps import draw_comparison
+        from surgery.comparison.picture import draw_comparison
 
         draw_comparison(found, Path(plot))
         found.out = str(plot)
@@ -125,7 +126,7 @@ def compare(
 
 
 def _on_data(
-    a: Any, b: Any, pair: Pair, data: str | Path, settings: GradientSettings, latency: bool, progress: Progress | None
+    a: Any, b: Any, pair: Pair, data: str | Path, settings: RunSettings, latency: bool, progress: Progress | None
 ) -> Comparison:
     base = pair.base
     assert base is not None
@@ -330,7 +331,7 @@ def _add_answers(found: Comparison, result: Fidelity) -> None:
     found.output_error = _ratio(math.sqrt(lost), math.sqrt(energy))
 
 
-def _costs(model: Any, pair: Pair, examples: Examples, settings: GradientSettings) -> Costs:
+def _costs(model: Any, pair: Pair, examples: Examples, settings: RunSettings) -> Costs:
     """Time and memory under PEFT, one form after the other on the same model."""
     from surgery.comparison.cost import loaded_cost
 

@@ -19,8 +19,8 @@ from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_TASKS, missing_modules
+from surgery.models.labels import with_labels
 from surgery.models.sites import Site, role_by_name
-from surgery.models.tying import with_labels
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["Layer", "Pair", "Side", "WithBias"]

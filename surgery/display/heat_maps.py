@@ -6,16 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from surgery.errors import MethodError, OutputError
 from surgery.storage.atomic_file import atomic_file
 
-if TYPE_CHECKING:
-    from surgery.comparison.report import Comparison
-    from surgery.inspection.inspect import InspectedSite, Inspection
-
-__all__ = ["Grid", "check_picture", "draw_comparison", "draw_grids", "draw_inspection", "short_number", "short_roles"]
+__all__ = ["Grid", "check_picture", "draw_grids", "short_number", "short_roles"]
 
 ENDINGS = (".png", ".svg", ".pdf")
 # Readable with every kind of colour vision, and in grey.
@@ -71,53 +67,6 @@ def check_picture(path: Path) -> None:
         raise OutputError(f"{path}: {'is a folder' if is_folder else 'its folder does not exist'}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise OutputError(f"{path}: its folder may not be written")
-
-
-def draw_inspection(inspection: Inspection, path: Path) -> None:
-    """Draw where a model's numbers, or an adapter's energy and ranks, are: layers by roles.
-
-    Raises:
-        MethodError: there is no layer to draw.
-        OutputError: the picture cannot be written.
-    """
-    sites = inspection.sites
-    if not sites:
-        raise MethodError(
-            f"{inspection.path}: has no layer to draw ({'; '.join(inspection.notes) or 'none is linear'})"
-        )
-    rows, roles = _places(sites)
-    grids = []
-    if any(site.energy is not None for site in sites):
-        what = "change |dW|²" if inspection.kind == "adapter" else "weights |W|²"
-        grids.append(_grid(f"share of the squared norm of the {what} (%)", sites, rows, roles, _energy, short_number))
-    if any(site.rank_95 is not None for site in sites):
-        grids.append(_grid("rank for 95 % of a layer's squared norm", sites, rows, roles, _rank, "{:.0f}".format))
-    if not grids:
-        grids.append(_grid("parameters (millions)", sites, rows, roles, _millions, "{:.3g}".format))
-    name = Path(inspection.path).resolve().name if os.path.isdir(inspection.path) else inspection.path
-    draw_grids(
-        grids, rows, short_roles(roles), f"{name}: {inspection.model_class or f'{inspection.peft_type} adapter'}", path
-    )
-
-
-def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw where two adapters differ: relative errors of weights, and of outputs where they were measured.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
-    sites = comparison.sites
-    rows, roles = _places(sites)
-    if any(site.weight_error is not None for site in sites):
-        title = "|dW_A - dW_B| / |dW_A| (%)"
-        grids = [_grid(title, sites, rows, roles, lambda site: _percent(site.weight_error), short_number)]
-    else:  # A changes nothing that errors could be relative to
-        grids = [_grid("|dW_A - dW_B|", sites, rows, roles, lambda site: site.difference, short_number)]
-    if any(site.output_error is not None for site in sites):
-        title = "the same of what is added to the outputs (%)"
-        grids.append(_grid(title, sites, rows, roles, lambda site: _percent(site.output_error), short_number))
-    names = [Path(name).name or name for name in (comparison.a, comparison.b)]
-    draw_grids(grids, rows, short_roles(roles), f"{names[1]} beside {names[0]}", path)
 
 
 def draw_grids(grids: Sequence[Grid], rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
@@ -177,22 +126,6 @@ def _grid(
 ) -> Grid:
     cells = {(OUTSIDE if site.layer is None else str(site.layer), site.role): value(site) for site in sites}
     return Grid(title, [[cells.get((row, role)) for role in roles] for row in rows], text)
-
-
-def _energy(site: InspectedSite) -> float | None:
-    return None if site.energy is None else 100 * site.energy
-
-
-def _percent(error: float | None) -> float | None:
-    return None if error is None else 100 * error
-
-
-def _rank(site: InspectedSite) -> float | None:
-    return site.rank_95
-
-
-def _millions(site: InspectedSite) -> float:
-    return site.parameters / 1e6
 
 
 def _draw(figure: Any, axes: Any, grid: Grid, rows: Sequence[str], columns: Sequence[str], numbers: bool) -> None:

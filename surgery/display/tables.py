@@ -5,18 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "summary", "table"]
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: `1.5 MiB`."""
-    if count < 1024:
-        return f"{int(count)} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        count /= 1024
-        if count < 1024 or unit == "TiB":
-            return f"{count:.1f} {unit}"
-    raise AssertionError("unreachable")
+__all__ = ["summary", "table"]
 
 
 def table(

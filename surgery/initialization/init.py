@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.adapters.adapter import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.names import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE
 from surgery.errors import DataError, MethodError, TargetError, listing
-from surgery.initialization.gradient_start import GradientRun, GradientSettings, gradient_run, is_file
+from surgery.initialization.gradient_start import GradientRun, gradient_run
 from surgery.initialization.report import Report, SiteReport
 from surgery.initialization.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 from surgery.methods.base import Method, OwnMethod
@@ -26,12 +27,14 @@ from surgery.models.heads import carried_modules, carried_tensors, missing_modul
 from surgery.models.live_model import LiveModel
 from surgery.models.sites import Site, target_modules, unsupported_modules
 from surgery.passes.examples import labels_in
+from surgery.passes.loaded_model import RunSettings, is_file
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key
 from surgery.storage.safetensors_read import read_tensors
 from surgery.system.devices import resolve_device, working_devices
 from surgery.system.processes import Processes, processes
+from surgery.version import __version__
 
 __all__ = ["init"]
 
@@ -327,10 +330,10 @@ def _opened(
     return base
 
 
-def _settings(plan: _Plan, device: torch.device, spread: bool) -> GradientSettings:
+def _settings(plan: _Plan, device: torch.device, spread: bool) -> RunSettings:
     names = ("samples", "batch_size", "max_length", "gradient_checkpointing")
     given = {name: plan.options[name] for name in names if name in plan.options}
-    return GradientSettings(dtype=plan.dtype, seed=plan.seed, device=device, spread=spread, **given)
+    return RunSettings(dtype=plan.dtype, seed=plan.seed, device=device, spread=spread, **given)
 
 
 def _examples_notes(plan: _Plan, device: torch.device) -> list[str]:
@@ -340,7 +343,7 @@ def _examples_notes(plan: _Plan, device: torch.device) -> list[str]:
 
 
 def _gradients(
-    plan: _Plan, wanted: tuple[int, dict[str, list[int]]], settings: GradientSettings, progress: Progress | None
+    plan: _Plan, wanted: tuple[int, dict[str, list[int]]], settings: RunSettings, progress: Progress | None
 ) -> GradientRun:
     """The gradients that a method starts from."""
     rank, parts = wanted
@@ -484,8 +487,6 @@ def _head_prefixes(config: Any) -> tuple[str, ...]:
 
 def _provenance(report: Report, plan: _Plan) -> dict[str, Any]:
     """`surgery.json`: how the adapter came about, without paths of the machine it was made on."""
-    from surgery import __version__
-
     base = plan.base
     # A Hub id says which model it was; of a folder only its own name is kept.
     name = base.folder.resolve().name if base.name and Path(base.name).is_dir() else base.name

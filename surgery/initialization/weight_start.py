@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.fingerprint import Fingerprint
+from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import MethodError, OutputError, SurgeryError
 from surgery.methods.base import Method, OwnMethod, Tensors
 from surgery.models.base_model import BaseModel

@@ -7,11 +7,12 @@ costs `N in out`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from surgery.linalg.low_rank import TruncatedSVD, orthonormal_to, svd_of_map, svd_of_product, truncated_svd
+from surgery.system.processes import Reduce
 
 __all__ = ["TokenProduct", "leading_svd"]
 
@@ -26,8 +27,6 @@ SKINNY = 1.6
 MISSING = 4e-3
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-# Sums a tensor over all processes, in place.
-Reduce = Callable[[torch.Tensor], None]
 
 
 class TokenProduct:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from surgery.display.tables import human_bytes
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
 from surgery.merging.plan import MergePlan
 from surgery.models.base_model import BaseModel
-from surgery.models.config_limits import check_link
+from surgery.storage.folder_checks import check_link
 from surgery.storage.resume import Parts
 from surgery.storage.safetensors_read import read_json
 from surgery.storage.safetensors_write import (
@@ -32,6 +31,7 @@ from surgery.storage.safetensors_write import (
     write_file,
 )
 from surgery.system.memory import release_freed
+from surgery.system.text import human_bytes
 
 __all__ = ["MergedFolder"]
 

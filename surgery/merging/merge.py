@@ -20,6 +20,7 @@ from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key
 from surgery.system.devices import resolve_device
+from surgery.version import __version__
 
 __all__ = ["merge"]
 
@@ -152,8 +153,6 @@ def _change_notes(report: MergeReport) -> list[str]:
 
 def _provenance(report: MergeReport) -> dict[str, Any]:
     """`surgery.json`: how the model came about, without paths of the machine it was made on."""
-    from surgery import __version__
-
     base = Path(report.base)
     return {
         "format_version": 1,

@@ -18,20 +18,12 @@ from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.merging.report import MergedSite
 from surgery.models.base_model import BaseModel
 from surgery.models.checkpoint_names import Source, parameter_sources
+from surgery.models.labels import raw_config, with_class, with_labels
 from surgery.models.sites import Site
-from surgery.models.tying import (
-    check_untied,
-    class_names,
-    raw_config,
-    tied_groups,
-    untied_config,
-    wants_untying,
-    with_class,
-    with_labels,
-)
+from surgery.models.tying import check_untied, tied_groups, untied_config, wants_untying
 from surgery.models.write_back import written_back
 
-__all__ = ["MergePlan"]
+__all__ = ["MergePlan", "class_names"]
 
 ROWS = 1024
 
@@ -331,3 +323,12 @@ def _base_note(adapter: Adapter, base: BaseModel) -> list[str]:
     if not named or named == given:
         return []
     return [f"the adapter names its base {named!r}, and is merged into {given!r}"]
+
+
+def class_names(adapter: Adapter) -> list[str] | None:
+    """The names of the classes of a head that was made with the adapter; None where they are numbers, or unknown."""
+    labels = adapter.provenance.get("labels")
+    if not isinstance(labels, list) or all(isinstance(label, int) for label in labels):
+        return None
+    names = [str(label) for label in labels]
+    return names if len(set(names)) == len(names) else None

@@ -16,34 +16,11 @@ from surgery.errors import MethodError
 if TYPE_CHECKING:
     from surgery.methods.base import Method
 
-# Task on the command line -> PEFT's task type, and transformers' table of model classes. PEFT knows no type for the
-# last three: its generic wrapper passes everything through.
-TASK_TABLE: dict[str, tuple[str | None, str]] = {
-    "causal-lm": ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-    "seq2seq-lm": ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
-    "seq-cls": ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
-    "token-cls": ("TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
-    "question-answering": ("QUESTION_ANS", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
-    "masked-lm": (None, "MODEL_FOR_MASKED_LM_MAPPING"),
-    "image-cls": (None, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
-    "feature-extraction": (None, "MODEL_MAPPING"),
-}
 
 # Options of `surgery init` for methods that need data.
 DATA_OPTIONS = frozenset({"data", "loss", "samples", "batch_size", "max_length", "gradient_checkpointing"})
 
-__all__ = [
-    "DATA_OPTIONS",
-    "METHODS",
-    "OWN_TYPES",
-    "TASK_TABLE",
-    "MethodInfo",
-    "method_for_config",
-    "method_for_type",
-    "method_info",
-    "method_named",
-    "training_rate",
-]
+__all__ = ["DATA_OPTIONS", "METHODS", "OWN_TYPES", "MethodInfo", "method_for_config", "method_info", "training_rate"]
 
 
 @dataclass(frozen=True)
@@ -225,16 +202,3 @@ def method_info(name: str) -> MethodInfo:
         return METHODS[name]
     except KeyError:
         raise MethodError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}") from None
-
-
-def method_named(name: str) -> Method:
-    """The method called `name`, with its formulas."""
-    return method_info(name).load()
-
-
-def method_for_type(peft_type: str) -> Method | None:
-    """The method that understands adapters of a PEFT type, or None."""
-    for info in METHODS.values():
-        if info.peft_type == peft_type:
-            return info.load()
-    return None

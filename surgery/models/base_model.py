@@ -13,10 +13,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from surgery.errors import CheckpointError, listing
-from surgery.methods.catalogue import TASK_TABLE
 from surgery.models.checkpoint_names import Source, parameter_sources
-from surgery.models.config_limits import check_files, check_model_config, limited_modules
+from surgery.models.config_limits import check_model_config, limited_modules
 from surgery.models.sites import Site, select_sites
+from surgery.models.tasks import TASK_TABLE
+from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.safetensors_read import TensorFiles, read_json
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.initialization.gradient_start import on_device, prepared
 from surgery.passes.examples import Examples, batches
 from surgery.passes.hooks import applied
+from surgery.passes.loaded_model import on_device, prepared
 from surgery.passes.moments import is_causal, predictions
 
 __all__ = ["Applied", "Fidelity", "LayerOutput", "Scores", "arguments", "fidelity"]

@@ -17,9 +17,10 @@ from torch import nn
 
 from surgery.errors import MethodError
 from surgery.linalg.low_rank import TruncatedSVD
-from surgery.linalg.token_products import Reduce, TokenProduct, leading_svd
+from surgery.linalg.token_products import TokenProduct, leading_svd
 from surgery.models.sites import Site
 from surgery.passes.rebuilding import is_rebuildable, rebuild
+from surgery.system.processes import Reduce
 
 __all__ = ["GradientPass", "Gradients", "frozen", "gradients"]
 

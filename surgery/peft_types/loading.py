@@ -13,15 +13,15 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 
-from surgery.adapters.adapter import MODEL_PREFIX, TUNER_PREFIX, Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.fitting import fit_to_model, own_task
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
-from surgery.methods.catalogue import TASK_TABLE
 from surgery.models.base_model import BaseModel
-from surgery.models.sites import Site, linear_sites, target_modules
-from surgery.models.tying import with_labels
+from surgery.models.labels import with_labels
 
-__all__ = ["load", "own_task"]
+__all__ = ["load"]
 
 
 def load(
@@ -104,66 +104,11 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
     return loaded
 
 
-def own_task(adapter: Adapter) -> str | None:
-    """The task that the adapter was made for, by its configuration or its history."""
-    by_type = {peft_type: name for name, (peft_type, _) in TASK_TABLE.items() if peft_type}
-    task = by_type.get(adapter.config.get("task_type") or "") or adapter.provenance.get("task")
-    return task if task in TASK_TABLE else None
-
-
 def _named_base(adapter: Adapter) -> str:
     name, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
     if not name:
         raise AdapterError(f"{adapter.folder}: names no base model; give it")
     return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
-
-
-def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
-    """Rename an adapter's modules to those of a model of another class over the same body.
-
-    Returns:
-        The adapter itself where its names are the model's, otherwise a renamed copy.
-
-    Raises:
-        AdapterError: some of its modules are not in the model, with or without the model's own prefix.
-    """
-    names = {name for name, _ in model.named_modules()}
-    wanted = {module: _unwrapped(module) for module in adapter.modules if module}
-    if all(plain in names for plain in wanted.values()):
-        return adapter
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    renamed = {}
-    for module, plain in wanted.items():
-        candidates = (plain, f"{prefix}{plain}", plain.removeprefix(prefix))
-        found = next((name for name in candidates if name in names), None)
-        if found is not None:
-            renamed[module] = found + module.removeprefix(plain)
-    lost = [module for module in wanted if module not in renamed]
-    if lost:
-        raise AdapterError(
-            f"the adapter does not fit {type(model).__name__}: it changes {listing(lost, 3)}, which this model does "
-            f"not have (base: {adapter.config.get('base_model_name_or_path')})"
-        )
-    return _renamed(adapter, model, renamed)
-
-
-def _unwrapped(module: str) -> str:
-    """A module's name without the level that PEFT's layers and wrappers put below it (trained biases, grown heads)."""
-    plain, _, last = module.rpartition(".")
-    return plain if last in {"base_layer", "modules_to_save", "original_module"} else module
-
-
-def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
-    tensors = {}
-    for module, parts in adapter.modules.items():
-        start = f"{MODEL_PREFIX}{renamed[module]}." if module else TUNER_PREFIX
-        tensors.update({f"{start}{short}": tensor for short, tensor in parts.items()})
-    linears: dict[str, Site] = {site.module: site for site in linear_sites(model)}
-    sites = [linears[name] for name in dict.fromkeys(renamed.values()) if name in linears]
-    config = {**adapter.config, "target_modules": target_modules(model, sites)}
-    if config.get("packed"):
-        config["packed"] = {renamed.get(module, module): shape for module, shape in config["packed"].items()}
-    return Adapter(config, tensors, adapter.provenance, adapter.card)
 
 
 def _load_base(

@@ -12,7 +12,8 @@ def register_types(_peft: Any = None) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from surgery.methods.base import OwnMethod, OwnType
-    from surgery.methods.catalogue import OWN_TYPES, method_for_type
+    from surgery.methods.catalogue import OWN_TYPES
+    from surgery.methods.registry import method_for_type
     from surgery.peft_types.tuner import tuner_class
 
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING

@@ -14,7 +14,8 @@ from torch import nn
 from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
-from surgery.methods.catalogue import OWN_TYPES, method_for_type
+from surgery.methods.catalogue import OWN_TYPES
+from surgery.methods.registry import method_for_type
 from surgery.models.sites import site_of
 from surgery.peft_types.attachment import Attachment
 from surgery.peft_types.layer import AdapterLayer

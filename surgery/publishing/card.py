@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from surgery.display.tables import human_bytes
 from surgery.errors import HubError
-from surgery.methods.catalogue import METHODS, OWN_TYPES, TASK_TABLE, MethodInfo
+from surgery.methods.catalogue import METHODS, OWN_TYPES, MethodInfo
+from surgery.models.tasks import TASK_TABLE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import without_paths
+from surgery.system.text import human_bytes
 
 __all__ = ["BEGIN", "END", "make_card", "method_of", "own_text"]
 

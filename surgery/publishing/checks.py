@@ -14,15 +14,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
-from surgery.adapters.adapter import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of, refuse_unreadable
 from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.adapters.regex_check import check_patterns
 from surgery.adapters.stock_types import STOCK
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
-from surgery.methods.catalogue import method_for_type
+from surgery.methods.registry import method_for_type
 from surgery.storage.safetensors_read import read_tensor
 from surgery.storage.safetensors_write import DTYPES, Tensor, read_header, stored_pieces
 from surgery.system.memory import release_freed

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.adapters.adapter import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from surgery.models.config_limits import check_link
+from surgery.adapters.names import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import machine_folders, refuse_private, without_paths
+from surgery.storage.folder_checks import check_link
 from surgery.storage.safetensors_read import read_json
 from surgery.storage.safetensors_write import read_header
 

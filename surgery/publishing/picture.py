@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from surgery.display.heat_maps import draw_inspection
-from surgery.inspection.inspect import InspectedSite, Inspection
+from surgery.inspection.picture import draw_inspection
+from surgery.inspection.report import InspectedSite, Inspection
 from surgery.publishing.checks import Checked
 
 __all__ = ["draw_layers"]

@@ -11,26 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import HubError
+from surgery.system.redaction import TOKEN, redacted
 
-__all__ = ["machine_folders", "quiet_logs", "redacted", "refuse_private", "without_paths"]
+__all__ = ["machine_folders", "quiet_logs", "refuse_private", "without_paths"]
 
-TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
-# Addresses of storage services carry their own password.
-SIGNATURE = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
-CREDENTIALS = re.compile(r"(https?://)[^\s/@'\"]+@")
 # Two components at least: a single slash or </b> is no path. What follows a colon or a slash belongs to a URL.
 ABSOLUTE = re.compile(r"(?<![\w.:/<\\-])(?:~/|/)(?:[\w.+@~=-]+/)+[\w.+@~=-]*|\b[A-Za-z]:\\[^\s\"']+")
 # Homes of any machine, for text that was written on another one.
 HOMES = re.compile(r"(?<![\w.:/-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\Users\\")
 LOGGERS = ("huggingface_hub", "httpx2", "httpx", "httpcore", "httpcore2")
-
-
-def redacted(text: str, token: str | None = None) -> str:
-    """A message without tokens, without the signatures of addresses, and without names and passwords in them."""
-    if token:
-        text = text.replace(token, "***")
-    text = CREDENTIALS.sub(r"\1", TOKEN.sub("***", text))
-    return SIGNATURE.sub(r"\1", text)
 
 
 def without_paths(value: Any) -> Any:

@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[
 
 from surgery.errors import HubError
 from surgery.publishing.package import PlannedFile
-from surgery.publishing.private import redacted
+from surgery.system.redaction import redacted
 
 __all__ = ["Progress", "Published", "Target", "Upload"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
-from surgery.publishing.private import redacted
+from surgery.system.redaction import redacted
 
 __all__ = ["check_names", "local_folder"]
 

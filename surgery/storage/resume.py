@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from surgery.storage.safetensors_read import UNREADABLE, file_identity
 from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
+from surgery.version import __version__
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
 
@@ -251,8 +252,6 @@ def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any])
         options: all of them; what JSON does not know counts by its text.
         inputs: identities of what is read, as from `file_identities`.
     """
-    from surgery import __version__
-
     told = {
         "format": FORMAT,
         "surgery": __version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from surgery.errors import SurgeryError
-from surgery.linalg.token_products import Reduce
 
 __all__ = ["Processes", "processes"]
 
@@ -106,3 +105,7 @@ def processes(device: torch.device) -> Processes:
 
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)
+
+
+# Sums a tensor over all processes, in place.
+Reduce = Callable[[torch.Tensor], None]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.initialization.gradient_start import on_device, prepared
 from surgery.passes.examples import Examples, batches
 from surgery.passes.fidelity import NUMBERS
+from surgery.passes.loaded_model import on_device, prepared
 from surgery.passes.moments import is_causal, predictions
 from surgery.system.processes import Processes
 from surgery.training.distillation import Teacher, divergence

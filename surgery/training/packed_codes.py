@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from surgery.adapters.adapter import MODEL_PREFIX
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.codec.factors import grid_of
 from surgery.deltas.operators import Delta, LowRank
 from surgery.peft_types.layer import AdapterLayer

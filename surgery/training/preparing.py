@@ -11,15 +11,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from surgery.adapters.adapter import MODEL_PREFIX, Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of, who
-from surgery.adapters.fitting import with_place_for
+from surgery.adapters.fitting import fit_to_model, own_task, with_place_for
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.errors import AdapterError, CheckpointError, listing
-from surgery.initialization.gradient_start import GradientSettings, load_model
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
-from surgery.models.tying import with_labels
-from surgery.peft_types.loading import fit_to_model, load, own_task
+from surgery.models.labels import with_labels
+from surgery.passes.loaded_model import RunSettings, load_model
+from surgery.peft_types.loading import load
 
 __all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
 
@@ -118,7 +119,7 @@ def prepare(
         raise CheckpointError(f"a base model is trained on in {' or '.join(DTYPES)}, not in {dtype}")
     opened, heads = base_for(adapter, base, task, trust_remote_code)
     _refuse_untrained_head(adapter, opened)
-    model = load_model(opened, GradientSettings(dtype=DTYPES[dtype], device=torch.device(device)), heads)
+    model = load_model(opened, RunSettings(dtype=DTYPES[dtype], device=torch.device(device)), heads)
     if adapter.peft_type == "FROD":
         from surgery.adapters.stock_frod import portable_frod
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.adapters.adapter import MODEL_PREFIX, Adapter
-from surgery.initialization.gradient_start import GradientSettings, load_model
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.fitting import fit_to_model
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.models.base_model import BaseModel
 from surgery.passes.examples import Examples
-from surgery.peft_types.loading import fit_to_model, load
+from surgery.passes.loaded_model import RunSettings, load_model
+from surgery.peft_types.loading import load
 from surgery.system.processes import Processes
 from surgery.training.preparing import Prepared
 from surgery.training.run import Feed, Run
@@ -61,7 +63,7 @@ def distil(
         AdapterError: an adapter does not fit the base.
         MethodError: the loss is not finite.
     """
-    model = load_model(base, GradientSettings(device=device), {})
+    model = load_model(base, RunSettings(device=device), {})
     fitted = fit_to_model(student, model)
     prepared = Prepared.of(fitted, base, load(fitted, model, is_trainable=True))
     for name, inner in list(prepared.names.items()):

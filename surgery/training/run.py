@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from surgery.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import who
+from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.errors import MethodError
 from surgery.methods.catalogue import method_for_config, training_rate
@@ -44,6 +45,7 @@ from surgery.training.trainer import (
     random_state,
     silence,
 )
+from surgery.version import __version__
 
 __all__ = ["Feed", "Run", "default_rate"]
 
@@ -268,8 +270,6 @@ class Run:
         source = self.prepared.adapter
         tensors = {name: _stored(source, name, trained[name]) if name in trained else value
                    for name, value in source.tensors.items()}  # fmt: skip
-        from surgery import __version__
-
         provenance = {
             **source.provenance,
             "format_version": 1,

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import surgery
+from surgery.adapters import adapter as module
 from surgery.adapters.adapter import Adapter
-from surgery.checkpoints import adapter as module
 from surgery.errors import OutputError
 from surgery.storage import safetensors_write as rewriting
 from tests.helpers.models import load_base, model_inputs, output

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
+from surgery.adapters import adapter as adapter_module
 from surgery.adapters import contents
-from surgery.adapters.adapter import MODEL_PREFIX
 from surgery.adapters.contents import contents_of, who
-from surgery.checkpoints import adapter as adapter_module
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.errors import AdapterError
 from tests.helpers.models import load_base
 from tests.initialization.test_init import perturb

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.adapters.adapter import WEIGHTS_FILE
+from surgery.adapters.names import WEIGHTS_FILE
 from surgery.errors import AdapterError, MethodError, OutputError
 from surgery.storage.safetensors_write import write_tensors
 from tests.helpers.models import build, load_base, model_inputs, output, relative_difference, save_model, spread
@@ -326,7 +326,7 @@ def test_several_adapters_in_one_call(lora: Path, tmp_path: Path) -> None:
 
 
 def test_a_corrupted_write_is_caught(lora: Path, tmp_path: Path, monkeypatch) -> None:
-    from surgery.checkpoints import adapter as module
+    from surgery.adapters import adapter as module
 
     def corrupting(path: Path, tensors: dict[str, torch.Tensor], metadata: Any) -> dict[str, str]:
         name = next(iter(tensors))

@@ -20,7 +20,7 @@ RACES = 6
 def _write_in_place() -> None:
     import contextlib
 
-    from surgery.reports import plots
+    from surgery.display import heat_maps as plots
 
     plots.atomic_file = contextlib.nullcontext
 

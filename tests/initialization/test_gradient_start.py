@@ -15,8 +15,8 @@ from torch import nn
 
 import surgery
 from surgery.errors import CheckpointError, DataError, MethodError
-from surgery.initialization.gradient_start import _moved
 from surgery.models.sites import select_sites, target_modules
+from surgery.passes.loaded_model import _moved
 from tests.helpers.models import VOCAB, build, labelled_inputs, load_base, spread
 from tests.helpers.reference import angle, own_loss, spectrum, true_gradients
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
+from surgery.adapters.config_schema import check_adapter_config
 from surgery.errors import AdapterError, CheckpointError
-from surgery.models.config_limits import check_adapter_config, check_model_config
+from surgery.models.config_limits import check_model_config
 
 CONFIG = Path("folder/config.json")
 BEYOND_FLOAT = 10**400

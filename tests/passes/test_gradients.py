@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import MethodError
 from surgery.models.sites import Site, select_sites, site_of
+from surgery.passes import gradients as passes
 from surgery.passes.gradients import gradients
-from surgery.training import gradients as passes
 from tests.helpers.models import build, labelled_inputs
 from tests.helpers.reference import angle, own_loss, spectrum, true_gradients
 

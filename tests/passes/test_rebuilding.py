@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from surgery.models.sites import linear_sites, select_sites
+from surgery.passes import gradients as passes
 from surgery.passes import rebuilding
 from surgery.passes.gradients import gradients
 from surgery.passes.rebuilding import is_rebuildable, rebuild
-from surgery.training import gradients as passes
 from tests.helpers.models import build, labelled_inputs
 from tests.helpers.reference import own_loss
 

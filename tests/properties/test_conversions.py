@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.adapters.adapter import WEIGHTS_FILE, Adapter
+from surgery.adapters.adapter import Adapter
+from surgery.adapters.names import WEIGHTS_FILE
 from surgery.errors import MethodError
 from tests.properties.examples import (
     LAYERS,

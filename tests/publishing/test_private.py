@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import HubError
-from surgery.publishing.private import redacted, without_paths
+from surgery.publishing.private import without_paths
+from surgery.system.redaction import redacted
 from tests.helpers.command_line import invoke
 from tests.helpers.loopback import OWNER, Hub
 from tests.publishing.conftest import make_adapter

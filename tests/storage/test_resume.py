@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.checkpoints import parts as module
 from surgery.errors import OutputError
 from surgery.storage import atomic_folder as atomic
+from surgery.storage import resume as module
 from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors, file_identities, run_key
 from surgery.storage.safetensors_write import DTYPES, write_tensors
@@ -284,7 +284,7 @@ def test_the_key_counts_everything(monkeypatch) -> None:
     }
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     keys.add(run_key("init", {"rank": 8}, {"base": 1}))
-    monkeypatch.setattr("surgery.__version__", "99")
+    monkeypatch.setattr("surgery.storage.resume.__version__", "99")
     keys.add(run_key("init", {"rank": 8}, {"base": 1}))
     assert len(keys) == 6
     assert run_key("init", {"rank": 8, "b": 1}, {}) == run_key("init", {"b": 1, "rank": 8}, {})
