@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from surgery.adapters.fingerprint import Fingerprint
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.frod_fit import Problem, fit_role
@@ -16,6 +15,7 @@ from surgery.errors import MethodError
 from surgery.linalg.joint import joint_basis, right_inverse_transposed
 from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, narrow_positions, nonzeros
 from surgery.models.base_model import BaseModel
+from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.text import human_bytes

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from surgery.adapters.fingerprint import Fingerprint
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.converters.request import Request, Result
@@ -18,6 +17,7 @@ from surgery.errors import MethodError
 from surgery.linalg.seeded import generator_for, kaiming_uniform
 from surgery.linalg.spectral_groups import equal_share_cuts, top_components
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
+from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.text import human_bytes

@@ -12,12 +12,12 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import who
-from surgery.adapters.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.adapters.stock_types import STOCK
 from surgery.adapters.weight_change import in_float32, own_config, own_delta, short_names, stock_delta
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Role, Tensors
+from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.methods.registry import method_for_type
 from surgery.methods.vera import projections
 from surgery.models.base_model import BaseModel

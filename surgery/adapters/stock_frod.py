@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.fingerprint import Fingerprint
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.errors import AdapterError
 from surgery.linalg.joint import right_inverse_transposed
 from surgery.methods.base import OwnMethod
 from surgery.methods.frod import column_norms, narrow_positions
 from surgery.methods.registry import method_named
+from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site, linear_sites
 
 __all__ = ["portable_frod"]

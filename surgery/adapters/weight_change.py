@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.adapters.contents import check_layer, refuse_unreadable, with_shared
-from surgery.adapters.regeneration import leaves_out_bases
 from surgery.adapters.stock_types import STOCK
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.methods.base import OwnMethod, Role, Tensors
+from surgery.methods.regeneration import leaves_out_bases
 from surgery.methods.registry import method_for_type
 from surgery.models.sites import Site
 from surgery.system.threads import one_torch_thread

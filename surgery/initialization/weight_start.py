@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.fingerprint import Fingerprint
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import MethodError, OutputError, SurgeryError
 from surgery.methods.base import Method, OwnMethod, Tensors
 from surgery.models.base_model import BaseModel
+from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import PartialFolder, resumable_folder

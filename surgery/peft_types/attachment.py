@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.adapters.fingerprint import Fingerprint
-from surgery.adapters.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.errors import AdapterError
 from surgery.methods.base import OwnMethod, Tensors
+from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
+from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 
 if TYPE_CHECKING:

@@ -58,8 +58,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "surgery/adapters/lora.py": ("adapters/test_weight_change.py", "adapters/test_stock_types.py", CONVERSIONS),
     "surgery/adapters/on_base.py": (ON_BASE, "merging/test_merge.py"),
-    "surgery/adapters/regeneration.py": (
-        "adapters/test_regeneration.py",
+    "surgery/methods/regeneration.py": (
+        "methods/test_regeneration.py",
         "methods/test_inilora.py",
         "methods/test_frod.py",
         "merging/test_merge.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from surgery.adapters.fingerprint import Fingerprint, matches
+from surgery.models.fingerprint import Fingerprint, matches
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

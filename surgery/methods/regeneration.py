@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.fingerprint import matches
 from surgery.errors import AdapterError, WrongBaseError
 from surgery.methods.base import CHECK, Bases, OwnMethod, Role, Tensors, WeightReader
+from surgery.models.fingerprint import matches
 from surgery.models.sites import Site
 
 __all__ = ["check_base", "leaves_out_bases", "regenerate"]

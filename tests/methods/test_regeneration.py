@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.adapters.regeneration import CHECK, regenerate
 from surgery.errors import WrongBaseError
 from surgery.methods.base import Bases
+from surgery.methods.regeneration import CHECK, regenerate
 from surgery.models.sites import Site
 
 SITE = Site("fc", "fc", "fc", None, 3, 4)
