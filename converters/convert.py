@@ -241,7 +241,7 @@ def _convert(
 ) -> tuple[Adapter, ConvertReport, Source, dict[str, torch.Tensor]]:
     """The new adapter, its figures, where it comes from, and its tensors as the file will hold them."""
     source = Source.open(adapter, shared.model_for(adapter), device)
-    refuse_output_biases(adapter)
+    refuse_output_biases(source.contents)
     measured = shared.measured(source)
     source_bytes = _file_size(adapter)
     request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress, parts)

@@ -11,6 +11,7 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Source
+from surgery.adapters.types.base import Needs
 from surgery.converters.report import ConvertedSite
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta
@@ -138,8 +139,9 @@ def largest_difference(reopened: Adapter, meant: Adapter, source: Source) -> flo
 
 
 def _opened_like(source: Source, adapter: Adapter) -> Source:
-    """Another adapter of the source's layers; their widths are looked up for the one type whose file lacks them."""
-    if adapter.peft_type == "VERA":
+    """Return another adapter of the source's layers, whose shapes are looked up for types whose files lack them."""
+    kind = adapter.type
+    if kind is not None and kind.needs(adapter.config) is Needs.SHAPE:
         return source.with_same_layers(adapter)
     return Source.open(adapter, source.base, source.device)
 

@@ -23,7 +23,9 @@ from surgery.adapters.names import (
     TensorNames,
 )
 from surgery.adapters.packing import is_packed, packed, unpacked
-from surgery.errors import AdapterError, CheckpointError, OutputError
+from surgery.adapters.types.base import AdapterType
+from surgery.adapters.types.registry import readable_types, type_of
+from surgery.errors import AdapterError, CheckpointError, OutputError, listing
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.folder_checks import check_files, check_link
 from surgery.storage.format_version import check_format_version
@@ -67,7 +69,7 @@ class Adapter:
         self.card = card
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
-        self._sorted = TensorNames([])
+        self._sorted: TensorNames | None = None
 
     @classmethod
     def open(cls, adapter: str | Path) -> Adapter:
@@ -126,46 +128,84 @@ class Adapter:
         return str(self.config["peft_type"])
 
     @property
+    def label(self) -> str:
+        """The adapter's name in messages: its folder, or "the adapter"."""
+        return str(self.folder) if self.folder is not None else "the adapter"
+
+    @property
+    def type(self) -> AdapterType | None:
+        """The entry of its type in the registry of adapter types; None for a type that is not known."""
+        return type_of(self.config)
+
+    @property
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors by module and short name: `modules["encoder.layer.0.output.dense"]["inilora_A"]`.
 
         LoRA's short names have two parts, `lora_A.weight`. Tensors that sit above the model (VeRA's projections) are
         under the empty module name.
         """
-        return {module: self.layer(module) for module in self._names.by_module}
+        return {module: self.layer(module) for module in self.names.by_module}
 
     def layer(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of one module by short name, as in `modules`, without a look at the others; empty for none."""
-        return {short: self.tensors[name] for short, name in self._names.by_module.get(module, {}).items()}
+        return {short: self.tensors[name] for short, name in self.names.by_module.get(module, {}).items()}
 
     def holders(self, short: str) -> list[str]:
         """The modules that have a tensor of this short name, in the file's order."""
-        return self._names.holders.get(short, [])
+        return self.names.holders.get(short, [])
 
     @property
     def foreign(self) -> str | None:
         """Which other tool's format the names are (see `foreign_format`), or None for PEFT's."""
-        return self._names.foreign
+        return self.names.foreign
 
     @property
-    def _names(self) -> TensorNames:
+    def names(self) -> TensorNames:
+        """The names of its tensors, sorted by module."""
         # Sorted once for all layers, and anew where a caller has added tensors or taken some away.
         listed = list(self.tensors)
-        if listed != self._sorted.listed:
-            self._sorted = TensorNames(listed)
+        if self._sorted is None or listed != self._sorted.listed:
+            self._sorted = TensorNames(listed, self.type)
         return self._sorted
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
-        """The weight change of one layer, as a structured operator (see `surgery.adapters.weight_change.delta_of`).
+        """Return the weight change of one layer, float32, `(out, in)` whatever the orientation of the layer's weight.
 
         Args:
             module: the layer's name, as in `modules`.
-            weight: its base weight `(out, in)`, for the types that need it.
-        """
-        # Upwards in the order of imports, for the sake of a short call: only when it is used.
-        from surgery.adapters.weight_change import delta_of
+            weight: its base weight `(out, in)`, for the types that need it; for VeRA and RandLoRA, whose files do not
+                say how wide a layer is, only its shape counts.
 
-        return delta_of(self, module, weight)
+        Returns:
+            The change on the CPU, where the file's tensors are, or on the device of `weight` for a type that needs it.
+
+        Raises:
+            AdapterError: there is no such layer, the type or variant is not read, the file stores no bases, tensors are
+                broken, or the weight is needed.
+        """
+        kind = self.readable_type()
+        if not module or not self.layer(module):
+            raise AdapterError(
+                f"the adapter changes no module {module!r}; it has {listing(sorted(filter(None, self.modules)), 4)}"
+            )
+        return kind.changes(self, None).delta(module, weight)
+
+    def readable_type(self) -> AdapterType:
+        """Return the adapter's type, refusing what cannot be read exactly by its configuration or its names.
+
+        Raises:
+            AdapterError: the type or variant cannot be read, or the names are those of another tool.
+        """
+        kind = self.type
+        if kind is None:
+            raise AdapterError(
+                f"{self.label}: the weight change of a {self.peft_type} adapter is not known here, only those of "
+                f"{', '.join(readable_types())}"
+            )
+        kind.refuse(self.config, self.label)
+        if self.foreign is not None:
+            raise AdapterError(f"{self.label}: {self.foreign}")
+        return kind
 
     def same_as(self, other: Adapter) -> bool:
         """Whether another adapter has the same settings and the same tensors to the last bit, in memory or saved."""

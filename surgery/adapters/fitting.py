@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import Contents, who
+from surgery.adapters.contents import Contents
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.base_model import BaseModel
@@ -53,7 +53,7 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
     for name in modules:
         module = located(name, linears, base)
         if module is None:
-            raise AdapterError(f"{who(adapter)}: {_no_linear(base, name)}")
+            raise AdapterError(f"{adapter.label}: {_no_linear(base, name)}")
         found[module] = name
     absent = [module for module in found if linears[module].parameter not in base.sources]
     if absent:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import Contents, contents_of, who
+from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import sites_on_base
 from surgery.adapters.on_base import ChangesOnBase
+from surgery.adapters.types.base import Needs
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.linalg.low_rank import truncated_svd
@@ -18,10 +19,7 @@ from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.storage.resume import Parts
 
-__all__ = ["Change", "Source", "needs_base"]
-
-# Types whose files alone do not say the weight change.
-ON_BASE = {"FROD", "FROD_PORTABLE", "SMOA", "HIRA", "VERA", "RANDLORA"}
+__all__ = ["Change", "Source"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Source:
         base: its base model, where one was given.
         device: where to compute.
         sites: with a base, its layers -> the adapter's names for them.
-        widths: of layers whose width is known from elsewhere: a VeRA file does not say it.
+        shapes: of layers, where they are known from elsewhere: some types' files do not say how wide a layer is.
     """
 
     adapter: Adapter
@@ -76,7 +74,7 @@ class Source:
     base: BaseModel | None
     device: torch.device
     sites: dict[Site, str] = field(default_factory=dict)
-    widths: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -84,7 +82,7 @@ class Source:
         adapter: Adapter,
         base: BaseModel | None,
         device: torch.device,
-        widths: Mapping[str, int] | None = None,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> Source:
         """Check that an adapter can be read exactly and, where there is a base, that it fits.
 
@@ -92,26 +90,26 @@ class Source:
             adapter: the adapter.
             base: its base model, where there is one.
             device: where to compute.
-            widths: `in` by layer; with them a VeRA adapter that stores its projections needs no base.
+            shapes: `(out, in)` by layer; with them a type that needs no more of the base needs none.
 
         Raises:
             AdapterError: it cannot, or its type needs a base.
             WrongBaseError: it was made from other base weights.
         """
         contents = contents_of(adapter)
-        told = widths is not None and adapter.peft_type == "VERA" and bool(contents.shared)
-        if base is None and needs_base(adapter) and not told:
+        enough = Needs.NOTHING if shapes is None else Needs.SHAPE
+        if base is None and (contents.needs > enough or (contents.needs and contents.lacks_shared)):
             raise AdapterError(
-                f"{who(adapter)}: the weight change of a {adapter.peft_type} adapter depends on its base model: "
+                f"{adapter.label}: the weight change of a {adapter.peft_type} adapter depends on its base model: "
                 "give it with --base"
             )
         sites = sites_on_base(adapter, base, contents.modules) if base is not None else {}
-        return cls(adapter, contents, base, device, sites, widths or {})
+        return cls(adapter, contents, base, device, sites, shapes or {})
 
     def with_same_layers(self, adapter: Adapter) -> Source:
         """Another adapter of this one's layers, such as what it was converted to."""
-        widths = {module: delta.shape[1] for module, _, delta in self.deltas()} if self.base is None else None
-        return Source.open(adapter, self.base, self.device, widths)
+        shapes = {module: delta.shape for module, _, delta in self.deltas()} if self.base is None else None
+        return Source.open(adapter, self.base, self.device, shapes)
 
     def beside(self, other: Source) -> Iterator[tuple[str, Delta, Delta | None]]:
         """The weight changes of two adapters, layer by layer of this one; None where the other has none.
@@ -126,7 +124,7 @@ class Source:
     @property
     def carried(self) -> dict[str, torch.Tensor]:
         """What the adapter saves whole, by its name in the file."""
-        return {name: self.adapter.tensors[name] for name in self.contents.carried.values()}
+        return self.contents.carried_tensors
 
     def deltas(
         self, order: Sequence[str] | None = None, without: Collection[str] = ()
@@ -139,20 +137,16 @@ class Source:
             for module in self.contents.modules if order is None else order:
                 if module in without:
                     continue
-                width = self.widths.get(module) if self.adapter.peft_type == "VERA" else None
+                shape = self.shapes.get(module) if self.contents.needs is Needs.SHAPE else None
                 # All that is asked of the weight is its shape: one number, seen as many.
-                weight = torch.zeros(1, 1).expand(self._height(module), width) if width is not None else None
+                weight = torch.zeros(1, 1).expand(*shape) if shape is not None else None
                 yield module, None, self.adapter.delta(module, weight)
             return
-        on_base = ChangesOnBase(self.adapter, self.base, self.sites, self.device)
+        on_base = ChangesOnBase(self.contents, self.base, self.sites, self.device)
         for site, module in self.sites.items():
             if module in without:
                 continue
             yield module, site, on_base.delta(site, self.base.weight(site, self.device))
-
-    def _height(self, module: str) -> int:
-        """Of a layer of a VeRA adapter."""
-        return int(self.adapter.layer(module)["vera_lambda_b"].shape[0])
 
     def changes(
         self, rank: int | None = None, energy: float | None = None, seed: int = 0, parts: Parts | None = None
@@ -198,11 +192,6 @@ class Source:
 def _unit(module: str) -> str:
     """What the finished decomposition of a layer is called."""
     return f"change {module}"
-
-
-def needs_base(adapter: Adapter) -> bool:
-    """Whether an adapter's weight changes can only be told beside its base model."""
-    return adapter.peft_type in ON_BASE or adapter.config.get("store_bases") is False
 
 
 def _truncated(

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import Contents, contents_of, who
+from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import located, sites_on_base, with_place_for
-from surgery.adapters.lora import BIAS_NAME, scaling_of
 from surgery.adapters.on_base import ChangesOnBase
-from surgery.adapters.source import needs_base
+from surgery.adapters.types.lora import BIAS_NAME
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.models.base_model import BaseModel
@@ -76,12 +75,9 @@ class Side:
         return self.changes.delta(layer.site, weight)
 
     def bias(self, layer: Layer) -> torch.Tensor | None:
-        """What the bias of LoRA's B (`lora_bias`) adds to the layer's output, `(out,)`, or None."""
+        """Return what it adds to the layer's output whatever the input (`lora_bias`), `(out,)`, or None."""
         name = self.names.get(layer.module)
-        parts = self.adapter.layer(name) if name is not None else {}
-        if name is None or BIAS_NAME not in parts:
-            return None
-        return parts[BIAS_NAME].float() * scaling_of(self.adapter.config, name, parts["lora_A.weight"].shape[0])
+        return None if name is None else self.contents.output_bias(name)
 
 
 class WithBias(Delta):
@@ -145,10 +141,11 @@ class Pair:
         with one_torch_thread():
             sides = (Side(a, contents_of(a)), Side(b, contents_of(b)))
         if base is None:
-            for adapter in (a, b):
-                if needs_base(adapter):
+            for side in sides:
+                adapter = side.adapter
+                if side.contents.needs:
                     raise AdapterError(
-                        f"{who(adapter)}: the weight change of a {adapter.peft_type} adapter depends on its base "
+                        f"{adapter.label}: the weight change of a {adapter.peft_type} adapter depends on its base "
                         "model: give it with --base"
                     )
             return _by_name(*sides)
@@ -176,8 +173,8 @@ class Pair:
             theirs = ours if self.same else self.b.delta(layer, weight)
             if ours is not None and theirs is not None and ours.shape != theirs.shape:
                 raise AdapterError(
-                    f"{layer.module}: {who(self.a.adapter)} changes it as {ours.shape[0]} x {ours.shape[1]}, "
-                    f"{who(self.b.adapter)} as {theirs.shape[0]} x {theirs.shape[1]}: they are for different bases"
+                    f"{layer.module}: {self.a.adapter.label} changes it as {ours.shape[0]} x {ours.shape[1]}, "
+                    f"{self.b.adapter.label} as {theirs.shape[0]} x {theirs.shape[1]}: they are for different bases"
                 )
             yield layer, ours, theirs
 
@@ -218,7 +215,7 @@ class Pair:
                 expected = self.base.shapes[name]
                 if tuple(tensor.shape) != expected:
                     raise AdapterError(
-                        f"{who(side.adapter)}: brings {name} {tuple(tensor.shape)}, where {expected} is needed beside "
+                        f"{side.adapter.label}: brings {name} {tuple(tensor.shape)}, where {expected} is needed beside "
                         "the other adapter and the base: their answers cannot be compared; leave out --data"
                     )
         brought = self.lacking()
@@ -276,7 +273,7 @@ def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
         base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
     for side in (a, b):
         found = sites_on_base(side.adapter, base, side.contents.modules)
-        side.changes = ChangesOnBase(side.adapter, base, found, device)
+        side.changes = ChangesOnBase(side.contents, base, found, device)
         side.names = {site.module: name for site, name in found.items()}
         sites.update(dict.fromkeys(found))
     order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
@@ -287,7 +284,7 @@ def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
 def _checked(a: Side, b: Side, base: BaseModel | None, layers: list[Layer], relabelled: bool) -> Pair:
     if not set(a.names) & set(b.names):
         raise AdapterError(
-            f"{who(a.adapter)} and {who(b.adapter)} change no layer in common ({listing(a.contents.modules, 2)}; "
+            f"{a.adapter.label} and {b.adapter.label} change no layer in common ({listing(a.contents.modules, 2)}; "
             f"{listing(b.contents.modules, 2)}): they are for different bases"
         )
     for side in (a, b):
@@ -303,7 +300,7 @@ def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
     lost = [name for name, place in places.items() if place is None]
     if lost:
         raise AdapterError(
-            f"{who(side.adapter)}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; "
+            f"{side.adapter.label}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; "
             "choose the class of model with --task"
         )
     return {str(place): side.adapter.tensors[side.contents.carried[name]] for name, place in places.items()}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.deltas.sparse import Pattern, sampled_outer, sparse_product
 
-__all__ = ["Delta", "Hadamard", "InputMap", "LowRank", "Sum"]
+__all__ = ["Delta", "Gain", "Hadamard", "InputMap", "LowRank", "Sum"]
 
 
 class Delta(ABC):
@@ -113,6 +113,39 @@ class Sum(Delta):
         if len(found) < len(pairs):
             return None
         return torch.cat([w * B for w, B, _ in found], 1), torch.cat([A for _, _, A in found], 0)
+
+
+class Gain(Delta):
+    """`diag(a) W diag(b) - W`: gains on the rows and the columns of the base weight.
+
+    Args:
+        weight: `W (out, in)`.
+        rows: `a (out,)`, or None for ones.
+        columns: `b (in,)`, or None for ones.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
+        self.weight, self.rows, self.columns = weight, rows, columns
+        self.shape = (int(weight.shape[0]), int(weight.shape[1]))
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.columns is None and self.rows is not None:
+            # (a - 1) W x: nothing cancels where the gains are close to one.
+            return F.linear(x, self.weight) * (self.rows - 1)
+        if self.rows is None and self.columns is not None:
+            return F.linear(x * (self.columns - 1), self.weight)
+        return _product(x, self.dense)
+
+    def dense(self) -> torch.Tensor:
+        if self.columns is None and self.rows is not None:
+            return (self.rows - 1)[:, None] * self.weight
+        if self.rows is None and self.columns is not None:
+            return self.weight * (self.columns - 1)
+        rows = 1 if self.rows is None else self.rows[:, None]
+        columns = 1 if self.columns is None else self.columns
+        return (rows * columns - 1) * self.weight
 
 
 class Hadamard(Delta):

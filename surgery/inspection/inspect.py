@@ -131,7 +131,7 @@ class _Changes:
         opened.refuse_quantized()
         sites = sites_on_base(adapter, opened, contents.modules)
         self.sites = {name: site for site, name in sites.items()}
-        self.on_base = ChangesOnBase(adapter, opened, sites, torch.device("cpu"))
+        self.on_base = ChangesOnBase(contents, opened, sites, torch.device("cpu"))
 
     def delta(self, module: str) -> Delta:
         """The change of one layer."""

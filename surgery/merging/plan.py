@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import Contents, who
+from surgery.adapters.contents import Contents
 from surgery.adapters.fitting import located, sites_on_base, with_place_for
-from surgery.adapters.lora import BIAS_NAME, scaling_of
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.merging.report import MergedSite
@@ -44,7 +43,7 @@ class MergePlan:
 
     def __init__(
         self,
-        adapter: Adapter,
+        contents: Contents,
         base: BaseModel,
         target: BaseModel,
         config: dict[str, Any] | None,
@@ -53,14 +52,14 @@ class MergePlan:
         shifts: Mapping[str, torch.Tensor],
         device: torch.device,
     ) -> None:
-        self.adapter, self.base, self.target, self.config = adapter, base, target, config
+        self.adapter, self.base, self.target, self.config = contents.adapter, base, target, config
         self.sites, self.replaced, self.device = dict(sites), dict(replaced), device
         self.notes: list[str] = []
         self._shifts = dict(shifts)
         self._site_of = {site.parameter: site for site in sites}
         self.added = _without_own_tensor(base, target, self._changed)
         self._edited = self._edits()
-        self._changes = ChangesOnBase(adapter, base, sites, device)
+        self._changes = ChangesOnBase(contents, base, sites, device)
         self._groups: dict[int, dict[str, torch.Tensor]] = {}
         self._figures: dict[str, MergedSite] = {}
         self._check_names()
@@ -95,7 +94,7 @@ class MergePlan:
             base = with_place_for(base, adapter, contents, trust_remote_code)
         sites = sites_on_base(adapter, base, contents.modules)
         replaced = _replaced(adapter, base, contents.carried)
-        shifts = _shifts(adapter, base, sites)
+        shifts = _shifts(contents, base, sites)
         config = with_class(base, with_labels(base, replaced, class_names(adapter)))
         adapted = {*shifts, *(site.parameter for site in sites)}
         untied = wants_untying(base, replaced, adapted)
@@ -107,7 +106,7 @@ class MergePlan:
         if untied:
             check_untied(base, target, {*replaced, *adapted})
         _check_shapes(adapter, target, replaced)
-        plan = cls(adapter, base, target, config, sites, replaced, shifts, device)
+        plan = cls(contents, base, target, config, sites, replaced, shifts, device)
         if untied:
             plan.notes.append(f"{listing(untied, 3)} were one tensor and are now apart (tie_word_embeddings is false)")
         plan.notes += _base_note(adapter, base)
@@ -264,28 +263,28 @@ def _replaced(adapter: Adapter, base: BaseModel, carried: Mapping[str, str]) -> 
     lost = [name for name, place in places.items() if place is None]
     if lost:
         raise AdapterError(
-            f"{who(adapter)}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; choose "
+            f"{adapter.label}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; choose "
             "the class of model with --task"
         )
     if adapter.config.get("modules_to_save") and not carried:
         wanted = listing(adapter.config["modules_to_save"], 3)
-        raise AdapterError(f"{who(adapter)}: the file lacks what it says was trained and saved with it: {wanted}")
+        raise AdapterError(f"{adapter.label}: the file lacks what it says was trained and saved with it: {wanted}")
     return {str(place): adapter.tensors[carried[name]] for name, place in places.items()}
 
 
-def _shifts(adapter: Adapter, base: BaseModel, sites: Mapping[Site, str]) -> dict[str, torch.Tensor]:
-    """What the biases of LoRA's B (`lora_bias`) add to the biases of the layers."""
+def _shifts(contents: Contents, base: BaseModel, sites: Mapping[Site, str]) -> dict[str, torch.Tensor]:
+    """Return what the adapter adds to the biases of the layers (`lora_bias`), by parameter."""
     shifts = {}
-    modules = adapter.modules
     for site, module in sites.items():
-        bias = modules[module].get(BIAS_NAME)
+        bias = contents.output_bias(module)
         if bias is None:
             continue
         parameter = f"{site.module}.bias"
         if parameter not in base.sources:
-            raise AdapterError(f"{who(adapter)}: has a bias for {module}, whose base layer has none to add it to")
-        rank = modules[module]["lora_A.weight"].shape[0]
-        shifts[parameter] = bias.float() * scaling_of(adapter.config, module, rank)
+            raise AdapterError(
+                f"{contents.adapter.label}: has a bias for {module}, whose base layer has none to add it to"
+            )
+        shifts[parameter] = bias
     return shifts
 
 
@@ -312,7 +311,7 @@ def _check_shapes(adapter: Adapter, target: BaseModel, replaced: Mapping[str, to
             advice = (
                 f"where the vocabulary has grown, resize_token_embeddings({found[0]}) on the base and save it first"
             )
-        raise AdapterError(f"{who(adapter)}: brings {name} {found}, the base has it {expected}; {advice}")
+        raise AdapterError(f"{adapter.label}: brings {name} {found}, the base has it {expected}; {advice}")
 
 
 def _base_note(adapter: Adapter, base: BaseModel) -> list[str]:

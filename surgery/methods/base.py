@@ -235,6 +235,13 @@ class OwnMethod(Method):
     specs: tuple[Spec, ...]
     # Whether the kept tensors come from the weights, as against all else that a start may come from.
     keeps_from_weights = True
+    # Whether a change depends on the values of the base weight.
+    on_base_weight = False
+    # Whether a change has thin factors.
+    thin = True
+    # The tensors that are as high, and as wide, as the layer's weight.
+    high: tuple[str, ...] = ("B",)
+    wide: tuple[str, ...] = ("A",)
     # Whether its changes have a form in which training multiplies base and change at once (`Delta.adapted`).
     trains_as_one = False
 
@@ -253,6 +260,10 @@ class OwnMethod(Method):
     @abstractmethod
     def shapes(self, config: Any, site: Site) -> dict[str, tuple[int, ...]]:
         """Shape of every stored tensor (not the derived ones) at a site."""
+
+    def file_shapes(self, config: Any, site: Site, tensors: Tensors) -> dict[str, tuple[int, ...]]:
+        """Return the shape that each stored tensor of a file should have, for a method whose files say some of them."""
+        return self.shapes(config, site)
 
     def dtype(self, name: str, site: Site) -> torch.dtype:
         """Dtype in which a tensor of a site is held; that of the file may be a narrower float."""
@@ -299,7 +310,7 @@ class OwnMethod(Method):
 
     def needs_base(self, config: Any) -> bool:
         """Whether an adapter computes something else on another base model, so that the base must be checked."""
-        return False
+        return self.on_base_weight
 
     def names(self, *roles: Role, shared: bool | None = None) -> list[str]:
         """Names of the tensors of these roles, optionally only the shared or only the unshared ones."""

@@ -63,6 +63,9 @@ class FRoD(OwnMethod):
     peft_type = OwnType.FROD_PORTABLE
     config_class = FrodPortableConfig
     trains_as_one = True
+    on_base_weight = True
+    thin = False
+    high, wide = (), ("V",)
     specs = (
         Spec("l", Role.TRAINABLE),
         Spec("s", Role.TRAINABLE),
@@ -161,9 +164,6 @@ class FRoD(OwnMethod):
         error = torch.linalg.matrix_norm(left @ tensors["V"].T - weight) / torch.linalg.matrix_norm(weight)
         # A basis too ill-conditioned would train at another base than the one it is used with.
         return {LEFT: left} if bool(error <= ROUNDING) else {}
-
-    def needs_base(self, config: FrodPortableConfig) -> bool:
-        return True
 
 
 def _compressed(places: torch.Tensor, size: int) -> Tensors:

@@ -108,6 +108,7 @@ class GiVA(OwnMethod):
     """Vectors on bases from the gradient."""
 
     peft_type = OwnType.GIVA
+    high = ("o", "B")
     config_class = GivaConfig
     specs = (
         Spec("o", Role.TRAINABLE),
@@ -159,6 +160,13 @@ class GiVA(OwnMethod):
             "B": (site.out_features, widest),
             "check": (1, 9),
         }
+
+    def file_shapes(self, config: GivaConfig, site: Site, tensors: Tensors) -> dict[str, tuple[int, ...]]:
+        if not config.packed:
+            return self.shapes(config, site)
+        A, B = tensors["A"], tensors["B"]  # unpacked, and a pair
+        rank = A.shape[0] if A.ndim else 0
+        return {"A": tuple(A.shape), "B": (B.shape[0], rank), "s": (rank,), "o": (B.shape[0],)}
 
     def bases(self, config: GivaConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
         """A and B at the start. An adapter that is loaded without its B has no gradient: B comes from its seed."""

@@ -61,6 +61,8 @@ class SMoA(OwnMethod):
     peft_type = OwnType.SMOA
     config_class = SmoaConfig
     trains_as_one = True
+    on_base_weight = True
+    thin = False
     specs = (
         Spec("A", Role.TRAINABLE),
         Spec("B", Role.TRAINABLE),
@@ -110,9 +112,6 @@ class SMoA(OwnMethod):
         ranks = split_rank(tensors["A"].shape[0], config.groups)
         pairs = zip(tensors["B"].split(ranks, 1), tensors["A"].split(ranks, 0), strict=True)
         return Hadamard(weight, list(tensors["masks"]), list(pairs))
-
-    def needs_base(self, config: SmoaConfig) -> bool:
-        return True
 
 
 def split_rank(rank: int, groups: int) -> list[int]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from surgery.adapters.types.registry import type_of
 from surgery.errors import HubError
-from surgery.methods.catalogue import METHODS, OWN_TYPES, MethodInfo
+from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.tasks import TASK_TABLE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import without_paths
@@ -37,21 +38,6 @@ CLASSES = {
     "feature-extraction": ("AutoModel", "feature-extraction"),
 }
 # PEFT's own types: title and paper.
-PAPERS = {
-    "ADALORA": ("AdaLoRA", "arXiv 2303.10512"),
-    "BOFT": ("BOFT", "arXiv 2311.06243"),
-    "FOURIERFT": ("FourierFT", "arXiv 2405.03003"),
-    "IA3": ("(IA)³", "arXiv 2205.05638"),
-    "LOHA": ("LoHa", "arXiv 2108.06098"),
-    "LOKR": ("LoKr", "arXiv 2212.10650"),
-    "LORA": ("LoRA", "arXiv 2106.09685"),
-    "OFT": ("OFT", "arXiv 2306.07280"),
-    "RANDLORA": ("RandLoRA", "arXiv 2502.00987"),
-}
-# Their changes have no thin factors: a plain LoRA holds a share of their energy.
-FULL_RANK = frozenset({"FROD_PORTABLE", "SMOA", "HIRA", "LOHA", "LOKR"})
-# What surgery converts to LoRA, stock types included.
-CONVERTIBLE = frozenset({*OWN_TYPES, "VERA", "LOHA", "LOKR", "HIRA", "RANDLORA"})
 
 
 def make_card(
@@ -98,10 +84,8 @@ def method_of(checked: Checked) -> tuple[str, str | None, str | None]:
     info = _info(checked)
     if info is not None:
         return info.title, info.paper, info.change
-    if checked.config.get("use_dora"):
-        return "DoRA", "arXiv 2402.09353", None
-    title, paper = PAPERS.get(checked.peft_type, (checked.peft_type, None))
-    return title, paper, "s B A" if checked.peft_type == "LORA" else None
+    kind = type_of(checked.config)
+    return (kind.title, kind.paper, kind.change) if kind is not None else (checked.peft_type, None, None)
 
 
 def _info(checked: Checked) -> MethodInfo | None:
@@ -297,8 +281,11 @@ def _loading(checked: Checked, repo: str, revision: str | None) -> str:
     at = f", revision={json.dumps(checked.revision)}" if checked.revision else ""
     mine = f", revision={json.dumps(revision)}" if revision else ""
     lines = ["```python"]
-    if checked.peft_type in OWN_TYPES:
+    kind = type_of(checked.config)
+    if kind is not None and kind.imported_by == "surgery":
         lines.append("import surgery  # the package adapter-surgery: it makes PEFT know the type")
+    elif kind is not None and kind.imported_by is not None:
+        lines.append(f"import {kind.imported_by}  # it makes PEFT know the type")
     lines += [
         "from peft import PeftModel",
         f"from transformers import {name}",
@@ -330,11 +317,12 @@ def _labels(checked: Checked) -> str:
 
 
 def _plain_lora(checked: Checked, repo: str, revision: str | None) -> str:
-    if checked.peft_type not in CONVERTIBLE:
+    kind = type_of(checked.config)
+    if kind is None or not kind.readable or kind.title == "LoRA":
         return ""
     named = f"{repo}@{revision}" if revision else repo
     base = f"{checked.base}@{checked.revision}" if checked.revision else checked.base
-    full = checked.peft_type in FULL_RANK
+    full = not kind.thin
     what = "A plain LoRA, for stock PEFT and for servers" + (", with 99 % of every layer's energy:" if full else ":")
     out = f"{repo.partition('/')[2]}-lora"
     command = f"surgery convert {named} --to lora --base {base}{' --energy 0.99' if full else ''} -o {out}"

@@ -15,12 +15,11 @@ from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import contents_of, refuse_unreadable
+from surgery.adapters.contents import contents_of
 from surgery.adapters.foreign_formats import foreign_format
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.adapters.regex_check import check_patterns
-from surgery.adapters.stock_types import STOCK
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.methods.registry import method_for_type
@@ -130,7 +129,7 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
     )
     del opened  # and with it the mapping of the file
     try:
-        refuse_unreadable(Adapter(checked.config, {}))
+        Adapter(checked.config, {}).readable_type()
     except AdapterError as error:
         checked.notes.append(f"its layers are not checked one by one: {_reason(error)}")
         return checked
@@ -303,8 +302,8 @@ def _checked_layer(layer: Adapter, module: str) -> Measured | None:
     Raises:
         AdapterError: it lacks tensors, or they do not fit each other or the configuration.
     """
-    stock = STOCK.get(layer.peft_type)
-    if stock is not None and any(short in stock.refused for short in layer.modules[module]):
+    kind = layer.type
+    if kind is not None and any(kind.unread(short) for short in layer.layer(module)):
         return None  # PEFT reads it, we do not
     contents_of(layer)
     try:

@@ -28,7 +28,7 @@ class Registry(Generic[E]):
         builtin: name -> `module:attribute` of our own entries.
     """
 
-    def __init__(self, group: str, kind: str, entry_type: type[E], builtin: Mapping[str, str]) -> None:
+    def __init__(self, group: str, kind: str, entry_type: type[Any], builtin: Mapping[str, str]) -> None:
         self.group, self.kind, self.entry_type = group, kind, entry_type
         self._builtin = dict(builtin)
         self._loaded: dict[str, E] = {}

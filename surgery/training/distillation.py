@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import who
 from surgery.adapters.fitting import located
 from surgery.adapters.source import Source
 from surgery.errors import AdapterError
@@ -100,7 +99,7 @@ class Teacher:
         for name, key in source.contents.carried.items():
             place = _place(located(name, base.shapes, base), parameters)
             if place is None or parameters[place].shape != adapter.tensors[key].shape:
-                raise AdapterError(f"{who(adapter)}: saves {name}, for which the student's model has no place")
+                raise AdapterError(f"{adapter.label}: saves {name}, for which the student's model has no place")
             self.carried[place] = adapter.tensors[key].to(parameters[place])
         self.room = cache
         self._kept: dict[int, list[torch.Tensor]] = {}

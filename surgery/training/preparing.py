@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import contents_of, who
+from surgery.adapters.contents import contents_of
 from surgery.adapters.fitting import fit_to_model, own_task, with_place_for
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.errors import AdapterError, CheckpointError, listing
@@ -93,7 +93,7 @@ def trainable(
         return model
     name = base if base is not None else opened.config.get("base_model_name_or_path")
     if not name:
-        raise AdapterError(f"{who(opened)}: names no base model: give it with base")
+        raise AdapterError(f"{opened.label}: names no base model: give it with base")
     return prepare(
         opened, name, task=task, only=only, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     ).model
@@ -175,7 +175,7 @@ def _refuse_untrained_head(adapter: Adapter, base: BaseModel) -> None:
     lost = [name for name in missing if not any(key.startswith(f"{MODEL_PREFIX}{name}.") for key in adapter.tensors)]
     if lost:
         raise AdapterError(
-            f"{who(adapter)}: neither it nor the base model has the head {listing(lost, 2)} of {base.task.name}; make "
+            f"{adapter.label}: neither it nor the base model has the head {listing(lost, 2)} of {base.task.name}; make "
             f"an adapter with one: surgery init --task {base.task.name}"
         )
 

@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import who
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.errors import MethodError
@@ -145,7 +144,7 @@ class Run:
             device=str(self.device),
             processes=self.group.count,
             evaluated_on="eval_data" if own_eval else "data",
-            teacher=who(teacher) if teacher is not None else None,
+            teacher=teacher.label if teacher is not None else None,
             notes=list(self.feed.notes),
         )
         return report

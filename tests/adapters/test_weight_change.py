@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
-from surgery.adapters import adapter as adapter_module
-from surgery.adapters import contents
-from surgery.adapters.contents import contents_of, who
+from surgery.adapters import names as names_module
+from surgery.adapters.contents import contents_of
 from surgery.adapters.names import MODEL_PREFIX
+from surgery.adapters.types import tensor_checks
 from surgery.errors import AdapterError
 from tests.helpers.models import load_base
 from tests.initialization.test_init import perturb
@@ -76,7 +76,7 @@ def test_stock_lora(settings, llama: Path, tmp_path: Path) -> None:
     check_all(model, tmp_path / "lora")
 
 
-def test_what_cannot_be_said_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_said_is_refused(llama: Path) -> None:
     adapter, _ = surgery.init(llama, "frod", target=["q_proj"])
     name = "model.layers.1.self_attn.q_proj"
     with pytest.raises(AdapterError, match="needs the base weight"):
@@ -89,10 +89,6 @@ def test_what_cannot_be_said_is_refused(llama: Path, tmp_path: Path) -> None:
         bare, _ = surgery.init(llama, method, target=["q_proj"], store_bases=False)
         with pytest.raises(AdapterError, match=r"surgery\.load"):
             bare.delta(name)
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
-    get_peft_model(load_base(llama), config).save_pretrained(tmp_path / "dora")
-    with pytest.raises(AdapterError, match="DoRA"):
-        surgery.Adapter.open(tmp_path / "dora").delta(name)
 
 
 def many_layers(count: int) -> surgery.Adapter:
@@ -107,14 +103,14 @@ def many_layers(count: int) -> surgery.Adapter:
 def test_errors_call_an_adapter_by_its_folder(llama: Path, tmp_path: Path) -> None:
     made, _ = surgery.init(llama, "vera", target=["q_proj"])
     made.save(tmp_path / "out")
-    assert who(made) == "the adapter" and who(surgery.Adapter.open(tmp_path / "out")) == str(tmp_path / "out")
+    assert made.label == "the adapter" and surgery.Adapter.open(tmp_path / "out").label == str(tmp_path / "out")
 
 
 def test_names_are_sorted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work for one layer does not grow with the others: reading all of them is linear."""
     split: list[str] = []
-    real = adapter_module._split_name
-    monkeypatch.setattr(adapter_module, "_split_name", lambda stem: split.append(stem) or real(stem))
+    real = names_module.split_name
+    monkeypatch.setattr(names_module, "split_name", lambda name, kind: split.append(name) or real(name, kind))
     adapter = many_layers(50)
     for module in contents_of(adapter).modules:
         adapter.delta(module)
@@ -142,10 +138,10 @@ def test_tensors_that_a_caller_changes_are_seen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_numbers_that_are_not_finite_are_found_anywhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "NUMBERS", 7)
+    monkeypatch.setattr(tensor_checks, "CHUNK", 7)
     for shape in ((), (0, 3), (5,), (7, 3), (4, 2, 5)):
         clean = torch.ones(shape).to(dtype)
-        assert contents._is_finite(clean)
+        assert tensor_checks.is_finite(clean)
         for place in {0, clean.numel() // 2, clean.numel() - 1} if clean.numel() else ():
             bad_values = (
                 (float("nan"),) if dtype == torch.float8_e4m3fn else (float("nan"), float("inf"), -float("inf"))
@@ -153,7 +149,7 @@ def test_numbers_that_are_not_finite_are_found_anywhere(dtype: torch.dtype, monk
             for value in bad_values:
                 bad = torch.ones(shape).reshape(-1)
                 bad[place] = value
-                assert not contents._is_finite(bad.to(dtype).reshape(shape)), (shape, place, value)
+                assert not tensor_checks.is_finite(bad.to(dtype).reshape(shape)), (shape, place, value)
 
 
 @pytest.mark.parametrize("to", ["lora", "giva"])

@@ -185,10 +185,10 @@ def test_changes_that_depend_on_the_base_want_it(method: str, llama: Path, tmp_p
 
 
 def test_what_is_not_read_is_still_described(llama: Path, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    found = surgery.inspect(trained(load_base(llama), config, tmp_path / "dora"))
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"])
+    found = surgery.inspect(trained(load_base(llama), config, tmp_path / "oft"))
     assert found.modules == 3 and found.parameters > 0 and not found.sites
-    assert "DoRA" in found.notes[0]
+    assert "rotation" in found.notes[0]
 
 
 def test_carried_tensors_are_listed(llama: Path, tmp_path: Path) -> None:

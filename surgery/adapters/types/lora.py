@@ -1,32 +1,41 @@
-"""LoRA (arXiv 2106.09685), PEFT's own type: `dW = s B A`. Read, not made: it has no start of its own here.
+"""LoRA (arXiv 2106.09685), PEFT's own type: `dW = s B A`.
 
 The file holds A `(r, in)` and B `(out, r)` whatever the orientation of the layer's weight, Conv1D included.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
+from surgery.adapters.types.base import MERGE_IN_PEFT, Tensors, TensorType
+from surgery.adapters.types.config_rules import A_NUMBER, A_SWITCH
+from surgery.adapters.types.patterns import pattern_value
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
 
-__all__ = ["A_NAME", "BIAS_NAME", "B_NAME", "lora_delta", "pattern_value", "refuse_variants", "scaling_of"]
+__all__ = [
+    "A_NAME",
+    "BIAS_NAME",
+    "B_NAME",
+    "EMBEDDING",
+    "LORA",
+    "LORA_RULES",
+    "lora_delta",
+    "lora_output_bias",
+    "refuse_variants",
+]
 
 A_NAME, B_NAME, BIAS_NAME = "lora_A.weight", "lora_B.weight", "lora_B.bias"
-MERGE_IN_PEFT = "merge it with PEFT (merge_and_unload)"
 # Settings under which a layer computes something else than W x + s B A x.
 VARIANTS = {
-    "use_dora": f"DoRA, whose change depends on the norms of the base weight: {MERGE_IN_PEFT}",
     "alora_invocation_tokens": "aLoRA, which acts on the tokens after its invocation only: no weight change does that",
     "use_qalora": f"QALoRA, which pools its input by the groups of a quantised base: {MERGE_IN_PEFT}",
     "use_bdlora": f"BD-LoRA, whose factors are block-diagonal: {MERGE_IN_PEFT}",
     "arrow_config": "Arrow, which routes each token to one of several LoRAs: give one of them",
-    "kasa_config": "KaSA, which cuts the base weight's smallest singular values: merge it with PEFT (merge_and_unload)",
+    "kasa_config": f"KaSA, which cuts the base weight's smallest singular values: {MERGE_IN_PEFT}",
     "monteclora_config": f"Monteclora, which samples its factors: {MERGE_IN_PEFT}",
     "target_parameters": f"on target_parameters (fused expert weights), not on linear layers: {MERGE_IN_PEFT}",
     "layer_replication": f"on replicated layers, which the base model does not have: {MERGE_IN_PEFT}",
@@ -34,38 +43,38 @@ VARIANTS = {
 # Starts that change the base weight. PEFT's conversion on saving writes init_lora_weights=true, so that a file which
 # still names one of them is relative to the changed base.
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
-CONVERTIBLE = (
+RELATIVE_TO_CHANGED_BASE = (
     "the file's weight change is relative to a base weight that this start has changed; save the trained model with "
     "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER of the adapter at its start), which makes it "
     "a plain LoRA"
 )
-LOFTQ = (
+RELATIVE_TO_QUANTIZED_BASE = (
     "the file's weight change is relative to a quantised base weight; give an adapter trained on the base as it is, or "
     "merge it with PEFT into the base that it was trained on"
 )
 
 
-def refuse_variants(config: Mapping[str, Any], who: str) -> None:
+def refuse_variants(config: Mapping[str, Any], label: str) -> None:
     """Refuse a LoRA whose weight change is not `s B A` on the base weight as it is.
 
     Args:
         config: `adapter_config.json`.
-        who: what an error calls the adapter.
+        label: the adapter's name in the message.
 
     Raises:
         AdapterError: it is one of PEFT's variants, or made with a start that changes the base weight.
     """
     for key, reason in VARIANTS.items():
         if config.get(key):
-            raise AdapterError(f"{who}: is a LoRA of the kind {reason}")
+            raise AdapterError(f"{label}: is a LoRA of the kind {reason}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MUTATING):
-        raise AdapterError(f"{who}: was made with init_lora_weights={start!r}: {CONVERTIBLE}")
+        raise AdapterError(f"{label}: was made with init_lora_weights={start!r}: {RELATIVE_TO_CHANGED_BASE}")
     if isinstance(start, str) and start.lower() == "loftq":
-        raise AdapterError(f"{who}: was made with init_lora_weights={start!r}: {LOFTQ}")
+        raise AdapterError(f"{label}: was made with init_lora_weights={start!r}: {RELATIVE_TO_QUANTIZED_BASE}")
 
 
-def lora_delta(config: Mapping[str, Any], module: str, tensors: Mapping[str, torch.Tensor]) -> LowRank:
+def lora_delta(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None = None) -> LowRank:
     """The weight change of one layer of a stock LoRA, `(out, in)` for every kind of layer.
 
     Args:
@@ -98,18 +107,26 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def pattern_value(config: Mapping[str, Any], key: str, module: str, default: Any) -> float:
-    """The number that a layer has by `rank_pattern` or `alpha_pattern`, by PEFT's own rule of matching.
+def lora_output_bias(config: Mapping[str, Any], module: str, tensors: Tensors) -> torch.Tensor | None:
+    """Return what the bias of B (`lora_bias`) adds to the layer's outputs, `(out,)` float32; None without one."""
+    if BIAS_NAME not in tensors:
+        return None
+    return tensors[BIAS_NAME].float() * scaling_of(config, module, int(tensors[A_NAME].shape[0]))
 
-    Raises:
-        AdapterError: a pattern is no valid expression, or the value is no finite number.
-    """
-    patterns = config.get(key) or {}
-    try:
-        value = patterns.get(get_pattern_key(patterns.keys(), module), default)
-        number = float(value)
-    except (re.error, AttributeError, TypeError, ValueError):
-        raise AdapterError(f"{module}: adapter_config.json has no usable {key} ({patterns!r:.80})") from None
-    if not 0 <= abs(number) < float("inf"):
-        raise AdapterError(f"{module}: adapter_config.json gives {value!r} ({key}), which is not finite")
-    return number
+
+EMBEDDING = {"lora_embedding_A": "a LoRA on an embedding", "lora_embedding_B": "a LoRA on an embedding"}
+LORA_RULES = {"lora_alpha": A_NUMBER, "use_rslora": A_SWITCH, "use_dora": A_SWITCH}
+
+LORA = TensorType(
+    "LORA",
+    "LoRA",
+    layouts=(frozenset({A_NAME, B_NAME}), frozenset({A_NAME, B_NAME, BIAS_NAME})),
+    formula=lora_delta,
+    paper="arXiv 2106.09685",
+    change="s B A",
+    refused={**EMBEDDING, "lora_magnitude_vector": "a DoRA layer, though its configuration says use_dora=false"},
+    dimensions={BIAS_NAME: 1},
+    rules=LORA_RULES,
+    check=refuse_variants,
+    bias=lora_output_bias,
+)

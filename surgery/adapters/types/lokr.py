@@ -1,0 +1,39 @@
+"""LoKr (arXiv 2212.10650): `dW = s w1 ⊗ w2`, each of them whole or in two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from surgery.adapters.types.base import Tensors, TensorType
+from surgery.adapters.types.loha import TUCKER
+from surgery.adapters.types.patterns import factor_pair, rank_scale
+from surgery.deltas.operators import Delta
+from surgery.deltas.products import Kronecker, as_low_rank
+
+__all__ = ["LOKR"]
+
+SIDES = [[frozenset({f"lokr_w{side}"}), frozenset({f"lokr_w{side}_a", f"lokr_w{side}_b"})] for side in (1, 2)]
+
+
+def _lokr(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+    """`s w1 ⊗ w2`, each of them whole or in two factors."""
+    sides = [
+        as_low_rank(tensors[name]) if name in tensors else factor_pair(module, tensors, f"{name}_a", f"{name}_b")
+        for name in ("lokr_w1", "lokr_w2")
+    ]
+    return Kronecker(sides[0], sides[1], rank_scale(config, module))
+
+
+LOKR = TensorType(
+    "LOKR",
+    "LoKr",
+    layouts=tuple(left | right for left in SIDES[0] for right in SIDES[1]),
+    formula=_lokr,
+    paper="arXiv 2212.10650",
+    change="s w1 ⊗ w2",
+    refused={"lokr_t2": TUCKER},
+    thin=False,
+)
