@@ -13,8 +13,9 @@ import torch
 
 from surgery.adapters.adapter import Adapter, identity_of
 from surgery.adapters.contents import refuse_output_biases
+from surgery.adapters.fitting import old_names_note
 from surgery.adapters.names import WEIGHTS_FILE
-from surgery.adapters.source import Source
+from surgery.adapters.source import Source, refuse_lone_experts
 from surgery.converters.figures import converted_sites, largest_difference, overall
 from surgery.converters.report import ConvertReport
 from surgery.converters.request import Budget, Metric, Progress, Request, Result
@@ -241,7 +242,11 @@ def _convert(
 ) -> tuple[Adapter, ConvertReport, Source, dict[str, torch.Tensor]]:
     """The new adapter, its figures, where it comes from, and its tensors as the file will hold them."""
     source = Source.open(adapter, shared.model_for(adapter), device)
+    adapter = source.adapter
     refuse_output_biases(source.contents)
+    old_names = old_names_note(source.contents.modules) if shared.opened is None else []
+    if options.to != "lora":
+        refuse_lone_experts(source, options.to)
     measured = shared.measured(source)
     source_bytes = _file_size(adapter)
     request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress, parts)
@@ -254,6 +259,7 @@ def _convert(
     release_freed()  # what the decompositions took: coding the tensors, and reading them back, take as much
     files = made.file_tensors()
     report = _report(source, made, result, measured, options, source_bytes, file_bytes(files))
+    report.notes += old_names
     _refuse_useless(report, options)
     _check_budget(report, request)
     report.agreement, report.kl = measured.fidelity(made)
@@ -316,7 +322,7 @@ def _report(
         ratio=source_bytes / size,
         weight_error=weight_error,
         output_error=output_error,
-        notes=result.notes + measured.notes,
+        notes=source.adapter.notes + result.notes + measured.notes,
         sites=sites,
     )
 

@@ -25,6 +25,7 @@ from surgery.adapters.names import (
 from surgery.adapters.packing import is_packed, packed, unpacked
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.registry import readable_types, type_of
+from surgery.adapters.wrapper_names import plain_config, plain_names
 from surgery.errors import AdapterError, CheckpointError, OutputError, listing
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.folder_checks import check_files, check_link
@@ -53,7 +54,12 @@ class Adapter:
         card: `README.md`, or None.
         folder: where it was read from, or None.
         name: what it is called where it was read from: the folder's name, or the last part of a Hub id; or None.
+        notes: what the user should know of its file.
+        as_stored: PEFT opens the folder that it was read from as this adapter: its names are those of the file.
     """
+
+    notes: list[str]
+    as_stored: bool = True
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class Adapter:
         self.card = card
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
+        self.notes = []
         self._sorted: TensorNames | None = None
 
     @classmethod
@@ -113,10 +120,16 @@ class Adapter:
             check_format_version(provenance["format_version"], folder / PROVENANCE_FILE)
         card = folder / CARD_FILE
         text = read_text(card) if card.is_file() else None
-        tensors = read_tensors(weights)
+        stored = read_tensors(weights)
+        tensors, notes = plain_names(stored, str(config["peft_type"]), str(folder))
+        if notes:
+            names = TensorNames(list(tensors), type_of(config))
+            config = plain_config(config, sorted(set(names.owners.values())))
         if is_packed(config):
             tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
-        return cls(config, tensors, provenance, text, folder)
+        read = cls(config, tensors, provenance, text, folder)
+        read.notes, read.as_stored = notes, not notes
+        return read
 
     def __repr__(self) -> str:
         modules = sum(1 for module in self.modules if module)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents
-from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.fused import as_lora, fused_parts, with_fused
+from surgery.adapters.renaming import renamed_adapter
+from surgery.adapters.types.lora import LORA
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.base_model import BaseModel
-from surgery.models.sites import Site, linear_sites, target_modules, unsupported_modules
+from surgery.models.module_names import FusedPart, ModelNames
+from surgery.models.sites import Site, linear_sites, unsupported_modules
 from surgery.models.tasks import TASK_TABLE
 
-__all__ = ["located", "own_task", "sites_on_base", "with_place_for"]
+__all__ = [
+    "fit_to_model",
+    "located",
+    "old_names_note",
+    "own_task",
+    "sites_on_base",
+    "with_names_of",
+    "with_place_for",
+]
+
+# What only names of transformers 4 look like.
+OLD_NAMES = re.compile(r"(^|\.)language_model\.model\.|\.block_sparse_moe\.|\.experts\.\d+\.")
 
 
 def located(name: str, names: Collection[str], base: BaseModel) -> str | None:
-    """A name of an adapter as it is in the base: the same, or with or without the prefix of a class with a head.
+    """The base's own name for a module or a parameter of an adapter; None where the base has none.
 
     Args:
-        name: of a module or a parameter.
+        name: of a module or a parameter, by any name that transformers has given it (see `ModelNames`).
         names: those of the base.
         base: the base model.
     """
-    prefix = getattr(base.model, "base_model_prefix", "")
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in candidates if candidate in names), None)
+    return base.names.located(name, names)
 
 
 def with_place_for(base: BaseModel, adapter: Adapter, contents: Contents, trust_remote_code: bool = False) -> BaseModel:
@@ -53,7 +66,13 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
     for name in modules:
         module = located(name, linears, base)
         if module is None:
-            raise AdapterError(f"{adapter.label}: {_no_linear(base, name)}")
+            site = _site_in_files(base, name)
+            if site is None:
+                raise AdapterError(f"{adapter.label}: {_no_linear(base, name)}")
+            module = site.module
+            linears[module] = site
+        if module in found:
+            raise AdapterError(f"{adapter.label}: changes {found[module]} and {name}, which are one layer of the base")
         found[module] = name
     absent = [module for module in found if linears[module].parameter not in base.sources]
     if absent:
@@ -61,9 +80,18 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
     return {site: found[module] for module, site in linears.items() if module in found}
 
 
+def _site_in_files(base: BaseModel, module: str) -> Site | None:
+    """A layer that is one tensor of the base's files, which transformers joins with others or splits while loading."""
+    part = base.names.fused_part(f"{module}.weight")
+    if part is None or part.target not in base.sources:
+        return None
+    keys = (key for key, _ in base.sources[part.target].keys if base.names.same_key(key, part.key))
+    return next((base.file_site(key) for key in keys), None)
+
+
 def _fits(base: BaseModel, contents: Contents) -> bool:
-    modules = {name for name, _ in base.model.named_modules()}
-    return all(located(name, modules, base) for name in contents.modules) and all(
+    modules = base.names.modules
+    return all(located(name, modules, base) or _site_in_files(base, name) for name in contents.modules) and all(
         located(name, base.shapes, base) for name in contents.carried
     )
 
@@ -97,15 +125,16 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
     Raises:
         AdapterError: some of its modules are not in the model, with or without the model's own prefix.
     """
-    names = {name for name, _ in model.named_modules()}
+    known = ModelNames(model)
     wanted = {module: _unwrapped(module) for module in adapter.modules if module}
-    if all(plain in names for plain in wanted.values()):
+    if all(plain in known.modules for plain in wanted.values()):
         return adapter
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    parts = fused_parts(known, wanted.values())
+    if parts:
+        return fit_to_model(_with_parts(adapter, known, parts, type(model).__name__), model)
     renamed = {}
     for module, plain in wanted.items():
-        candidates = (plain, f"{prefix}{plain}", plain.removeprefix(prefix))
-        found = next((name for name in candidates if name in names), None)
+        found = known.located(plain, known.modules)
         if found is not None:
             renamed[module] = found + module.removeprefix(plain)
     lost = [module for module in wanted if module not in renamed]
@@ -114,23 +143,66 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
             f"the adapter does not fit {type(model).__name__}: it changes {listing(lost, 3)}, which this model does "
             f"not have (base: {adapter.config.get('base_model_name_or_path')})"
         )
-    return _renamed(adapter, model, renamed)
+    return renamed_adapter(adapter, renamed, model)
+
+
+def with_names_of(adapter: Adapter, base: BaseModel) -> Adapter:
+    """An adapter under the names of a base's class, where it has those of another version or of a text model alone.
+
+    Names that lack or have only the prefix of a class with a head stay. A LoRA on matrices that transformers joins or
+    splits while loading becomes one on the model's own; experts stay, each by itself, as the base's files have them.
+
+    Returns:
+        The adapter itself where its names are those of the base, otherwise a copy with a note.
+    """
+    names, before = base.names, adapter
+    parts = fused_parts(names, map(_unwrapped, filter(None, adapter.modules)))
+    if parts and adapter.type is LORA:
+        adapter = with_fused(adapter, names, parts, experts=False)
+    renamed = {}
+    for module in filter(None, adapter.modules):
+        plain = _unwrapped(module)
+        if not names.has(plain, names.modules) and plain not in parts:
+            found = names.translated(plain, names.modules)
+            if found is not None:
+                renamed[module] = found + module.removeprefix(plain)
+    if renamed:
+        adapter = renamed_adapter(adapter, renamed, base.model)
+    if adapter is not before:
+        old = next(iter(renamed or parts))
+        adapter.notes.append(f"names of another version or class of the model ({old}): written under today's names")
+    return adapter
+
+
+def old_names_note(modules: Iterable[str]) -> list[str]:
+    """A note where names are those of an older transformers, by what they look like, and no base says today's."""
+    old = next((module for module in modules if OLD_NAMES.search(module)), None)
+    if old is None:
+        return []
+    return [f"{old} looks like a name of transformers 4: it is kept; with --base it is written under today's name"]
+
+
+def _with_parts(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPart], model: str) -> Adapter:
+    """An adapter on tensors that transformers joins or splits, as a LoRA on the model's own parameters.
+
+    Raises:
+        AdapterError: the changes are not those of a LoRA, or cannot be brought there.
+    """
+    if adapter.type is not LORA:
+        first, part = next(iter(parts.items()))
+        try:
+            adapter = as_lora(adapter)
+        except AdapterError as error:
+            raise AdapterError(
+                f"{adapter.label}: changes {first}, which {model} has as a part of {part.target}, where a "
+                f"{adapter.peft_type} adapter has no place ({error}); add it to its base with surgery merge, or "
+                "convert it with --to lora and --base"
+            ) from None
+        adapter.notes.append(f"{model} has {first} as a part of {part.target}: opened as a LoRA, which can be both")
+    return with_fused(adapter, names, parts)
 
 
 def _unwrapped(module: str) -> str:
     """A module's name without the level that PEFT's layers and wrappers put below it (trained biases, grown heads)."""
     plain, _, last = module.rpartition(".")
     return plain if last in {"base_layer", "modules_to_save", "original_module"} else module
-
-
-def _renamed(adapter: Adapter, model: Any, renamed: dict[str, str]) -> Adapter:
-    tensors = {}
-    for module, parts in adapter.modules.items():
-        start = f"{MODEL_PREFIX}{renamed[module]}." if module else TUNER_PREFIX
-        tensors.update({f"{start}{short}": tensor for short, tensor in parts.items()})
-    linears: dict[str, Site] = {site.module: site for site in linear_sites(model)}
-    sites = [linears[name] for name in dict.fromkeys(renamed.values()) if name in linears]
-    config = {**adapter.config, "target_modules": target_modules(model, sites)}
-    if config.get("packed"):
-        config["packed"] = {renamed.get(module, module): shape for module, shape in config["packed"].items()}
-    return Adapter(config, tensors, adapter.provenance, adapter.card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
-from surgery.adapters.fitting import sites_on_base
+from surgery.adapters.fitting import sites_on_base, with_names_of
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.adapters.types.base import Needs
 from surgery.deltas.operators import Delta
@@ -19,7 +20,10 @@ from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.storage.resume import Parts
 
-__all__ = ["Change", "Source"]
+__all__ = ["Change", "Source", "refuse_lone_experts"]
+
+# One expert of several, by its name.
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Source:
             AdapterError: it cannot, or its type needs a base.
             WrongBaseError: it was made from other base weights.
         """
+        if base is not None:
+            adapter = with_names_of(adapter, base)
         contents = contents_of(adapter)
         enough = Needs.NOTHING if shapes is None else Needs.SHAPE
         if base is None and (contents.needs > enough or (contents.needs and contents.lacks_shared)):
@@ -187,6 +193,20 @@ class Source:
                 parts.add(_unit(module), cut, {"lost": change.lost})
             found = parts.tensors(_unit(module))
             yield Change(module, found["B"], found["A"], sites.get(module), parts.facts(_unit(module))["lost"])
+
+
+def refuse_lone_experts(source: Source, to: str) -> None:
+    """Refuse single experts where no base says whether the model has them one by one.
+
+    Raises:
+        AdapterError: a layer is one expert, and there is no base model.
+    """
+    expert = next((module for module in source.contents.modules if EXPERT.search(module)), None)
+    if source.base is None and expert is not None:
+        raise AdapterError(
+            f"{source.adapter.label}: changes {expert}, one expert by itself, which transformers 5 joins with the "
+            f"others in most models, where PEFT would leave it out of a {to} adapter: give the model with --base"
+        )
 
 
 def _unit(module: str) -> str:

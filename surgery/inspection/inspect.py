@@ -86,6 +86,7 @@ def _adapter(
     found.peft_type = adapter.peft_type
     found.base = adapter.config.get("base_model_name_or_path")
     found.task = adapter.config.get("task_type")
+    found.notes += adapter.notes
     try:
         contents = contents_of(adapter)
     except AdapterError as error:

@@ -54,7 +54,7 @@ class MergePlan:
     ) -> None:
         self.adapter, self.base, self.target, self.config = contents.adapter, base, target, config
         self.sites, self.replaced, self.device = dict(sites), dict(replaced), device
-        self.notes: list[str] = []
+        self.notes: list[str] = list(contents.adapter.notes)
         self._shifts = dict(shifts)
         self._site_of = {site.parameter: site for site in sites}
         self.added = _without_own_tensor(base, target, self._changed)

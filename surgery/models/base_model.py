@@ -15,7 +15,8 @@ from transformers.models.auto import modeling_auto
 from surgery.errors import CheckpointError, listing
 from surgery.models.checkpoint_names import Source, parameter_sources
 from surgery.models.config_limits import check_model_config, limited_modules
-from surgery.models.sites import Site, select_sites
+from surgery.models.module_names import ModelNames
+from surgery.models.sites import Site, role_by_name, select_sites
 from surgery.models.tasks import TASK_TABLE
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
@@ -79,6 +80,8 @@ class BaseModel:
         self.task = task
         self.files = files
         self._sources: dict[str, Source] | None = None
+        self._names: ModelNames | None = None
+        self._file_shapes: dict[str, tuple[int, int]] = {}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @classmethod
@@ -157,6 +160,30 @@ class BaseModel:
             self._sources = parameter_sources(self.model, self.files.files)
         return self._sources
 
+    def file_site(self, key: str) -> Site:
+        """A matrix of the files as a layer of its own, which transformers joins with others, or splits, while loading.
+
+        Afterwards `parameter` reads it, and `sources` has it, under its name in the files.
+
+        Raises:
+            CheckpointError: it cannot be read, or is no matrix.
+        """
+        tensor = self.files.read(key)
+        if tensor.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {key} has shape {tuple(tensor.shape)}, expected a matrix")
+        self.sources.setdefault(key, Source(key, [(key, key)]))
+        self._file_shapes[key] = (int(tensor.shape[0]), int(tensor.shape[1]))
+        module = key.removesuffix(".weight")
+        role, layer = role_by_name(module)
+        return Site(module, module, role, layer, *self._file_shapes[key])
+
+    @property
+    def names(self) -> ModelNames:
+        """The names of the model's modules and parameters, with those of other versions and classes."""
+        if self._names is None or self._names.model is not self.model:
+            self._names = ModelNames(self.model)
+        return self._names
+
     @property
     def is_quantized(self) -> bool:
         """Whether the linear weights are stored in a quantised form."""
@@ -187,7 +214,7 @@ class BaseModel:
         if name not in self.sources:
             raise CheckpointError(f"{self.folder}: no tensor for {name} in the checkpoint")
         tensor = self.sources[name].read(name, self.model, self.files.read)
-        expected = self.shapes[name]
+        expected = self.shapes[name] if name in self.shapes else self._file_shapes[name]
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the model of config.json wants {expected}"

@@ -41,6 +41,7 @@ class LiveModel(BaseModel):
             self.task = task_of(type(model), self.config)
         self.values = dict(model.named_parameters())
         self._sources = {}
+        self._names = None
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.values.items()}
 
     @property

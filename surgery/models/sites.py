@@ -145,12 +145,17 @@ def select_sites(model: nn.Module, targets: Sequence[str] = ()) -> list[Site]:
 
 
 def target_modules(model: nn.Module, sites: Iterable[Site]) -> list[str]:
-    """The shortest list for PEFT's `target_modules` that matches exactly these sites in `model`.
+    """The shortest list for PEFT's `target_modules` that matches exactly these sites in `model`."""
+    return shortest_targets(model, [site.module for site in sites])
+
+
+def shortest_targets(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The shortest list for PEFT's `target_modules` that matches exactly these modules of `model`.
 
     PEFT takes an entry as a module's name or as the end of one at a dot. For each role the shortest ending is
     chosen that matches no module outside `sites`; where there is none, the full names are listed.
     """
-    names = {site.module for site in sites}
+    names = set(modules)
     others = [name for name, _ in model.named_modules() if name and name not in names]
     entries: set[str] = set()
     for name in sorted(names):

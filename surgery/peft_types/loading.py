@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -74,8 +75,10 @@ def load(
         opened = portable_frod(opened, model)
     if opened.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{opened.folder}: PEFT type {opened.peft_type} is known neither to PEFT nor to surgery")
+    for note in opened.notes:
+        logging.getLogger("surgery").warning("%s: %s", opened.label, note)
     fitted = fit_to_model(opened, model)
-    if fitted is opened and opened.folder is not None:
+    if fitted is opened and opened.folder is not None and opened.as_stored:
         return _open(model, opened, opened.folder, is_trainable)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         fitted.save(Path(folder) / "adapter")
