@@ -20,7 +20,6 @@ import torch
 
 import surgery
 from surgery.cli.main import COMMANDS, cli
-from surgery.cli.output import progress_bar
 from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.base_model import BaseModel
 from tests.helpers.command_line import contents, flags, invoke
@@ -231,17 +230,6 @@ def test_verbose_prints_a_row_per_layer(llama: Path, tmp_path: Path) -> None:
         (site.module, *site.shape, site.rank, site.parameters) for site in report.sites
     ]
     assert "model.layers." not in init(llama, "inilora", tmp_path / "again").stdout
-
-
-def test_progress_bar_only_on_a_terminal(monkeypatch, capsys) -> None:
-    with progress_bar("init", wanted=True) as move:
-        assert move is None
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress_bar("init", wanted=False) as move:
-        assert move is None
-    with progress_bar("init frod", wanted=True) as move:
-        move(1, 4, "q_proj")
-    assert "init frod" in capsys.readouterr().err
 
 
 # surgery init: where it writes

@@ -86,7 +86,7 @@ def command(a: str, b: str, as_json: bool, quiet: bool, verbose: bool, **options
     from surgery.comparison.compare import compare
 
     given = {name: value for name, value in options.items() if value is not None}
-    with progress_bar("compare", wanted=not quiet and not as_json) as progress:
+    with progress_bar("compare", wanted=not quiet) as progress:
         found = compare(a, b, progress=progress, **given)
     if as_json:
         show_json(found.to_dict())

@@ -131,7 +131,7 @@ def command(
 
     name = Path(model).resolve() if os.path.isdir(model) else Path(model.partition("@")[0])
     folder = out or f"{name.name}-{method}"
-    with progress_bar(f"init {method}", wanted=not quiet and not as_json) as progress:
+    with progress_bar(f"init {method}", wanted=not quiet) as progress:
         _, report = init(model, method, folder, progress=progress, **options)
     if int(os.environ.get("RANK", "0")) > 0:  # of torchrun's processes the first one speaks
         return

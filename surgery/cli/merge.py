@@ -51,7 +51,7 @@ def command(
     from surgery.merging.merge import merge
 
     folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-merged"
-    with progress_bar("merge", wanted=not quiet and not as_json) as progress:
+    with progress_bar("merge", wanted=not quiet) as progress:
         report = merge(adapter, base, folder, progress=progress, **options)
     if as_json:
         show_json(report.to_dict())

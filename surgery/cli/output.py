@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from surgery.cli import streams
+from surgery.cli.progress import progress_bar
 from surgery.display import tables
 from surgery.system.text import human_bytes
 
@@ -19,12 +18,12 @@ __all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", 
 
 def show(text: str, err: bool = False) -> None:
     """Print a result on stdout, or on stderr; names from files cannot steer the terminal."""
-    click.echo(printable(text), err=err)
+    streams.write(printable(text), err)
 
 
 def show_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    click.echo(json.dumps(value))
+    streams.write(json.dumps(value))
 
 
 def written(out: str | None, size: int) -> str:
@@ -57,21 +56,3 @@ def summary(pairs: Sequence[tuple[str, str]]) -> str:
 
 def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, wanted: bool, unit: str = "weight") -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on stderr, on a terminal only; gives the callback that moves it."""
-    if not wanted or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=label, unit=unit, leave=False, file=sys.stderr) as bar:
-
-        def move(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
-
-        yield move

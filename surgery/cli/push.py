@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli.options import common_options, set_verbosity
-from surgery.cli.output import note, show, show_json, summary, table
+from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
 from surgery.system.text import human_bytes
 
@@ -112,51 +110,31 @@ def _show_result(report: PushReport, plan: PushReport) -> None:
 
 
 def _taken(token: str | None) -> str | None:
-    """The token of `--token`, taken off the list of processes."""
+    """Return the token of `--token`; `-` reads it from standard input."""
     if token is None:
         return None
     if token == "-":
         return sys.stdin.readline().strip() or None
-    _wipe_argument(token)
-    note("Warning: --token leaves the token in the shell's history; HF_TOKEN and `hf auth login` do not")
+    note(
+        "Warning: --token leaves the token in the shell's history and shows it in the list of processes; --token - "
+        "(standard input), HF_TOKEN and `hf auth login` do not"
+    )
     return token
-
-
-def _wipe_argument(secret: str) -> None:
-    """Overwrite a secret in this process's arguments, which every user of the machine can read."""
-    sys.argv[:] = [argument.replace(secret, "***") for argument in sys.argv]
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc: another system
-        # Where the arguments lie in memory: fields 48 and 49; the name in field 2 may hold spaces.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])
-        arguments, wanted = ctypes.string_at(start, end - start), secret.encode()
-        position = arguments.find(wanted)
-        while position >= 0:
-            ctypes.memset(start + position, ord("*"), len(wanted))
-            position = arguments.find(wanted, position + len(wanted))
 
 
 @contextlib.contextmanager
 def _progress(wanted: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar of bytes on stderr, on a terminal only. By Xet the Hub's client sends, and shows bars of its own."""
+    """A bar of bytes on a terminal, a line now and then without one; by Xet the Hub's client shows bars of its own."""
     from huggingface_hub import utils
 
-    if wanted and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(desc="push", unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
-
-            def move(done: int, total: int, what: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(what, refresh=False)
-                bar.update(done - bar.n)
-
+    with progress_bar("push", wanted, unit="B") as move:
+        shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+        if wanted and sys.stderr.isatty():
             yield move
-        return
-    shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
-    utils.disable_progress_bars()  # type: ignore[attr-defined]
-    try:
-        yield None
-    finally:
-        if shown:
-            utils.enable_progress_bars()  # type: ignore[attr-defined]
+            return
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+        try:
+            yield move
+        finally:
+            if shown:
+                utils.enable_progress_bars()  # type: ignore[attr-defined]

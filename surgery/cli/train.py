@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.main import INTERRUPTED, TERMINATED
+from surgery.cli.main import INTERRUPTED, TERMINATED, Stopped
 from surgery.cli.options import common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.storage.hub_cache import check_names
@@ -91,13 +90,16 @@ def command(
     if hidden_weight is not None:
         given["hidden_weight"] = hidden_weight
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one speaks
-    with progress_bar("train", wanted=not quiet and not as_json, unit="step") as progress:
+    with progress_bar("train", wanted=not quiet, unit="step") as progress:
         try:
             _, report = train(adapter, out=folder, teacher=teacher, progress=progress, **given)
         except TrainingInterrupted as stopped:
-            if first:
-                note(f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; --resume goes on.")
-            sys.exit(TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED)
+            code = TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED
+            if not first:
+                raise click.exceptions.Exit(code) from None
+            raise Stopped(
+                f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; --resume goes on.", code
+            ) from None
     if not first:
         return
     if as_json:
