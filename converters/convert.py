@@ -22,6 +22,7 @@ from surgery.converters.request import Budget, Metric, Progress, Request, Result
 from surgery.converters.shared_base import Base, DataSettings, Measured
 from surgery.errors import MethodError, OutputError
 from surgery.storage.atomic_folder import check_output, resumable_folder
+from surgery.storage.format_version import FIRST_VERSION
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import Parts, run_key
 from surgery.storage.safetensors_read import file_bytes
@@ -67,6 +68,7 @@ def convert(
     ratio: float | None = None,
     bits: int | str | None = None,
     basis: str | None = None,
+    variant: str | None = None,
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
@@ -104,6 +106,8 @@ def convert(
         ratio: the source's file over the new one; for giva 20 where nothing else is given.
         bits: giva: `auto`, 32, 16, 8, 4, 3 or 2 for each number.
         basis: vera: `fitted` (stored, made from the adapter) or `random` (seeded: vectors only; needs base and data).
+        variant: smoa: `components` of the spectrum (default), or the published `blocks`, which hold about 1/K of a
+            general change, and are written with accept_loss.
         recover: steps of distillation: the original's answers on the calibration samples are learnt, in no more bytes.
         accept_loss: write even what keeps less than half of the adapter's energy.
         stats: calibration statistics: read where the file exists, written where it does not.
@@ -129,7 +133,7 @@ def convert(
     several = not isinstance(adapter, (str, Path, Adapter))
     adapters: list[Any] = list(adapter) if several else [adapter]  # type: ignore[arg-type]
     budget = Budget(rank, energy, max_error, size, ratio)
-    options = _Options(to, budget, bits, basis, dtype, recover, accept_loss, seed, dry_run, force)
+    options = _Options(to, budget, bits, basis, variant, dtype, recover, accept_loss, seed, dry_run, force)
     options.check(data, stats, base)
     opened = [each if isinstance(each, Adapter) else Adapter.open(each) for each in adapters]
     outs = _outputs(opened, out, several)
@@ -151,6 +155,7 @@ class _Options:
     budget: Budget
     bits: int | str | None
     basis: str | None
+    variant: str | None
     dtype: str | None
     recover: int | None
     accept_loss: bool
@@ -172,6 +177,13 @@ class _Options:
             raise MethodError(f"bits must be {', '.join(BITS)}, got {self.bits!r}")
         if self.basis is not None and (self.to != "vera" or self.basis not in {"fitted", "random"}):
             raise MethodError("basis belongs to vera, and is fitted or random")
+        if self.variant is not None and (self.to != "smoa" or self.variant not in {"components", "blocks"}):
+            raise MethodError("variant belongs to smoa, and is components or blocks")
+        if self.variant == "blocks" and not self.accept_loss:
+            raise MethodError(
+                "variant blocks of smoa holds about half of a general change, before any rank is cut: use --variant "
+                "components, or --to giva, which holds all of it; --accept-loss makes the blocks"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MethodError(f"unknown dtype {self.dtype!r}: use {', '.join(DTYPES)}")
         if self.dtype == "float8_e4m3fn" and self.to != "lora":
@@ -194,6 +206,7 @@ class _Options:
             metric=metric,
             bits="auto" if self.bits in {None, "auto"} else int(str(self.bits)),
             basis=self.basis or "fitted",
+            variant=self.variant or "components",
             seed=self.seed,
             device=device,
             accept_loss=self.accept_loss,
@@ -282,7 +295,7 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
     config["inference_mode"] = True
     given = {name: value for name, value in vars(options.budget).items() if value is not None}
     provenance = {
-        "format_version": 1,
+        "format_version": config.get("format_version", FIRST_VERSION),
         "tool": "surgery",
         "version": __version__,
         "command": "convert",
@@ -291,6 +304,7 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
             **given,
             "bits": options.bits,
             "basis": options.basis,
+            "variant": options.variant,
             "dtype": options.dtype,
             "recover": options.recover,
             "seed": options.seed,

@@ -87,6 +87,7 @@ class Request:
         metric: second moments, by the source's module names; None without data.
         bits: GIVA: `auto`, or the width of the codes.
         basis: VeRA: `fitted` or `random`.
+        variant: SMoA: `components` or `blocks`.
         seed: of everything random.
         device: where to compute.
         accept_loss: make even what would be refused as useless.
@@ -100,6 +101,7 @@ class Request:
     metric: Metric | None = None
     bits: int | str = "auto"
     basis: str = "fitted"
+    variant: str = "components"
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     accept_loss: bool = False

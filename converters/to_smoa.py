@@ -1,8 +1,8 @@
-"""Any adapter to SMoA: the best `sum_k M_k * (B_k A_k)`, M_k the spectral components of the base weight."""
+"""Any adapter to SMoA: the best factors through the spectral components, or the blocks, of the base weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,7 +16,8 @@ from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.linalg.seeded import generator_for, kaiming_uniform
 from surgery.linalg.spectral_groups import equal_share_cuts, top_components
-from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, SmoaConfig, split_rank
+from surgery.linalg.spectral_scores import part_sizes
+from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, VARIANTS, SmoaConfig, block_order, split_rank
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 from surgery.storage.safetensors_read import file_bytes
@@ -30,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def to_smoa(source: Source, request: Request) -> Result:
-    """An `SMOA` adapter of two spectral groups whose factors fit the change best.
+    """An `SMOA` adapter of two spectral groups, components or blocks, whose factors fit the change best.
 
     The rank is the budget's, or the highest that a budget in bytes allows, or the source's, or 32. With data, input
     features count by their mean square. What an adapter of low rank does is not a multiple of its base's weights,
@@ -44,7 +45,7 @@ def to_smoa(source: Source, request: Request) -> Result:
     if base is None:
         raise MethodError("--to smoa fits multiples of the base's weights, entry by entry: give the base with --base")
     modules = _changed(source)
-    config = METHOD.make_config({"rank": _rank(source, modules, request)}, {"seed": request.seed})
+    config = _config(_rank(source, modules, request), request)
     notes = METHOD.notes(config, list(modules))
     dtype = request.dtype or torch.float32
     tensors: Tensors = {}
@@ -55,14 +56,15 @@ def to_smoa(source: Source, request: Request) -> Result:
         own = Fingerprint()
         own.add(site.key, raw)
         moments = _mean_squares(source, module, site, request)
-        fitted = _fitted(config, site, delta.dense().to(request.device), raw.to(request.device, torch.float32), moments)
+        target, weight = delta.dense().to(request.device), raw.to(request.device, torch.float32)
+        fitted, share = FITS[request.variant](config, site, target, weight, moments)
         made: Tensors = {}
         for name, tensor in fitted.items():
             stored = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
             if not bool(torch.isfinite(stored).all()):
                 raise MethodError(f"{module}: its factors are not finite in {dtype}: give --dtype float32")
             made[_name(module, name)] = stored.contiguous()
-        parts.add(module, made, {"digests": own.taken})
+        parts.add(module, made, {"digests": own.taken, "share": share})
         if request.progress is not None:
             request.progress(number, len(modules), module)
     for module in modules.values():
@@ -72,10 +74,25 @@ def to_smoa(source: Source, request: Request) -> Result:
     return Result(
         config=own_keys(config, source),
         tensors=tensors,
-        ranks={module: min(config.r, site.max_rank) for site, module in modules.items()},
+        ranks={module: METHOD.rank_at(config, site) for site, module in modules.items()},
         trainable=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
-        notes=[*notes, "a change of low rank is seldom a multiple of the base's weights: --to giva holds it"],
+        notes=[*notes, *_share_note(request, [parts.facts(module)["share"] for module in modules.values()])],
     )
+
+
+def _config(rank: int, request: Request) -> SmoaConfig:
+    return METHOD.make_config({"rank": rank, "variant": request.variant}, {"seed": request.seed})
+
+
+def _share_note(request: Request, shares: Sequence[tuple[float, float]]) -> list[str]:
+    """How much any factors could hold, of the form that was chosen."""
+    inside, total = (sum(pair[part] for pair in shares) for part in (0, 1))
+    if request.variant == "components":
+        return ["a change of low rank is seldom a multiple of the base's weights: --to giva holds it"]
+    return [
+        f"variant blocks, as published, changes nothing outside {DEFAULT_GROUPS} diagonal blocks, where "
+        f"{inside / total:.0%} of this change's energy lies: --variant components reaches all of it, --to giva holds it"
+    ]
 
 
 def _of(
@@ -93,9 +110,10 @@ def _changed(source: Source) -> dict[Site, str]:
     return found
 
 
-def _fitted(
+def _fitted_components(
     config: SmoaConfig, site: Site, target: torch.Tensor, weight: torch.Tensor, mean_squares: torch.Tensor | None
-) -> Tensors:
+) -> tuple[Tensors, tuple[float, float]]:
+    """The tensors of a layer, and how much of the change's energy is where they can reach, of how much."""
     cuts = equal_share_cuts(weight, config.groups)
     top = list(top_components(weight, cuts))
     masks = [*top, weight - torch.stack(top).sum(0)] if top else [weight]
@@ -104,7 +122,31 @@ def _fitted(
     start = kaiming_uniform((rank, site.in_features), generator).to(target.device)
     fit = fit_masked(target, masks, start.split(split_rank(rank, config.groups)), mean_squares)
     B, A = balanced(fit.B, fit.A)
-    return {"A": A.float(), "B": B.float(), "cuts": torch.tensor(cuts, dtype=torch.int32)}
+    energy = float(target.double().square().sum())
+    return {"A": A.float(), "B": B.float(), "cuts": torch.tensor(cuts, dtype=torch.int32)}, (energy, energy)
+
+
+def _fitted_blocks(
+    config: SmoaConfig, site: Site, target: torch.Tensor, weight: torch.Tensor, mean_squares: torch.Tensor | None
+) -> tuple[Tensors, tuple[float, float]]:
+    """The same of the blocks: each is fitted by itself."""
+    tensors = {**METHOD.trainables(config, site, {}), "order": block_order(weight, config.groups)}
+    A, B, order = tensors["A"], tensors["B"], VARIANTS["blocks"].derived(config, tensors, weight)
+    rows, columns = (order[name].split(part_sizes(order[name].numel(), config.groups)) for name in ("rows", "columns"))
+    inside, start = 0.0, 0
+    for its_rows, its_columns, rank in zip(rows, columns, config.ranks, strict=True):
+        height, width, ranks = its_rows.numel(), its_columns.numel(), slice(start, start + rank)
+        wanted, anchor = (matrix[its_rows[:, None], its_columns] for matrix in (target, weight))
+        begin = A[ranks, :width].to(target.device)
+        weights = mean_squares[its_columns] if mean_squares is not None else None
+        fit = fit_masked(wanted, [anchor], [begin], weights)  # the scale is 1: alpha is the rank
+        B[:height, ranks], A[ranks, :width] = (factor.float().cpu() for factor in balanced(fit.B, fit.A))
+        inside, start = inside + float(wanted.double().square().sum()), start + rank
+    return tensors, (inside, float(target.double().square().sum()))
+
+
+# By variant.
+FITS = {"components": _fitted_components, "blocks": _fitted_blocks}
 
 
 def _mean_squares(source: Source, module: str, site: Site, request: Request) -> torch.Tensor | None:
@@ -131,18 +173,19 @@ def _rank(source: Source, modules: Mapping[Site, str], request: Request) -> int:
     if limit is None:
         old = source.adapter.config.get("r")
         return max(old, DEFAULT_GROUPS) if isinstance(old, int) and old > 0 else METHOD.info.rank or 32
-    return _rank_within(limit, source, modules, request.dtype or torch.float32)
+    return _rank_within(limit, source, modules, request)
 
 
-def _rank_within(limit: int, source: Source, modules: Mapping[Site, str], dtype: torch.dtype) -> int:
+def _rank_within(limit: int, source: Source, modules: Mapping[Site, str], request: Request) -> int:
     """The highest rank with which the file fits.
 
     Raises:
         MethodError: not even one rank for each group does.
     """
+    dtype = request.dtype or torch.float32
 
     def size(rank: int) -> int:
-        return file_bytes({**source.carried, **_planned(modules, rank, dtype)})
+        return file_bytes({**source.carried, **_planned(modules, _config(rank, request), dtype)})
 
     low, high = DEFAULT_GROUPS, max(DEFAULT_GROUPS, *(site.max_rank for site in modules))
     if size(low) > limit:
@@ -156,15 +199,15 @@ def _rank_within(limit: int, source: Source, modules: Mapping[Site, str], dtype:
     return low
 
 
-def _planned(modules: Mapping[Site, str], rank: int, dtype: torch.dtype) -> Tensors:
+def _planned(modules: Mapping[Site, str], config: SmoaConfig, dtype: torch.dtype) -> Tensors:
     """The tensors of the file, on the meta device."""
     planned: Tensors = {}
-    config = METHOD.make_config({"rank": rank}, {})
     for site, module in modules.items():
-        for name, shape in METHOD.shapes(config, site).items():
+        shapes = METHOD.shapes(config, site)
+        for name in METHOD.stored(config, owner=True):
             kind = METHOD.dtype(name, site)
             planned[_name(module, name)] = torch.empty(
-                shape, dtype=dtype if kind.is_floating_point else kind, device="meta"
+                shapes[name], dtype=dtype if kind.is_floating_point else kind, device="meta"
             )
     return planned
 

@@ -461,15 +461,28 @@ def test_task_without_a_class(task: str, llama: Path, tmp_path: Path) -> None:
     check_refused(tmp_path, CheckpointError, (task, "'llama'"), llama, task=task)
 
 
-@pytest.mark.parametrize("method", ["inilora", "inilora-alpha", "inilora-beta", "smoa"])
+CAPPED = {"inilora": [], "inilora-alpha": [], "inilora-beta": [], "smoa": ["--variant", "components"]}
+
+
+@pytest.mark.parametrize("method", CAPPED)
 def test_rank_above_the_layers_is_capped(method: str, llama: Path, tmp_path: Path) -> None:
-    result = invoke("init", llama, "--method", method, "--rank", 1000, "-o", tmp_path / "out", "-v")
+    more = CAPPED[method]
+    result = invoke("init", llama, "--method", method, *more, "--rank", 1000, "-o", tmp_path / "out", "-v")
     assert result.exit_code == 0
     assert result.stderr.startswith("Note: rank 1000 is capped at min(in, out) in 21 of 21 layers (down to 16)\n")
-    _, report = surgery.init(llama, method, rank=20, dry_run=True)
+    options = {"variant": more[1]} if more else {}
+    _, report = surgery.init(llama, method, rank=20, dry_run=True, **options)
     assert {site.module.split(".")[-1]: site.rank for site in report.sites[:7]} == {
         "q_proj": 20, "k_proj": 16, "v_proj": 16, "o_proj": 20, "gate_proj": 20, "up_proj": 20, "down_proj": 20,
     }  # fmt: skip
+
+
+def test_rank_of_smoas_blocks_is_free(llama: Path, tmp_path: Path) -> None:
+    result = invoke("init", llama, "--method", "smoa", "--variant", "blocks", "--rank", 100, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Note: blocks of 21 of 21 layers have fewer rows or columns than their rank")
+    tensors = surgery.Adapter.open(tmp_path / "out").modules["model.layers.0.self_attn.k_proj"]
+    assert tensors["smoa_A"].shape == (100, 16) and tensors["smoa_B"].shape == (8, 100)
 
 
 def test_rank_of_vera_is_free(llama: Path, tmp_path: Path) -> None:
@@ -488,8 +501,7 @@ IDLE_OPTIONS = [
     ("inilora-beta", {"groups": 2}, "--groups"),
     ("frod", {"rank": 0}, "--rank"),
     ("frod", {"alpha": 8.0}, "--alpha"),
-    ("smoa", {"alpha": 8.0}, "--alpha"),
-    ("smoa", {"store_bases": False}, "--no-store-bases"),
+    ("inilora", {"branch_ranks": [4, 4]}, "--branch-ranks"),
     ("giva", {"alpha": 8.0}, "--alpha"),
     ("frod", {"data": "train.jsonl"}, "--data"),
     ("vera", {"samples": 4}, "--samples"),
@@ -1172,8 +1184,8 @@ def drop_all_tensors(folder: Path) -> None:
     [
         case("lacks-one", drop_last_tensor, AdapterError, ("lacks 1 of", "layers.2.self_attn.v_proj.")),
         case("lacks-all", drop_all_tensors, AdapterError, ("the file lacks",)),
-        case("from-the-future", configure_adapter(format_version=2), AdapterError, ("version 2", "up to 1", "pip")),
-        case("format-not-a-number", configure_adapter(format_version="x"), AdapterError, ("version x", "up to 1")),
+        case("from-the-future", configure_adapter(format_version=3), AdapterError, ("version 3", "up to 2", "pip")),
+        case("format-not-a-number", configure_adapter(format_version="x"), AdapterError, ("version x", "up to 2")),
     ],
 )
 @pytest.mark.parametrize(

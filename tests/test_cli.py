@@ -391,6 +391,8 @@ LIBRARY_CALLS = [
     ("frod", {"sparse_rate": 0.05, "seed": 1}),
     ("frod", {"store_bases": False}),
     ("smoa", {"rank": 9, "groups": 3, "task": "seq-cls"}),
+    ("smoa", {"branch_ranks": [5, 3], "alpha": 4.0, "store_bases": False}),
+    ("smoa", {"variant": "components", "groups": 3}),
     ("giva", {"rank": 4, "variant": "vru2r", "samples": 5, "batch_size": 2, "max_length": 8, "seed": 2}),
     ("giva", {"store_bases": False, "gradient_checkpointing": True, "dtype": "bf16"}),
     ("giva", {"variant": "vrurand", "split": {"gate_proj": 2, "down_proj": [20, 12]}, "target": [".*mlp.*"]}),

@@ -56,6 +56,12 @@ class Size(click.ParamType[int]):
     "--basis", type=click.Choice(["fitted", "random"]), help="vera: where A and B come from.  [default: fitted]"
 )
 @click.option(
+    "--variant",
+    type=click.Choice(["components", "blocks"]),
+    help="smoa: components of the spectrum, or blocks, as published, which hold about half of a general change and "
+    "want --accept-loss.  [default: components]",
+)
+@click.option(
     "--recover", type=int, metavar="STEPS", help="Steps in which the result learns the original's answers on the data."
 )
 @click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter.")
@@ -101,6 +107,8 @@ def command(
         raise click.UsageError(f"--bits belongs to giva; {to} takes --dtype")
     if options["basis"] is not None and to != "vera":
         raise click.UsageError("--basis belongs to vera")
+    if options["variant"] is not None and to != "smoa":
+        raise click.UsageError("--variant belongs to smoa")
     if options["recover"] is not None and (options["base"] is None or options["data"] is None):
         raise click.UsageError("--recover trains on data with the base model: give --base and --data")
     if options["base"] is None and (options["data"] is not None or options["stats"] is not None):

@@ -19,7 +19,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
-from surgery.methods.catalogue import METHODS
+from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.storage.hub_cache import check_names
 from surgery.system.text import human_bytes
 
@@ -31,6 +31,7 @@ FLAGS = {
     "alpha": "--alpha",
     "sparse_rate": "--sparse-rate",
     "groups": "--groups",
+    "branch_ranks": "--branch-ranks",
     "store_bases": "--no-store-bases",
     "data": "--data",
     "samples": "--samples",
@@ -57,6 +58,18 @@ def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
     return found or None
 
 
+def parsed_ranks(value: str | None) -> list[int] | None:
+    """`R,R` as a list; None where nothing was given."""
+    if value is None:
+        return None
+    try:
+        return [int(rank) for rank in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not R,R: ranks with commas between", param_hint="'--branch-ranks'"
+        ) from None
+
+
 @click.command("init")
 @click.argument("model")
 @click.option("--method", type=click.Choice(list(METHODS)), required=True, help="Adapter method; see surgery methods.")
@@ -65,7 +78,13 @@ def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
 @click.option("--rank", type=int, metavar="R", help="Rank of the adapter.")
 @click.option("--alpha", type=float, metavar="A", help="Scale is A / R.  [default: R]")
 @click.option("--sparse-rate", type=float, metavar="F", help="frod: share of S that trains.  [default: 0.01]")
-@click.option("--groups", type=int, metavar="K", help="smoa: number of spectral groups.  [default: 2]")
+@click.option("--groups", type=int, metavar="K", help="smoa: number of blocks.  [default: 2]")
+@click.option(
+    "--branch-ranks",
+    metavar="R,R",
+    callback=lambda context, parameter, value: parsed_ranks(value),
+    help="smoa: the rank of each block.  [default: R split evenly]",
+)
 @click.option(
     "--no-store-bases",
     "store_bases",
@@ -86,8 +105,9 @@ def parsed_split(values: tuple[str, ...]) -> dict[str, int | list[int]] | None:
 )
 @click.option(
     "--variant",
-    type=click.Choice(["vr", "vru2r", "vrur", "vrurand"]),
-    help="giva: what B is: random orthonormal, left singular vectors r..2r or 0..r, Gaussian.  [default: vr]",
+    type=click.Choice(["vr", "vru2r", "vrur", "vrurand", "blocks", "components"]),
+    help="giva: what B is: random orthonormal (vr), left singular vectors r..2r (vru2r) or 0..r (vrur), Gaussian "
+    "(vrurand).  [default: vr]  smoa: blocks, as published, or components, as in 0.1.0.  [default: blocks]",
 )
 @click.option(
     "--split",
@@ -140,10 +160,10 @@ def command(
     elif quiet:
         show(written(report.out, report.bytes))
     else:
-        _show(report, verbose)
+        _show(report, verbose, METHODS[method].of_variant(options["variant"]))
 
 
-def _show(report: Report, verbose: bool) -> None:
+def _show(report: Report, verbose: bool, info: MethodInfo) -> None:
     for line in report.notes:
         note(f"Note: {line}")
     for reason in dict.fromkeys(report.not_adapted.values()):
@@ -165,7 +185,6 @@ def _show(report: Report, verbose: bool) -> None:
         show(table(header, rows, right=(1, 2, 3, 4, 5)) + "\n")
     planned = "would be " if report.dry_run else ""
     written = ("dry run", "nothing written") if report.dry_run else ("written", str(report.out))
-    info = METHODS[report.method]
     show(
         summary(
             [

@@ -29,6 +29,7 @@ from surgery.models.sites import Site, target_modules, unsupported_modules
 from surgery.passes.examples import labels_in
 from surgery.passes.loaded_model import RunSettings, is_file
 from surgery.storage.atomic_folder import check_output
+from surgery.storage.format_version import FIRST_VERSION
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities, run_key
 from surgery.storage.safetensors_read import read_tensors
@@ -57,6 +58,7 @@ def init(
     alpha: float | None = None,
     sparse_rate: float | None = None,
     groups: int | None = None,
+    branch_ranks: Sequence[int] | None = None,
     store_bases: bool | None = None,
     data: str | Path | Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -94,7 +96,8 @@ def init(
         rank: for the methods that have one; see the method table for the defaults.
         alpha: numerator of the scale `alpha / rank`.
         sparse_rate: FRoD: share of the entries of S that train.
-        groups: SMoA: number of spectral groups K.
+        groups: SMoA: number of blocks K (`components`: of spectral groups).
+        branch_ranks: SMoA: the rank of each block; default the rank split evenly.
         store_bases: store the frozen bases (default), or regenerate and check them on load.
         data: GiVA: a data file (`.jsonl`, `.txt`, `.csv`, `.parquet`, for images also a folder), or batches:
             dictionaries of the model's arguments with labels, or whatever `loss` takes.
@@ -103,7 +106,8 @@ def init(
         batch_size: GiVA: how many of them are run at a time, over all processes; default 32.
         max_length: GiVA: tokens of the longest sample.
         gradient_checkpointing: GiVA: compute activations twice instead of holding them.
-        variant: GiVA: `vr`, `vru2r`, `vrur` or `vrurand`; see `surgery.methods.giva`.
+        variant: GiVA: `vr`, `vru2r`, `vrur` or `vrurand`; see `surgery.methods.giva`. SMoA: `blocks`, the published
+            form (default), or `components`, that of 0.1.0; see `surgery.methods.smoa`.
         split: GiVA: fused layers to be treated in parts: the end of the module's name -> how many parts, or their
             heights. Known for GPT-2, Phi-3 and GLM.
         target: module names, endings of names, or regular expressions; default every linear of the blocks.
@@ -129,7 +133,8 @@ def init(
     """
     started = time.perf_counter()
     given = {
-        "rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups, "store_bases": store_bases,
+        "rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups,
+        "branch_ranks": list(branch_ranks) if branch_ranks is not None else None, "store_bases": store_bases,
         "data": data, "loss": loss, "samples": samples, "batch_size": batch_size, "max_length": max_length,
         "gradient_checkpointing": gradient_checkpointing, "variant": variant, "split": split,
     }  # fmt: skip
@@ -199,6 +204,8 @@ class _Plan:
         options = formulas.complete(options, sites, base.config)
         config = formulas.make_config(options, _common_config(base, sites, seed))
         notes = formulas.notes(config, sites)
+        if info.changed is not None and "variant" not in options:
+            notes.insert(0, info.changed)
         carried, fresh = carried_tensors(base, seed)
         notes += _missing_notes(base, fresh, bool(carried), info.reads_weights or info.reads_gradients)
         return cls(formulas, base, options, sites, config, carried, notes, seed, dtype)
@@ -493,7 +500,7 @@ def _provenance(report: Report, plan: _Plan) -> dict[str, Any]:
     data = plan.options.get("data")
     kept = {name: value for name, value in plan.options.items() if name not in {"data", "loss"}}
     return {
-        "format_version": 1,
+        "format_version": getattr(plan.config, "format_version", FIRST_VERSION),
         "tool": "surgery",
         "version": __version__,
         "command": "init",

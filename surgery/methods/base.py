@@ -20,7 +20,7 @@ from surgery.errors import MethodError
 from surgery.linalg.seeded import sketch
 from surgery.methods.catalogue import METHODS, MethodInfo
 from surgery.models.sites import Site
-from surgery.storage.format_version import FORMAT_VERSION, check_format_version
+from surgery.storage.format_version import FIRST_VERSION, check_format_version
 
 __all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
 
@@ -138,7 +138,7 @@ class OwnConfig(PeftConfig):
     base_fingerprint: dict[str, str] | None = field(
         default=None, metadata={"help": "Digests of the adapted base weights, by dtype."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this layout of files."})
+    format_version: int = field(default=FIRST_VERSION, metadata={"help": "Version of this layout of files."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,15 +312,27 @@ class OwnMethod(Method):
         """Whether an adapter computes something else on another base model, so that the base must be checked."""
         return self.on_base_weight
 
-    def names(self, *roles: Role, shared: bool | None = None) -> list[str]:
-        """Names of the tensors of these roles, optionally only the shared or only the unshared ones."""
-        return [s.name for s in self.specs if s.role in roles and shared in (None, s.shared)]
+    def specs_for(self, config: Any) -> tuple[Spec, ...]:
+        """The tensors of an adapter with this configuration, an object or the content of `adapter_config.json`."""
+        return self.specs
+
+    def names(self, *roles: Role, shared: bool | None = None, config: Any = None) -> list[str]:
+        """Names of the tensors of these roles, optionally only the shared or only the unshared ones.
+
+        Args:
+            roles: the roles.
+            shared: only those that a group shares, or only the others.
+            config: a configuration, for those of its variant; None for those of all variants.
+        """
+        specs = self.specs if config is None else self.specs_for(config)
+        return [s.name for s in specs if s.role in roles and shared in (None, s.shared)]
 
     def stored(self, config: Any, owner: bool) -> list[str]:
         """Names of what the file holds for a site; the owner of a group also holds what the group shares."""
         roles = (Role.TRAINABLE, Role.KEPT, Role.BASE) if config.store_bases else (Role.TRAINABLE, Role.KEPT)
-        names = [s.name for s in self.specs if s.role in roles and (owner or not s.shared)]
-        if not config.store_bases and self.names(Role.BASE) and (owner or self.names(Role.BASE, shared=False)):
+        names = [s.name for s in self.specs_for(config) if s.role in roles and (owner or not s.shared)]
+        own = bool(self.names(Role.BASE, shared=False, config=config))
+        if not config.store_bases and (own or (owner and self.names(Role.BASE, config=config))):
             names.append(CHECK)
         return names
 
@@ -353,14 +365,14 @@ class OwnMethod(Method):
         shared = bases.shared
         if not set(self.names(Role.DERIVED, shared=True)) <= set(shared):
             shared = {**shared, **self.shared_derived(config, shared)}
-        keeps = self.keeps_from_weights and bool(self.names(Role.KEPT))
+        keeps = self.keeps_from_weights and bool(self.names(Role.KEPT, config=config))
         weights = weight.each(sites) if keeps else iter(())
         result = []
         for index, site in enumerate(sites):
             frozen = {**shared, **bases.own[index]}
             frozen.update(self.kept(config, site, frozen, next(weights) if keeps else None))
             tensors = {**frozen, **self.trainables(config, site, frozen)}
-            if not config.store_bases and self.names(Role.BASE):
+            if not config.store_bases and self.names(Role.BASE, config=config):
                 tensors[CHECK] = self.check(frozen)
             names = self.stored(config, owner=index == 0)
             result.append({name: tensors[name] for name in names})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MethodError
@@ -43,6 +43,9 @@ class MethodInfo:
         training_rate: what `surgery train` takes: the published setting, or the best of a sweep (docs/training.md).
         reads_weights: its start depends on the values of the base weights.
         reads_gradients: its start depends on the gradient of a loss, so on data.
+        variants: what differs in variants other than the default one, by their names in the configuration.
+        unnamed_variant: the variant of a saved configuration that names none.
+        changed: what its name means now and meant before, for a run that does not choose the variant.
     """
 
     name: str
@@ -60,6 +63,14 @@ class MethodInfo:
     training_rate: float = 1e-3
     reads_weights: bool = True
     reads_gradients: bool = False
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    unnamed_variant: str | None = None
+    changed: str | None = None
+
+    def of_variant(self, variant: str | None) -> MethodInfo:
+        """The row of a variant; this row itself for the default one, or None."""
+        different = self.variants.get(variant or "")
+        return replace(self, **different) if different else self
 
     def load(self) -> Method:
         """Import the method's formulas (this imports torch and peft)."""
@@ -155,13 +166,28 @@ METHODS: dict[str, MethodInfo] = {
             title="SMoA",
             peft_type="SMOA",
             module="smoa",
-            change="sum_k M_k * (B_k A_k)",
-            trains="A_k (r_k, in), B_k (out, r_k)",
-            stores="where W's spectrum is cut; the masks M_k come from W",
-            paper="arXiv 2601.07507v1",
-            options=frozenset({"rank", "groups"}),
+            change="s (B_k A_k) * W[rows_k, columns_k]",
+            trains="A_k (r_k, in / K), B_k (out / K, r_k)",
+            stores="which of K blocks each row and column is in, or a digest of that; W is the anchor",
+            paper="arXiv 2601.07507",
+            options=_RANKED | {"groups", "branch_ranks", "variant"},
             rank=32,
-            training_rate=8e-3,
+            learning_rate=1e-3,
+            training_rate=1e-3,
+            variants={
+                "components": {
+                    "title": "SMoA (components)",
+                    "change": "sum_k M_k * (B_k A_k)",
+                    "trains": "A_k (r_k, in), B_k (out, r_k)",
+                    "stores": "where W's spectrum is cut; the masks M_k come from W",
+                    "paper": "arXiv 2601.07507v1",
+                    "learning_rate": None,
+                    "training_rate": 8e-3,
+                }
+            },
+            unnamed_variant="components",
+            changed="smoa is the published form since 0.2.0: K diagonal blocks, about 1/K of a LoRA's trained numbers; "
+            "what 0.1.0 made is --variant components",
         ),
     )
 }
@@ -182,7 +208,7 @@ def method_for_config(config: Mapping[str, Any]) -> MethodInfo | None:
     peft_type, variant = config.get("peft_type"), config.get("variant")
     rows = [info for info in METHODS.values() if info.peft_type == peft_type]
     if len(rows) < 2:
-        return rows[0] if rows else None
+        return rows[0].of_variant(variant or rows[0].unnamed_variant) if rows else None
     return next((info for info in rows if variant is not None and info.name.endswith(f"-{variant}")), rows[0])
 
 

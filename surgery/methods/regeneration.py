@@ -20,7 +20,7 @@ __all__ = ["check_base", "leaves_out_bases", "regenerate"]
 
 def leaves_out_bases(method: OwnMethod, config: Any) -> bool:
     """Whether an adapter's file lacks the method's frozen bases."""
-    return not config.store_bases and bool(method.names(Role.BASE))
+    return not config.store_bases and bool(method.names(Role.BASE, config=config))
 
 
 def regenerate(

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from surgery.adapters.types.registry import type_of
 from surgery.errors import HubError
-from surgery.methods.catalogue import METHODS, MethodInfo
+from surgery.methods.catalogue import METHODS, MethodInfo, method_for_config
 from surgery.models.tasks import TASK_TABLE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import without_paths
@@ -91,8 +91,8 @@ def method_of(checked: Checked) -> tuple[str, str | None, str | None]:
 def _info(checked: Checked) -> MethodInfo | None:
     named = METHODS.get(str(checked.provenance.get("method")))
     if named is not None and named.peft_type == checked.peft_type:
-        return named
-    return next((info for info in METHODS.values() if info.peft_type == checked.peft_type), None)
+        return named.of_variant(checked.config.get("variant") or named.unnamed_variant)
+    return method_for_config(checked.config)
 
 
 # Metadata

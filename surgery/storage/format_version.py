@@ -6,10 +6,14 @@ from typing import Any
 
 from surgery.errors import AdapterError
 
-__all__ = ["FORMAT_VERSION", "check_format_version"]
+__all__ = ["BLOCKS_VERSION", "FIRST_VERSION", "FORMAT_VERSION", "check_format_version"]
 
-# Raised whenever a reader of the version before would misread a file; such a reader refuses it by this number.
-FORMAT_VERSION = 1
+# A file states the lowest version whose readers understand it, so that an older reader refuses only what it would
+# misread.
+FIRST_VERSION = 1
+BLOCKS_VERSION = 2  # SMoA's diagonal blocks
+# The highest version that is read.
+FORMAT_VERSION = 2
 
 
 def check_format_version(version: Any, where: object) -> None:

@@ -1,14 +1,16 @@
 """Tiny adapters as text, one file for each kind and format version, with what their weight changes add up to.
 
-    python -m tests.compat.stored
+    python -m tests.compat.stored KIND...
 
-writes the examples of the present format version. Those of earlier versions are never written again.
+writes the examples of these kinds, each under the format version that its configuration names. Those that a released
+version wrote are never written again.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,12 +95,15 @@ def _kinds() -> dict[str, tuple[str, dict[str, Any]]]:
         "inilora-beta-regenerated": ("inilora-beta", {"rank": 2, "store_bases": False}),
         "frod": ("frod", {}),
         "frod-regenerated": ("frod", {"store_bases": False}),
-        "smoa": ("smoa", {"rank": 2}),
+        "smoa": ("smoa", {"rank": 2, "variant": "components"}),
+        "smoa-blocks": ("smoa", {"rank": 3, "alpha": 6}),
+        "smoa-blocks-regenerated": ("smoa", {"rank": 2, "store_bases": False}),
     }
 
 
-def _write(folder: Path, name: str, version: int, base: Path) -> None:
+def _write(folder: Path, name: str, base: Path) -> None:
     stored: dict[str, Any] = {each: json.loads((folder / each).read_text()) for each in FILES}
+    version = stored[FILES[0]].get("format_version", stored[FILES[1]]["format_version"])
     stored[WEIGHTS] = base64.b64encode((folder / WEIGHTS).read_bytes()).decode()
     stored["sums"] = changes(folder, base)
     text = json.dumps(stored, separators=(",", ":"), sort_keys=True) + "\n"
@@ -108,10 +113,9 @@ def _write(folder: Path, name: str, version: int, base: Path) -> None:
     print(f"{path.name}: {len(text)} bytes, of which the file {(folder / WEIGHTS).stat().st_size}")
 
 
-def main() -> None:
-    """Write the examples of this version."""
+def main(wanted: list[str]) -> None:
+    """Write the examples of these kinds."""
     import surgery
-    from surgery.storage.format_version import FORMAT_VERSION
     from tests.helpers.models import distance
 
     with tempfile.TemporaryDirectory() as name:
@@ -119,6 +123,8 @@ def main() -> None:
         base = base_in(folder / "base")
         batch = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 1, 3]])}
         for kind, (method, options) in _kinds().items():
+            if kind not in {*wanted, "inilora"}:
+                continue
             more: dict[str, Any] = {"data": [batch], "loss": distance} if method == "giva" else {}
             adapter, _ = surgery.init(base, method, folder / kind, target=TARGETS, **options, **more)
             for number, (key, value) in enumerate(sorted(adapter.tensors.items())):
@@ -126,15 +132,17 @@ def main() -> None:
                     place = torch.arange(value.numel()) * 31 + number * 17
                     adapter.tensors[key] = value + (place % 13 - 6).reshape(value.shape) / 32
             adapter.save(folder / kind, force=True)
-            _write(folder / kind, kind, FORMAT_VERSION, base)
+            if kind in wanted:
+                _write(folder / kind, kind, base)
         for kind, to, options in (
             ("giva-codes", "giva", {"ratio": 1.5}),
             ("giva-floats", "giva", {"bits": 16, "rank": 2}),
             ("lora", "lora", {"rank": 2}),
             ("vera-fitted", "vera", {"energy": 1.0}),
         ):
-            surgery.convert(folder / "inilora", to, folder / kind, base=base, **options)
-            _write(folder / kind, kind, FORMAT_VERSION, base)
+            if kind in wanted:
+                surgery.convert(folder / "inilora", to, folder / kind, base=base, **options)
+                _write(folder / kind, kind, base)
 
 
 def _frozen(method: str, key: str) -> bool:
@@ -142,4 +150,4 @@ def _frozen(method: str, key: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -24,6 +24,7 @@ from tests.helpers.models import edit_tensors, load_base, model_inputs, output, 
 @pytest.fixture
 def lora(llama: Path, tmp_path: Path) -> Path:
     """A LoRA on some linears of the tiny grouped-query Llama."""
+    torch.manual_seed(0)  # of the start of A, to which the fit's local minima are due
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], task_type="CAUSAL_LM")
     return trained(load_base(llama), config, tmp_path / "source")
 
@@ -81,7 +82,7 @@ def test_the_stated_error_is_the_true_one_and_the_adapter_opens(kind: str, model
 
 
 def test_what_lies_in_the_family_is_found(llama: Path, tmp_path: Path) -> None:
-    adapter, _ = surgery.init(llama, "smoa", None, rank=4)
+    adapter, _ = surgery.init(llama, "smoa", None, rank=4, variant="components")
     generator = torch.Generator().manual_seed(0)
     for name, tensor in adapter.tensors.items():
         if name.endswith("smoa_B"):

@@ -31,6 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
     "inilora-on-base": {"rank": 2, "store_bases": False},
     "frod": {},
     "smoa": {"rank": 2},
+    "smoa-components": {"rank": 2, "variant": "components"},
 }
 ADAPTERS = (*STOCK, *OWN, "head", "giva", "packed")
 TARGETS = ["q_proj", "v_proj"]
@@ -48,7 +49,7 @@ def make_specimens(folder: Path) -> None:
     head = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
     _stock(folder / "head", load_base(folder / "classifier"), head)
     for name, options in OWN.items():
-        method = name.removesuffix("-on-base")
+        method = name.partition("-")[0]
         surgery.init(folder / "model", method, folder / name, target=TARGETS, **options)
         _move(folder / name)
     surgery.init(

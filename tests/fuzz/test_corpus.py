@@ -178,7 +178,12 @@ CASES = [
     case("places-outside", "frod", MERGE, each("_positions", lambda t: t - 10**6), "places outside of a matrix"),
     case("basis-without-inverse", "frod", MERGE, each("_V", torch.zeros_like), "has no inverse"),
     case("basis-that-is-no-square", "frod", MERGE, each("_V", lambda t: t[:-1]), "frod_portable_V"),
-    case("cuts-outside", "smoa", MERGE, each("_cuts", lambda t: t + 10**6), "smoa_cuts"),
+    case("cuts-outside", "smoa-components", MERGE, each("_cuts", lambda t: t + 10**6), "smoa_cuts"),
+    case("order-that-is-none", "smoa", MERGE, each("_order", lambda t: t - 10**6), "smoa_order"),
+    case("order-of-other-blocks", "smoa", MERGE, each("_order", torch.zeros_like), "smoa_order divides"),
+    case("order-of-numbers", "smoa", MERGE, each("_order", lambda t: t.float()), "smoa_order is torch.float32"),
+    case("ranks-of-another-sum", "smoa", MERGE, configure(branch_ranks=[1, 2]), "branch ranks"),
+    case("variant-that-is-none", "smoa", MERGE, configure(variant="rings"), "not 'rings'"),
     case("projections-too-small", "vera", MERGE, each("vera_A", lambda t: t[:, :3]), "do not fit a weight of"),
     case("tokens-that-the-model-lacks", "model", DATA, other_vocabulary, "the model has 61: it is of another model"),
     case(

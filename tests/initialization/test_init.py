@@ -109,6 +109,8 @@ def in_fresh_process(folder: Path, adapter: Path, threads: int, kind: str, tmp_p
         ("frod", {}),
         ("frod", {"store_bases": False}),
         ("smoa", {}),
+        ("smoa", {"store_bases": False}),
+        ("smoa", {"variant": "components"}),
     ],
 )
 def test_fresh_process_with_other_thread_count(method, options, model_folder, tmp_path: Path) -> None:

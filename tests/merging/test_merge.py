@@ -153,8 +153,6 @@ def test_every_stock_type(name: str, llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("method", ["inilora", "inilora-beta", "frod", "smoa"])
 def test_own_types(method: str, kind: str, store: bool, model_folder, tmp_path: Path) -> None:
-    if method == "smoa" and not store:
-        pytest.skip("SMoA stores no bases")
     base = model_folder(kind)
     options = {} if store else {"store_bases": False}
     surgery.init(base, method, tmp_path / "start", target=TARGETS[kind], **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from peft.helpers import rescale_adapter_scale  # noqa: F401 - imports with our 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import surgery
+from surgery.deltas import blocks
+from surgery.deltas.blocks import Blocks
 from surgery.deltas.operators import Hadamard, InputMap
 from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.inilora import IniloraConfig
@@ -19,16 +22,21 @@ from surgery.methods.smoa import SmoaConfig
 from surgery.peft_types.layer import AdapterLayer
 from tests.helpers.models import load_base, model_inputs, output, relative_difference
 
-METHODS = ("inilora", "frod", "smoa")
+METHODS = ("inilora", "frod", "smoa", "smoa-components")
 KINDS = ("llama", "gpt2")
+SIZES: dict[str, dict[str, Any]] = {
+    "inilora": {"r": 3, "lora_alpha": 6},
+    "frod": {"sparse_rate": 0.05},
+    "smoa": {"r": 4},
+    "smoa-components": {"r": 4, "variant": "components"},
+}
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
 
 
 def config_for(method: str, kind: str = "llama", **changes):
     """A PEFT configuration of one of our types, as a user of get_peft_model writes it."""
     classes = {"inilora": IniloraConfig, "frod": FrodPortableConfig, "smoa": SmoaConfig}
-    sizes = {"inilora": {"r": 3, "lora_alpha": 6}, "frod": {"sparse_rate": 0.05}, "smoa": {"r": 4}}
-    return classes[method](**{**sizes[method], "target_modules": TARGETS[kind], **changes})
+    return classes[method.partition("-")[0]](**{**SIZES[method], "target_modules": TARGETS[kind], **changes})
 
 
 def train_a_little(model: torch.nn.Module, seed: int = 0, adapter: str | None = None) -> None:
@@ -62,8 +70,9 @@ def test_fresh_get_peft_model_starts_at_the_base_and_equals_the_offline_start(mo
     for method in METHODS:
         model = get_peft_model(load_base(folder), config_for(method)).eval()
         assert relative_difference(run(model), run(load_base(folder))) <= 1e-6
-        options = {"inilora": {"rank": 3, "alpha": 6}, "frod": {"sparse_rate": 0.05}, "smoa": {"rank": 4}}[method]
-        offline, _ = surgery.init(folder, method, target=TARGETS["llama"], **options)
+        words = {"r": "rank", "lora_alpha": "alpha"}
+        options = {words.get(name, name): value for name, value in SIZES[method].items()}
+        offline, _ = surgery.init(folder, method.partition("-")[0], target=TARGETS["llama"], **options)
         model.save_pretrained(tmp_path / method)
         online = surgery.Adapter.open(tmp_path / method)
         assert online.tensors.keys() == offline.tensors.keys()
@@ -355,7 +364,7 @@ def test_convolutions_are_refused_by_name() -> None:
         get_peft_model(Model(), config_for("inilora", target_modules=["conv"]))
 
 
-@pytest.mark.parametrize("method", ["frod", "smoa"])
+@pytest.mark.parametrize("method", ["frod", "smoa", "smoa-components"])
 def test_plain_load_state_dict_refreshes_what_is_derived(method: str, model_folder) -> None:
     """The road of accelerate, FSDP and a user's own code."""
     folder = model_folder("llama")
@@ -458,9 +467,10 @@ def layers(model) -> list[AdapterLayer]:
 
 @pytest.fixture
 def together(monkeypatch):
-    """The layers that computed base and change together."""
+    """The layers that computed base and change together; few tokens are as good as many."""
     used = []
-    for kind in (InputMap, Hadamard):
+    monkeypatch.setattr(blocks, "MANY_TOKENS", 1)
+    for kind in (InputMap, Hadamard, Blocks):
         original = kind.adapted
 
         def spied(self, x, bias=None, original=original):
@@ -472,7 +482,7 @@ def together(monkeypatch):
     return used
 
 
-@pytest.mark.parametrize("method", ["frod", "smoa"])
+@pytest.mark.parametrize("method", ["frod", "smoa", "smoa-components"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_in_one_product_is_training_apart(method, kind, model_folder, together, monkeypatch) -> None:
     model = get_peft_model(load_base(model_folder(kind)), config_for(method, kind))
@@ -492,7 +502,7 @@ def test_training_in_one_product_is_training_apart(method, kind, model_folder, t
         assert relative_difference(one[name], gradient) < 1e-4, name
 
 
-@pytest.mark.parametrize("method", ["frod", "smoa"])
+@pytest.mark.parametrize("method", ["frod", "smoa", "smoa-components"])
 @pytest.mark.parametrize(
     "why", ["two", "dropout", "trained base", "hook", "backward hook", "replaced", "autocast", "bfloat16"]
 )

@@ -198,12 +198,18 @@ def test_what_a_start_holds_of_the_weight(scale: float, dtype: torch.dtype, tmp_
     assert all(bool(tensor.isfinite().all()) for tensor in adapter.tensors.values())
 
 
-@pytest.mark.parametrize("method", ["frod", "smoa", "inilora"])
+@pytest.mark.parametrize("method", ["frod", "smoa", "smoa-components", "inilora"])
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_starts_on_tiny_and_huge_weights_change_nothing(method: str, scale: float, tmp_path: Path) -> None:
     """Zero, rank-deficient and thin layers among them: a start is a change of zero, whatever the weights."""
     folder = scaled_base(tmp_path / "base", scale, torch.float32)
-    options: dict[str, Any] = {"frod": {}, "smoa": {"rank": 2, "groups": 1}, "inilora": {"rank": 2}}[method]
+    sizes: dict[str, dict[str, Any]] = {
+        "frod": {},
+        "smoa": {"rank": 2, "groups": 1},
+        "smoa-components": {"rank": 2, "groups": 1, "variant": "components"},
+        "inilora": {"rank": 2},
+    }
+    options, method = sizes[method], method.partition("-")[0]
     adapter, _ = surgery.init(folder, method, target=["q_proj", "down_proj"], **options)
     base = BaseModel.open(folder)
     for site in base.select(["q_proj", "down_proj"]):

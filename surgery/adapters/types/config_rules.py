@@ -61,8 +61,12 @@ def are_heights(value: Any) -> bool:
     )
 
 
+def are_ranks(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(is_rank(each) and each is not None for each in value))
+
+
 def are_layers(value: Any) -> bool:
-    return is_rank(value) or (isinstance(value, list) and all(is_rank(each) and each is not None for each in value))
+    return is_rank(value) or are_ranks(value)
 
 
 A_NAME = (is_name, "a name")
@@ -94,6 +98,8 @@ COMMON_RULES: dict[str, Rule] = {
 # The keys of our own types.
 OWN_RULES: dict[str, Rule] = {
     "groups": A_RANK,
+    "branch_ranks": (are_ranks, "a list of whole numbers"),
+    "lora_alpha": A_NUMBER,
     "split": (are_heights, "an object of lists of heights"),
     "bits": (is_width, "a number of bits or auto"),
     "sparse_rate": A_NUMBER,

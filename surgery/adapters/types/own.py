@@ -50,7 +50,7 @@ class OwnAdapterType(AdapterType):
 
     def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
         roles = (Role.TRAINABLE, Role.KEPT) if config.get("store_bases") is False else STORED
-        wanted = [f"{self.method.prefix}{name}" for name in self.method.names(*roles, shared=False)]
+        wanted = [f"{self.method.prefix}{name}" for name in self.method.names(*roles, shared=False, config=config)]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise AdapterError(f"{module}: the file lacks {listing(missing)}; save the adapter again")
@@ -213,7 +213,7 @@ def own_delta(
 def _check_own(
     method: OwnMethod, config: Any, tensors: dict[str, torch.Tensor], weight: torch.Tensor | None, module: str
 ) -> None:
-    wanted = method.names(Role.TRAINABLE, Role.KEPT, Role.BASE)
+    wanted = method.names(Role.TRAINABLE, Role.KEPT, Role.BASE, config=config)
     missing = [f"{method.prefix}{name}" for name in wanted if name not in tensors]
     if missing:
         raise AdapterError(f"{module}: the file lacks {listing(missing)}")
