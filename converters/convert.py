@@ -269,6 +269,7 @@ def _convert(
     made = _adapter(source, result, options, shared)
     if options.recover is not None:
         made = measured.recovered(made, options.recover, options.seed, device, progress)
+        made.companions = dict(source.adapter.companions)
     release_freed()  # what the decompositions took: coding the tensors, and reading them back, take as much
     files = made.file_tensors()
     report = _report(source, made, result, measured, options, source_bytes, file_bytes(files))
@@ -315,7 +316,9 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
         "task": source.adapter.provenance.get("task"),
         "labels": source.adapter.provenance.get("labels"),
     }
-    return Adapter(config, {**source.carried, **result.tensors}, provenance)
+    made = Adapter(config, {**source.carried, **result.tensors}, provenance)
+    made.companions = dict(source.adapter.companions)
+    return made
 
 
 def _report(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from surgery.adapters.companions import companion_files, copy_companions
 from surgery.adapters.config_schema import check_adapter_config
 from surgery.adapters.foreign_formats import foreign_format
 from surgery.adapters.names import (
@@ -56,9 +57,11 @@ class Adapter:
         name: what it is called where it was read from: the folder's name, or the last part of a Hub id; or None.
         notes: what the user should know of its file.
         as_stored: PEFT opens the folder that it was read from as this adapter: its names are those of the file.
+        companions: files that belong to it (tokenizer, chat templates, processors) and go where it goes: name -> path.
     """
 
     notes: list[str]
+    companions: dict[str, Path]
     as_stored: bool = True
 
     def __init__(
@@ -75,7 +78,7 @@ class Adapter:
         self.card = card
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
-        self.notes = []
+        self.notes, self.companions = [], {}
         self._sorted: TensorNames | None = None
 
     @classmethod
@@ -129,7 +132,15 @@ class Adapter:
             tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
         read = cls(config, tensors, provenance, text, folder)
         read.notes, read.as_stored = notes, not notes
+        read.companions = companion_files(folder)
         return read
+
+    def like(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
+        """Return a copy with another configuration and other tensors, and all else as it is."""
+        made = Adapter(config, tensors, self.provenance, self.card, self.folder)
+        made.name, made.notes, made.as_stored = self.name, list(self.notes), False
+        made.companions = dict(self.companions)
+        return made
 
     def __repr__(self) -> str:
         modules = sum(1 for module in self.modules if module)
@@ -274,6 +285,7 @@ class Adapter:
         except OSError as error:
             reason = error.strerror or error
             raise OutputError(f"{target}: {WEIGHTS_FILE} cannot be written ({reason}); nothing was changed") from None
+        copy_companions(self.companions, partial)
         if self.provenance:
             _write_json(partial / PROVENANCE_FILE, self.provenance)
         if self.card is not None:

@@ -86,9 +86,7 @@ def as_lora(adapter: Adapter) -> Adapter:
     config = {key: adapter.config.get(key) for key in common} | {"bias": adapter.config.get("bias") or "none"}
     config |= {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values())}
     config |= {"rank_pattern": ranks, "alpha_pattern": dict(ranks), "target_modules": sorted(ranks)}
-    made = Adapter(config, {**rest, **tensors}, adapter.provenance, adapter.card, adapter.folder)
-    made.name, made.notes, made.as_stored = adapter.name, list(adapter.notes), False
-    return made
+    return adapter.like(config, {**rest, **tensors})
 
 
 def with_fused(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPart], experts: bool = True) -> Adapter:
@@ -116,9 +114,7 @@ def with_fused(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPar
     config = _plain_config(adapter, [module for module in adapter.holders(A_NAME) if module not in done])
     for target, change in sorted(targets.items()):
         _write(target, change, targets, names, tensors, config)
-    made = Adapter(config, tensors, adapter.provenance, adapter.card, adapter.folder)
-    made.name, made.notes, made.as_stored = adapter.name, list(adapter.notes), False
-    return made
+    return adapter.like(config, tensors)
 
 
 def _add(adapter: Adapter, names: ModelNames, module: str, part: FusedPart, targets: dict[str, _Target]) -> None:

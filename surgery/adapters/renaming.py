@@ -46,9 +46,7 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], model: nn.Module
     for module, parts in adapter.modules.items():
         start = f"{MODEL_PREFIX}{names.get(module, module)}." if module else TUNER_PREFIX
         tensors.update({f"{start}{short}": tensor for short, tensor in parts.items()})
-    made = Adapter(_config(adapter, names, model), tensors, adapter.provenance, adapter.card, adapter.folder)
-    made.name, made.notes, made.as_stored = adapter.name, list(adapter.notes), False
-    return made
+    return adapter.like(_config(adapter, names, model), tensors)
 
 
 def _config(adapter: Adapter, names: Mapping[str, str], model: nn.Module) -> dict[str, Any]:

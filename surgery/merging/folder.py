@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.adapters.companions import copy_companions, replaced_by
 from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
 from surgery.merging.plan import MergePlan
 from surgery.models.base_model import BaseModel
@@ -74,6 +75,7 @@ class MergedFolder:
         parameters: numbers in all tensors.
         dtypes: bytes by dtype.
         copied: other files, relative to the base's folder.
+        companions: files from the adapter's folder, which replace the base's of their kind.
         left_out: files that are not copied.
         notes: what the user should know.
     """
@@ -93,7 +95,12 @@ class MergedFolder:
             name = str(DTYPES[tensor.dtype]).removeprefix("torch.") if tensor.dtype in DTYPES else tensor.dtype
             self.dtypes[name] = self.dtypes.get(name, 0) + tensor.size
         self.copied, self.left_out = _other_files(base.folder, set(self.weight_files))
+        self.companions = plan.adapter.companions
+        replaced = replaced_by(self.companions, self.copied)
+        self.copied = [name for name in self.copied if name not in replaced]
         self.notes = [f"not copied, weights in another form: {listing(self.left_out, 3)}"] if self.left_out else []
+        if self.companions:
+            self.notes.append(_companions_note(self.companions, replaced))
         self._digests: dict[str, dict[str, str]] = {}
 
     def check_space(self, out: Path) -> None:
@@ -120,6 +127,7 @@ class MergedFolder:
         for name in self.copied:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.plan.base.folder / name, folder / name)
+        copy_companions(self.companions, folder)
         config = self._config()
         if config is not None:
             _write_json(folder / "config.json", config)
@@ -231,6 +239,12 @@ class MergedFolder:
         if "total_parameters" in metadata:
             metadata["total_parameters"] = self.parameters
         return {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}
+
+
+def _companions_note(companions: Mapping[str, Path], replaced: Sequence[str]) -> str:
+    """What of the result's files is the adapter's, and what of the base's they replace."""
+    note = f"from the adapter's folder: {listing(companions, 3)}"
+    return f"{note}, in place of the base's {listing(replaced, 3)}" if replaced else note
 
 
 def _finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -81,6 +81,8 @@ def load(
     if fitted is opened and opened.folder is not None and opened.as_stored:
         return _open(model, opened, opened.folder, is_trainable)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        if fitted is not opened:
+            fitted.companions = {}  # PEFT reads none of them
         fitted.save(Path(folder) / "adapter")
         return _open(model, fitted, Path(folder) / "adapter", is_trainable)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.adapters.companions import companion_files
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import machine_folders, refuse_private, without_paths
@@ -19,20 +20,6 @@ __all__ = ["PICTURES", "PlannedFile", "own_picture", "package", "refuse_private_
 
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 PICTURE_NAME = "layers.png"
-# A trainer that saves the tokenizer saves these beside the adapter.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 OTHER_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 TEXTS = (".json", ".md", ".txt", ".svg", ".jinja", "LICENSE", "NOTICE")
 
@@ -85,6 +72,7 @@ def package(checked: Checked, card: str, picture: Path | None) -> tuple[list[Pla
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in files and _is_published(path):
             files[path.name] = PlannedFile.of(path.name, path)
+    files.update({name: PlannedFile.of(name, path) for name, path in companion_files(folder).items()})
     for name in files:
         if name != WEIGHTS_FILE:  # which is read as tensors, and nothing else
             check_link(folder / name, folder)
@@ -95,7 +83,8 @@ def package(checked: Checked, card: str, picture: Path | None) -> tuple[list[Pla
         files["tokenizer_config.json"] = _json_file(folder / "tokenizer_config.json", found, clean)
     if picture is not None:
         files[picture.name] = PlannedFile.of(picture.name, picture)
-    left_out = [path.name for path in sorted(folder.iterdir()) if path.name not in files]
+    sent = {name.partition("/")[0] for name in files}
+    left_out = [path.name for path in sorted(folder.iterdir()) if path.name not in sent]
     return [files[name] for name in sorted(files)], left_out
 
 
@@ -139,4 +128,4 @@ def _is_picture(path: Path) -> bool:
 
 
 def _is_published(path: Path) -> bool:
-    return path.name in TOKENIZER_FILES or path.name in OTHER_FILES or _is_picture(path)
+    return path.name in OTHER_FILES or _is_picture(path)

@@ -93,7 +93,9 @@ def _factors(model: nn.Module, base: Path, names: str) -> dict[str, tuple[torch.
 def _is_adaptable(model: Any, module: str) -> bool:
     """Whether PEFT adapts a layer by itself: no weight that is tied to embeddings, none whose forward is not called."""
     tied = getattr(model, "all_tied_weights_keys", {})
+    parent = model.get_submodule(module.rpartition(".")[0])
     uncalled = model.config.model_type in MAMBA and module.endswith("out_proj")
+    uncalled = uncalled or isinstance(parent, nn.MultiheadAttention)
     return not uncalled and f"{module}.weight" not in {*tied, *tied.values()}
 
 
