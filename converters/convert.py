@@ -14,7 +14,6 @@ import torch
 from surgery.adapters.adapter import Adapter, identity_of
 from surgery.adapters.contents import refuse_output_biases
 from surgery.adapters.fitting import old_names_note
-from surgery.adapters.names import WEIGHTS_FILE
 from surgery.adapters.source import Source, refuse_lone_experts
 from surgery.converters.figures import converted_sites, largest_difference, overall
 from surgery.converters.report import ConvertReport
@@ -261,7 +260,7 @@ def _convert(
     if options.to != "lora":
         refuse_lone_experts(source, options.to)
     measured = shared.measured(source)
-    source_bytes = _file_size(adapter)
+    source_bytes = adapter.file_size
     request = options.request(source_bytes, _dtype_of(source), measured.metric, device, progress, parts)
     module = importlib.import_module(f"surgery.converters.{FORMS[options.to]}")
     converter: Callable[[Source, Request], Result] = getattr(module, FORMS[options.to])
@@ -310,7 +309,7 @@ def _adapter(source: Source, result: Result, options: _Options, shared: Base) ->
             "recover": options.recover,
             "seed": options.seed,
         },
-        "source": {"peft_type": source.adapter.peft_type, "bytes": _file_size(source.adapter)},
+        "source": {"peft_type": source.adapter.peft_type, "bytes": source.adapter.file_size},
         "base": shared.label,
         "data": shared.data_name,
         "task": source.adapter.provenance.get("task"),
@@ -380,12 +379,6 @@ def _check_place(out: Path | None, adapter: Adapter, base: str | Path | None, fo
         return
     refuse_inputs(out, adapter.folder, base, called="the adapter or its base model")
     check_output(out, force)
-
-
-def _file_size(adapter: Adapter) -> int:
-    if adapter.folder is not None and (adapter.folder / WEIGHTS_FILE).is_file():
-        return (adapter.folder / WEIGHTS_FILE).stat().st_size
-    return file_bytes(adapter.file_tensors())
 
 
 def _dtype_of(source: Source) -> torch.dtype:

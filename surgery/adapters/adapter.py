@@ -10,30 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from surgery.adapters.companions import companion_files, copy_companions
-from surgery.adapters.config_schema import check_adapter_config
-from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.companions import copy_companions
+from surgery.adapters.format_registry import AdapterParts, format_of
 from surgery.adapters.names import (
     CARD_FILE,
     CONFIG_FILE,
     MODEL_PREFIX,
-    PICKLE_FILE,
     PROVENANCE_FILE,
     TUNER_PREFIX,
     WEIGHTS_FILE,
     TensorNames,
 )
-from surgery.adapters.packing import is_packed, packed, unpacked
+from surgery.adapters.packing import is_packed, packed
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.registry import readable_types, type_of
-from surgery.adapters.wrapper_names import plain_config, plain_names
 from surgery.errors import AdapterError, CheckpointError, OutputError, listing
 from surgery.storage.atomic_folder import atomic_folder
-from surgery.storage.folder_checks import check_files, check_link
-from surgery.storage.format_version import check_format_version
+from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.resume import file_identities
-from surgery.storage.safetensors_read import read_json, read_tensors, read_text, tensor_names
+from surgery.storage.safetensors_read import file_bytes, read_json
 from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
 from surgery.system.threads import one_torch_thread
 
@@ -54,6 +50,7 @@ class Adapter:
         provenance: `surgery.json`, or an empty dictionary.
         card: `README.md`, or None.
         folder: where it was read from, or None.
+        weights: the file that its tensors were read from, or None.
         name: what it is called where it was read from: the folder's name, or the last part of a Hub id; or None.
         notes: what the user should know of its file.
         as_stored: PEFT opens the folder that it was read from as this adapter: its names are those of the file.
@@ -79,60 +76,33 @@ class Adapter:
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
         self.notes, self.companions = [], {}
+        self.weights: Path | None = None
         self._sorted: TensorNames | None = None
 
     @classmethod
     def open(cls, adapter: str | Path) -> Adapter:
-        """Read an adapter folder, or an adapter repository on the Hub.
+        """Read an adapter folder in any known format, or an adapter repository on the Hub.
 
         Raises:
-            AdapterError: a file is missing, broken, or a pickle.
+            AdapterError: a file is missing, broken, or holds code.
             CheckpointError: there is no such folder or repository.
         """
         folder = local_folder(str(adapter))
         try:
-            read = cls._read(folder)
-            if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
-                read.name = str(adapter).partition("@")[0].rstrip("/").rpartition("/")[2]
-            return read
+            check_files(folder)
+            read = cls.from_parts(format_of(folder).read(folder), folder)
         except CheckpointError as error:  # of the files; here they are an adapter's
             raise AdapterError(str(error)) from None
+        if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
+            read.name = str(adapter).partition("@")[0].rstrip("/").rpartition("/")[2]
+        return read
 
     @classmethod
-    def _read(cls, folder: Path) -> Adapter:
-        check_files(folder)
-        for name in (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE):
-            check_link(folder / name, folder)  # what they hold is passed on
-        if not (folder / CONFIG_FILE).is_file():
-            raise AdapterError(f"{folder}: no {CONFIG_FILE}; {_without_config(folder)}")
-        config = read_json(folder / CONFIG_FILE)
-        check_adapter_config(folder / CONFIG_FILE, config)
-        if "format_version" in config:
-            check_format_version(config["format_version"], folder / CONFIG_FILE)
-        weights = folder / WEIGHTS_FILE
-        if not weights.is_file():
-            if (folder / PICKLE_FILE).is_file():
-                raise AdapterError(
-                    f"{folder}: only {PICKLE_FILE}, a pickle, which can run code when opened; load it with PEFT where "
-                    "you trust it and save it again, which writes safetensors"
-                )
-            raise AdapterError(f"{folder}: no {WEIGHTS_FILE}")
-        tensor_names(weights)  # a broken file is named here
-        provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
-        if "format_version" in provenance:
-            check_format_version(provenance["format_version"], folder / PROVENANCE_FILE)
-        card = folder / CARD_FILE
-        text = read_text(card) if card.is_file() else None
-        stored = read_tensors(weights)
-        tensors, notes = plain_names(stored, str(config["peft_type"]), str(folder))
-        if notes:
-            names = TensorNames(list(tensors), type_of(config))
-            config = plain_config(config, sorted(set(names.owners.values())))
-        if is_packed(config):
-            tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
-        read = cls(config, tensors, provenance, text, folder)
-        read.notes, read.as_stored = notes, not notes
-        read.companions = companion_files(folder)
+    def from_parts(cls, parts: AdapterParts, folder: Path | None = None) -> Adapter:
+        """Return the adapter that a format has read."""
+        read = cls(parts.config, parts.tensors, parts.provenance, parts.card, folder)
+        read.notes, read.weights, read.as_stored = list(parts.notes), parts.weights, parts.as_stored
+        read.companions = dict(parts.companions)
         return read
 
     def like(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
@@ -191,6 +161,11 @@ class Adapter:
         if self._sorted is None or listed != self._sorted.listed:
             self._sorted = TensorNames(listed, self.type)
         return self._sorted
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file that its tensors were read from, or that they would take as they are."""
+        return self.weights.stat().st_size if self.weights is not None else file_bytes(self.file_tensors())
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
         """Return the weight change of one layer, float32, `(out, in)` whatever the orientation of the layer's weight.
@@ -315,17 +290,6 @@ def identity_of(adapter: Adapter, given: Any) -> Any:
         for piece in tensor_bytes(tensor):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _without_config(folder: Path) -> str:
-    """What a folder without a PEFT configuration is, as far as its files tell."""
-    if (folder / "config.json").is_file():
-        return "this is a base model, not an adapter"
-    for path in sorted(folder.glob("*.safetensors")):
-        found = foreign_format(tensor_names(path))
-        if found is not None:
-            return f"{path.name} is no PEFT adapter: {found}"
-    return "this is not an adapter folder"
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -21,10 +21,9 @@ def check_adapter_config(path: Path, config: Mapping[str, Any]) -> None:
     """
     if "peft_type" not in config:
         raise AdapterError(f"{path}: has no peft_type")
-    _check_keys(path, config, COMMON_RULES)
+    _check_keys(path, config, {"peft_type": COMMON_RULES["peft_type"]})
     kind = type_of(config)
-    if kind is not None:
-        _check_keys(path, config, kind.rules)
+    _check_keys(path, config, {**COMMON_RULES, **(kind.rules if kind is not None else {})})
 
 
 def _check_keys(path: Path, config: Mapping[str, Any], rules: Mapping[str, Any]) -> None:

@@ -52,16 +52,21 @@ class Contents:
     @property
     def lacks_shared(self) -> bool:
         """Whether the file lacks what its type's layers share, so that it is drawn again from the base's shapes."""
-        return bool(self.type.shared_names) and not self.shared
+        return self.type.lacks_shared(self.adapter)
 
     @property
     def carried_tensors(self) -> dict[str, torch.Tensor]:
         """What the adapter saves whole, by its name in the file."""
         return {name: self.adapter.tensors[name] for name in self.carried.values()}
 
-    def output_bias(self, module: str) -> torch.Tensor | None:
-        """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None."""
-        return self.type.output_bias(self.adapter.config, module, self.adapter.layer(module))
+    def output_bias(self, module: str, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None.
+
+        Args:
+            module: the layer's name in the adapter.
+            bias: the base layer's own bias, which some types scale.
+        """
+        return self.type.output_bias(self.adapter.config, module, self.adapter.layer(module), bias)
 
 
 def contents_of(adapter: Adapter) -> Contents:

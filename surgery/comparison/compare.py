@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter, bits_equal
-from surgery.adapters.names import WEIGHTS_FILE
 from surgery.comparison.pair import Layer, Pair, Side, WithBias
 from surgery.comparison.report import (
     CarriedTensor,
@@ -29,7 +28,6 @@ from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, on_device, prepared
-from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
 
@@ -277,12 +275,10 @@ def _name(adapter: Any, letter: str) -> str:
 
 def _described(name: str, side: Side, ranks: Iterable[int | None]) -> ComparedAdapter:
     adapter = side.adapter
-    file = adapter.folder / WEIGHTS_FILE if adapter.folder is not None else None
-    size = file.stat().st_size if file is not None and file.is_file() else file_bytes(adapter.file_tensors())
     return ComparedAdapter(
         name=name,
         peft_type=adapter.peft_type,
-        bytes=size,
+        bytes=adapter.file_size,
         parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
         modules=len(side.names),
         ranks=sorted({rank for rank in ranks if rank is not None}),

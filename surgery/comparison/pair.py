@@ -62,6 +62,7 @@ class Side:
     names: dict[str, str] = field(default_factory=dict)
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
     changes: ChangesOnBase | None = None  # with a base
+    base: BaseModel | None = None
 
     def delta(self, layer: Layer, weight: torch.Tensor | None) -> Delta | None:
         """Its change of a layer, or None where it has none."""
@@ -77,7 +78,11 @@ class Side:
     def bias(self, layer: Layer) -> torch.Tensor | None:
         """Return what it adds to the layer's output whatever the input (`lora_bias`), `(out,)`, or None."""
         name = self.names.get(layer.module)
-        return None if name is None else self.contents.output_bias(name)
+        if name is None:
+            return None
+        own = f"{layer.module}.bias"
+        known = self.base is not None and own in self.base.sources
+        return self.contents.output_bias(name, self.base.parameter(own) if known and self.base is not None else None)
 
 
 class WithBias(Delta):
@@ -273,7 +278,7 @@ def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
         base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
     for side in (a, b):
         found = sites_on_base(side.adapter, base, side.contents.modules)
-        side.changes = ChangesOnBase(side.contents, base, found, device)
+        side.changes, side.base = ChangesOnBase(side.contents, base, found, device), base
         side.names = {site.module: name for site, name in found.items()}
         sites.update(dict.fromkeys(found))
     order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}

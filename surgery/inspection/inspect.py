@@ -12,7 +12,7 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import sites_on_base, with_place_for
-from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
+from surgery.adapters.names import CONFIG_FILE
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.deltas.operators import Delta
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
@@ -80,13 +80,14 @@ def inspect(
 def _adapter(
     path: str, adapter: Adapter, base: str | Path | None, spectra: bool, trust_remote_code: bool
 ) -> Inspection:
-    assert adapter.folder is not None
-    header = read_header(adapter.folder / WEIGHTS_FILE).tensors
-    found = _started(path, "adapter", header, [adapter.folder / WEIGHTS_FILE])
+    assert adapter.weights is not None
+    in_header = adapter.weights.suffix == ".safetensors"
+    header = read_header(adapter.weights).tensors if in_header else _like(adapter.tensors)
+    found = _started(path, "adapter", header, [adapter.weights])
+    found.notes += adapter.notes
     found.peft_type = adapter.peft_type
     found.base = adapter.config.get("base_model_name_or_path")
     found.task = adapter.config.get("task_type")
-    found.notes += adapter.notes
     try:
         contents = contents_of(adapter)
     except AdapterError as error:
@@ -98,7 +99,7 @@ def _adapter(
     modules, unread = adapter.modules, {}
     for name in contents.modules:
         role, layer = role_by_name(name)
-        entry = _site(name, role, layer, None, {short: Tensor.like(t) for short, t in modules[name].items()})
+        entry = _site(name, role, layer, None, _like(modules[name]))
         found.sites.append(entry)
         try:
             delta = changes.delta(name)
@@ -200,6 +201,10 @@ def _site(
     return InspectedSite(
         module, role, layer, shape, "+".join(dtypes), numbers, sum(tensor.size for tensor in tensors.values())
     )
+
+
+def _like(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
+    return {name: Tensor.like(tensor) for name, tensor in tensors.items()}
 
 
 def _dtype(tensor: Tensor) -> str:

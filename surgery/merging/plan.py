@@ -276,7 +276,8 @@ def _shifts(contents: Contents, base: BaseModel, sites: Mapping[Site, str]) -> d
     """Return what the adapter adds to the biases of the layers (`lora_bias`), by parameter."""
     shifts = {}
     for site, module in sites.items():
-        bias = contents.output_bias(module)
+        own = f"{site.module}.bias"
+        bias = contents.output_bias(module, base.parameter(own) if own in base.sources else None)
         if bias is None:
             continue
         parameter = f"{site.module}.bias"

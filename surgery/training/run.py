@@ -133,8 +133,8 @@ class Run:
             modules=sum(1 for tensors in source.modules.values() if len(tensors) > 0),
             trainable_parameters=sum(counts.values()),
             trained=sorted({_short(name) for name in counts}),
-            bytes=_bytes_of(source),
-            source_bytes=_bytes_of(source),
+            bytes=source.file_size,
+            source_bytes=source.file_size,
             steps=self.settings.steps,
             learning_rate=self.lr,
             batch_size=self.settings.batch_size,
@@ -363,13 +363,6 @@ def _stored(source: Adapter, name: str, value: torch.Tensor) -> torch.Tensor:
     if is_packed(source.config) and name.endswith(".giva_s") and torch.equal(old.half().to(old), old):
         value = value.half().float()
     return value.to(old.dtype).clone()
-
-
-def _bytes_of(adapter: Adapter) -> int:
-    """Size of its file, or of what would be one."""
-    if adapter.folder is not None:
-        return (adapter.folder / WEIGHTS_FILE).stat().st_size
-    return file_bytes(adapter.file_tensors())
 
 
 def _bytes_with(source: Adapter, tensors: Mapping[str, torch.Tensor]) -> int:

@@ -15,8 +15,8 @@ import surgery
 from surgery.errors import HubError
 from surgery.publishing.card import BEGIN, END, make_card, own_text
 from surgery.publishing.checks import Checked
+from tests.helpers.hub import make_adapter
 from tests.helpers.models import load_base
-from tests.publishing.conftest import make_adapter
 
 REPO, BASE = "org/small", "bases/llama"
 

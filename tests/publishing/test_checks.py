@@ -18,8 +18,8 @@ import surgery
 from surgery.errors import SurgeryError
 from surgery.publishing import checks
 from surgery.publishing.checks import check_adapter
+from tests.helpers.hub import KINDS, make_adapter
 from tests.helpers.models import edit_tensors, load_base
-from tests.publishing.conftest import KINDS, make_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "bases/llama"

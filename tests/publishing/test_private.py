@@ -14,8 +14,8 @@ from surgery.errors import HubError
 from surgery.publishing.private import without_paths
 from surgery.system.redaction import redacted
 from tests.helpers.command_line import invoke
+from tests.helpers.hub import make_adapter
 from tests.helpers.loopback import OWNER, Hub
-from tests.publishing.conftest import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 REPO, BASE = "org/small", "bases/llama"

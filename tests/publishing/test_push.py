@@ -14,8 +14,8 @@ from huggingface_hub import constants
 import surgery
 from surgery.errors import HubError
 from tests.helpers.command_line import contents, invoke
+from tests.helpers.hub import make_adapter
 from tests.helpers.loopback import OWNER, STRANGER, Hub
-from tests.publishing.conftest import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = {"README.md", "adapter_config.json", WEIGHTS, "plot.png"}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import surgery
+from tests.helpers.hub import KINDS, make_adapter
 from tests.helpers.loopback import OWNER, Hub
 from tests.helpers.models import load_base, model_inputs, output
-from tests.publishing.conftest import KINDS, make_adapter
 
 # Runs each card's Python, in a namespace of its own, and its commands; prints the outputs of what was loaded.
 RUN = r"""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.hub import make_adapter
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
-from tests.publishing.conftest import make_adapter
 
 BASE = "org/base"
 

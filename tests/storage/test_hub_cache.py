@@ -14,9 +14,9 @@ import surgery
 from surgery.errors import CheckpointError
 from surgery.storage.hub_cache import local_folder
 from tests.helpers.command_line import invoke
+from tests.helpers.hub import make_adapter
 from tests.helpers.loopback import OWNER, STRANGER, Hub
 from tests.helpers.models import load_base, model_inputs, output
-from tests.publishing.conftest import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -160,6 +160,10 @@ class AdapterType(ABC):
         """The names of tensors that a file may hold once, above the model, for all layers."""
         return frozenset()
 
+    def lacks_shared(self, file: AdapterFile) -> bool:
+        """Return whether a file lacks what its layers share, so that it is drawn again at the shapes of the base."""
+        return not all(file.holders(name) for name in self.shared_names)
+
     @abstractmethod
     def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
         """Check the tensors of one layer, shared ones included: all there, of the right dimensions.
@@ -177,8 +181,17 @@ class AdapterType(ABC):
             WrongBaseError: it was made from other base weights.
         """
 
-    def output_bias(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> torch.Tensor | None:
-        """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None."""
+    def output_bias(
+        self, config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None.
+
+        Args:
+            config: `adapter_config.json`.
+            module: the layer's name.
+            tensors: the layer's tensors.
+            bias: the base layer's own bias, which some types scale; None where it has none or is not known.
+        """
         return None
 
     def check_numbers(self, name: str, tensor: torch.Tensor) -> None:
@@ -202,10 +215,12 @@ class TensorType(AdapterType):
         dimensions: of the tensors that are not matrices.
         base_needs: what the formula needs of the base weight.
         shared: names of tensors that may stand once above the model instead of with each layer.
+        regenerated: draws the shared tensors of a file that lacks them, at the shapes of its layers.
         incomplete: what a layer that lacks tensors may be, and the remedy.
         variants: settings that make it another type -> what it is then, and the remedy.
         when: returns whether a configuration is of this variant of its `peft_type`.
-        bias: what it adds to a layer's outputs.
+        bias: what it adds to a layer's outputs, from its tensors and the layer's own bias.
+        may_be_empty: whether a layer may have been pruned to rank 0.
     """
 
     peft_type: str
@@ -218,12 +233,14 @@ class TensorType(AdapterType):
     dimensions: Mapping[str, int] = field(default_factory=dict)
     base_needs: Needs = Needs.NOTHING
     shared: frozenset[str] = frozenset()
+    regenerated: Callable[[Mapping[str, Any], Sequence[Site]], Tensors] | None = None
     incomplete: str = "the file is incomplete; save the adapter again"
     thin: bool = True
     rules: Mapping[str, Rule] = field(default_factory=dict)
     when: Callable[[Mapping[str, Any]], bool] | None = None
     check: Callable[[Mapping[str, Any], str], None] | None = None
-    bias: Callable[[Mapping[str, Any], str, Tensors], torch.Tensor | None] | None = None
+    bias: Callable[[Mapping[str, Any], str, Tensors, torch.Tensor | None], torch.Tensor | None] | None = None
+    may_be_empty: bool = False
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return self.when is None or self.when(config)
@@ -268,7 +285,7 @@ class TensorType(AdapterType):
             )
         for name, tensor in tensors.items():
             expected = self.dimensions.get(name, 2)
-            if tensor.ndim != expected or 0 in tensor.shape:
+            if tensor.ndim != expected or (0 in tensor.shape and not self.may_be_empty):
                 kind = "is a convolution" if tensor.ndim > expected else "is no matrix"
                 raise AdapterError(
                     f"{module}: {kind} ({name} has shape {tuple(tensor.shape)}), only linear layers are read; save the "
@@ -278,21 +295,26 @@ class TensorType(AdapterType):
             self.formula(config, module, tensors, None)  # the shapes fit, the scale is known
 
     def changes(self, file: AdapterFile, base: BaseWeights | None) -> Changes:
-        return _TensorChanges(self, file)
+        return _TensorChanges(self, file, base)
 
-    def output_bias(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> torch.Tensor | None:
-        return None if self.bias is None else self.bias(config, module, tensors)
+    def output_bias(
+        self, config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias(config, module, tensors, bias)
 
 
 class _TensorChanges(Changes):
     """The changes of a `TensorType`: each layer stands for itself."""
 
-    def __init__(self, kind: TensorType, file: AdapterFile) -> None:
+    def __init__(self, kind: TensorType, file: AdapterFile, base: BaseWeights | None) -> None:
         self.kind, self.file = kind, file
+        self.drawn: Tensors = {}
+        if base is not None and kind.regenerated is not None and kind.lacks_shared(file):
+            self.drawn = kind.regenerated(file.config, list(base.sites))
 
     def delta(self, module: str, weight: torch.Tensor | None = None, site: Site | None = None) -> Delta:
         kind, config = self.kind, self.file.config
-        parts = with_shared(kind, self.file, self.file.layer(module))
+        parts = {**self.drawn, **with_shared(kind, self.file, self.file.layer(module))}
         whole = weight.float() if weight is not None else None
         with one_torch_thread():  # checks and conversions of thin factors, bound by memory
             kind.check_layer(config, module, parts)

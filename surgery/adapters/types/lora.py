@@ -107,7 +107,9 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def lora_output_bias(config: Mapping[str, Any], module: str, tensors: Tensors) -> torch.Tensor | None:
+def lora_output_bias(
+    config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+) -> torch.Tensor | None:
     """Return what the bias of B (`lora_bias`) adds to the layer's outputs, `(out,)` float32; None without one."""
     if BIAS_NAME not in tensors:
         return None

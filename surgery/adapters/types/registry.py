@@ -23,6 +23,7 @@ ADAPTER_TYPES: Registry[AdapterType] = Registry(
             "ADALORA": "adalora:ADALORA",
             "FROD": "frod:FROD",
             "HIRA": "hira:HIRA",
+            "IA3": "ia3:IA3",
             "LOHA": "loha:LOHA",
             "LOKR": "lokr:LOKR",
             "LORA": "lora:LORA",

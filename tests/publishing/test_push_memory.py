@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from benchmarks.push import LIMIT, PART, made
+from tests.helpers.hub import ROOT
 from tests.helpers.loopback import OWNER, Hub
-from tests.publishing.conftest import ROOT
 
 
 def test_200_megabytes(hub: Hub, tmp_path: Path, fresh) -> None:

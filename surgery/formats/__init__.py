@@ -1,0 +1,1 @@
+"""File formats of adapters: PEFT's own and those of other tools, one file each."""
