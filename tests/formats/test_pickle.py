@@ -59,4 +59,4 @@ def test_what_holds_no_tensors_is_refused(content: object, message: str, pickled
 
 def test_safetensors_win_over_a_pickle_beside_them(pickled: Path) -> None:
     (pickled / "adapter_model.bin").write_bytes(b"never opened")
-    assert surgery.Adapter.open(pickled).opens_in_peft
+    assert surgery.Adapter.open(pickled).as_stored
