@@ -14,6 +14,8 @@ __all__ = [
     "DataError",
     "HubError",
     "MethodError",
+    "NumericsError",
+    "OptionError",
     "OutputError",
     "SurgeryError",
     "TargetError",
@@ -45,8 +47,16 @@ class TargetError(SurgeryError):
     """No module, or no module that can be adapted, matches what was asked for."""
 
 
+class OptionError(SurgeryError, ValueError):
+    """An option is out of range, unknown, or does not go with another one."""
+
+
+class NumericsError(SurgeryError):
+    """A result is not finite: an overflow, or values that were not finite to begin with."""
+
+
 class MethodError(SurgeryError):
-    """The options do not make sense for the chosen adapter method."""
+    """An adapter method cannot do what was asked of it, or does not take an option."""
 
 
 class DataError(SurgeryError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from surgery.adapters.contents import Contents
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel
@@ -31,7 +32,7 @@ class ChangesOnBase:
     """
 
     def __init__(self, contents: Contents, base: BaseModel, sites: Mapping[Site, str], device: torch.device) -> None:
-        self.label, self.base = contents.adapter.label, base
+        self.label, self.base, self._contents = contents.adapter.label, base, contents
         self._names = dict(sites)
         self._changes = contents.type.changes(contents.adapter, _FileWeights(base, self._names, device))
 
@@ -54,6 +55,20 @@ class ChangesOnBase:
                 f"has {weight.shape[0]} x {weight.shape[1]} there: it is for another base model"
             )
         return change
+
+    def check_shapes(self) -> None:
+        """Check that every change has the shape of its base weight, without reading a weight.
+
+        Types whose change is made of the base's values are recognised by the base's fingerprint instead.
+
+        Raises:
+            AdapterError: one has not.
+        """
+        if self._contents.needs is Needs.VALUES and not isinstance(self._contents.type, TensorType):
+            return
+        for site in self._names:
+            # One number seen as a matrix takes no memory; ones, since DoRA divides by the norms of rows.
+            self.delta(site, torch.ones(1).expand(site.out_features, site.in_features))
 
 
 class _FileWeights:

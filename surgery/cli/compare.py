@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import common_options, set_verbosity, task_option
+from surgery.cli.options import chat_template_option, common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table
 from surgery.errors import listing
 from surgery.storage.hub_cache import check_names
@@ -22,6 +22,7 @@ DATA_FLAGS = {
     "samples": "--samples",
     "batch_size": "--batch-size",
     "max_length": "--max-length",
+    "chat_template": "--chat-template",
     "dtype": "--dtype",
     "latency": "--no-latency",
 }
@@ -43,6 +44,7 @@ NOT_FASTER = (
 @click.option("--samples", type=int, metavar="N", help="Samples drawn from FILE.  [default: 512]")
 @click.option("--batch-size", type=int, metavar="N", help="Samples run at a time.  [default: 32]")
 @click.option("--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]")
+@chat_template_option()
 @click.option(
     "--no-latency",
     "latency",

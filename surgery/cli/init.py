@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import (
+    chat_template_option,
     common_options,
     compute_options,
     output_options,
@@ -26,6 +27,7 @@ from surgery.system.text import human_bytes
 if TYPE_CHECKING:
     from surgery.initialization.report import Report
 
+LABELLED_TASKS = ("seq-cls", "image-cls")
 FLAGS = {
     "rank": "--rank",
     "alpha": "--alpha",
@@ -93,10 +95,15 @@ def parsed_ranks(value: str | None) -> list[int] | None:
     default=None,
     help="Leave the frozen bases out of the file; they are regenerated on load, and checked.",
 )
-@click.option("--data", metavar="FILE", help="giva: .jsonl, .txt, .csv or .parquet; for images also a folder.")
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="giva: .jsonl, .txt, .csv or .parquet; for images also a folder. Others: labels of a --task.",
+)
 @click.option("--samples", type=int, metavar="N", help="giva: samples drawn from FILE.  [default: 32]")
 @click.option("--batch-size", type=int, metavar="N", help="giva: samples run at a time.  [default: 32]")
 @click.option("--max-length", type=int, metavar="T", help="giva: tokens of the longest sample.  [default: up to 512]")
+@chat_template_option()
 @click.option(
     "--gradient-checkpointing",
     is_flag=True,
@@ -124,6 +131,8 @@ def parsed_ranks(value: str | None) -> list[int] | None:
     help="Modules to adapt: names, endings of names, or regular expressions. Repeatable. [default: all-linear]",
 )
 @task_option()
+@click.option("--num-labels", type=int, metavar="N", help="Classes of the task's head; 1 is a regression.")
+@click.option("--labels", metavar="A,B,C", help="Names of the classes, in order.")
 @compute_options()
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()
@@ -142,7 +151,12 @@ def command(
       surgery init --method giva --data train.jsonl model/
       surgery init --method inilora --rank 16 --target q_proj model/ -o start/
     """
-    refuse_idle_options(method, FLAGS, options)
+    labels = options.pop("labels")
+    options["labels"] = None if labels is None else [name.strip() for name in labels.split(",")]
+    idle = dict(options)
+    if options["task"] in LABELLED_TASKS:
+        idle["data"] = None  # its labels are read
+    refuse_idle_options(method, FLAGS, idle)
     if METHODS[method].reads_gradients and options["data"] is None:
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
     check_names(model)

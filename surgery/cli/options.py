@@ -12,6 +12,7 @@ from surgery.methods.catalogue import method_info
 from surgery.models.tasks import TASK_TABLE
 
 __all__ = [
+    "chat_template_option",
     "common_options",
     "compute_options",
     "output_options",
@@ -83,6 +84,13 @@ def compute_options() -> Callable[[F], F]:
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
         ]
+    )
+
+
+def chat_template_option() -> Callable[[F], F]:
+    """`--chat-template`."""
+    return click.option(
+        "--chat-template", metavar="FILE", help="Chat template for messages in the data.  [default: the tokenizer's]"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.main import INTERRUPTED, TERMINATED, Stopped
-from surgery.cli.options import common_options, set_verbosity, task_option
+from surgery.cli.options import chat_template_option, common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.storage.hub_cache import check_names
 from surgery.system.text import human_bytes
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, default=32, show_default=True, metavar="N", help="Samples of a step.")
 @click.option("--accumulate", type=int, default=1, show_default=True, metavar="N", help="Run a step in N parts.")
 @click.option("--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]")
+@chat_template_option()
 @click.option(
     "--schedule", default="linear", show_default=True, metavar="NAME", help="Of the rate: linear, cosine, constant, ..."
 )
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     help="Type of the base in memory; the adapter trains in float32.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--new-head", is_flag=True, help="Make a head for the labels of FILE, for --task seq-cls or image-cls.")
 @click.option("--dry-run", is_flag=True, help="Check everything; train and write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT where it exists, and an unfinished training of it.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
@@ -92,7 +94,9 @@ def command(
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one speaks
     with progress_bar("train", wanted=not quiet, unit="step") as progress:
         try:
-            _, report = train(adapter, out=folder, teacher=teacher, progress=progress, **given)
+            _, report = train(
+                adapter, out=folder, teacher=teacher, progress=progress, announce=None if quiet else note, **given
+            )
         except TrainingInterrupted as stopped:
             code = TERMINATED if stopped.signal == signal.SIGTERM else INTERRUPTED
             if not first:

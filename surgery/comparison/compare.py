@@ -25,7 +25,7 @@ from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
-from surgery.passes.examples import Examples, batches, read_examples
+from surgery.passes.examples import Examples, batches
 from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, on_device, prepared
 from surgery.system.devices import resolve_device
@@ -50,6 +50,7 @@ def compare(
     samples: int = 512,
     batch_size: int = 32,
     max_length: int | None = None,
+    chat_template: str | Path | None = None,
     task: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -73,6 +74,7 @@ def compare(
         samples: how many samples are drawn from it.
         batch_size: samples run at a time.
         max_length: tokens of the longest sample.
+        chat_template: a file with the chat template to use in place of the tokenizer's.
         task: what the model is for, which chooses its class; default the base's own class, or that of the adapters'
             task where only that one has a place for what they bring.
         device: where to compute: auto, cpu, cuda.
@@ -99,7 +101,9 @@ def compare(
         raise MethodError("data says something about a model's answers: give the base model with --base")
     if dtype not in DTYPES:
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
-    settings = RunSettings(samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device))
+    settings = RunSettings(
+        samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device), chat_template=chat_template
+    )
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 
@@ -129,7 +133,8 @@ def _on_data(
     base = pair.base
     assert base is not None
     notes = pair.check_answers()
-    examples = read_examples(data, base, settings.samples, settings.max_length, settings.seed, labelled=False)
+    examples = settings.examples(data, base, labelled=False)
+    assert examples is not None
     model = load_model(base, settings, pair.lacking())
     kept: tuple[Deltas, Deltas] = ({}, {})
     sites = _measured(pair, lambda site: _live_weight(model, site), progress, kept)

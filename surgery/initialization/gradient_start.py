@@ -12,9 +12,9 @@ import torch
 from surgery.errors import DataError
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
-from surgery.passes.examples import Examples, batches, read_examples
+from surgery.passes.examples import Examples, batches
 from surgery.passes.gradients import Gradients, Loss, Parts, Progress, gradients
-from surgery.passes.loaded_model import RunSettings, _device_of, is_file, load_model, on_device, prepared
+from surgery.passes.loaded_model import RunSettings, _device_of, load_model, on_device, prepared
 from surgery.system.processes import Processes, processes
 
 __all__ = ["GradientRun", "RunSettings", "gradient_run"]
@@ -71,9 +71,7 @@ def gradient_run(
         MethodError: a loss is not finite.
     """
     group = processes(settings.device)
-    examples = (
-        read_examples(data, base, settings.samples, settings.max_length, settings.seed) if is_file(data) else None
-    )
+    examples = settings.examples(data, base)
     model = base.live if base.live is not None else load_model(base, settings, carried or {})
     where = _device_of(model)
     # The dtype that files are read into; the caller's own batches are as they should be.

@@ -15,7 +15,8 @@ from torch import nn
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import CONFIG_FILE, MODEL_PREFIX, WEIGHTS_FILE
-from surgery.errors import DataError, MethodError, TargetError, listing
+from surgery.errors import MethodError, OptionError, TargetError, listing
+from surgery.initialization.class_labels import HeadRequest
 from surgery.initialization.gradient_start import GradientRun, gradient_run
 from surgery.initialization.report import Report, SiteReport
 from surgery.initialization.weight_start import Sharing, WeightStart, file_name, stored, weight_start
@@ -26,7 +27,6 @@ from surgery.models.base_model import BaseModel
 from surgery.models.heads import carried_modules, carried_tensors, missing_modules
 from surgery.models.live_model import LiveModel
 from surgery.models.sites import Site, target_modules, unsupported_modules
-from surgery.passes.examples import labels_in
 from surgery.passes.loaded_model import RunSettings, is_file
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.format_version import FIRST_VERSION
@@ -43,8 +43,6 @@ DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
-CLASS_TASKS = {"seq-cls", "image-cls"}
-FEW_LABELS = 10_000  # more are no classes
 # (layers done so far, layers to do, what is being done)
 Progress = Callable[[int, int, str], None]
 
@@ -65,11 +63,14 @@ def init(
     samples: int | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    chat_template: str | Path | None = None,
     gradient_checkpointing: bool | None = None,
     variant: str | None = None,
     split: Mapping[str, int | Sequence[int]] | None = None,
     target: str | Sequence[str] = (),
     task: str | None = None,
+    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
@@ -99,12 +100,14 @@ def init(
         groups: SMoA: number of blocks K (`components`: of spectral groups).
         branch_ranks: SMoA: the rank of each block; default the rank split evenly.
         store_bases: store the frozen bases (default), or regenerate and check them on load.
-        data: GiVA: a data file (`.jsonl`, `.txt`, `.csv`, `.parquet`, for images also a folder), or batches:
+        data: for a classifier that the checkpoint lacks also the other methods': its labels are counted. GiVA: a
+            data file (`.jsonl`, `.txt`, `.csv`, `.parquet`, for images also a folder), or batches:
             dictionaries of the model's arguments with labels, or whatever `loss` takes.
         loss: GiVA: `loss(model, batch)` for batches of one's own; default the loss that the model returns.
         samples: GiVA: how many samples are drawn from a data file; default 32.
         batch_size: GiVA: how many of them are run at a time, over all processes; default 32.
         max_length: GiVA: tokens of the longest sample.
+        chat_template: GiVA: a file with the chat template to use in place of the tokenizer's.
         gradient_checkpointing: GiVA: compute activations twice instead of holding them.
         variant: GiVA: `vr`, `vru2r`, `vrur` or `vrurand`; see `surgery.methods.giva`. SMoA: `blocks`, the published
             form (default), or `components`, that of 0.1.0; see `surgery.methods.smoa`.
@@ -112,6 +115,8 @@ def init(
             heights. Known for GPT-2, Phi-3 and GLM.
         target: module names, endings of names, or regular expressions; default every linear of the blocks.
         task: what the model is for, which chooses its class; default the class that `config.json` names.
+        num_labels: classes of a task that has them (seq-cls, token-cls, image-cls); 1 is a regression.
+        labels: their names, in order.
         seed: of everything drawn at random.
         device: where to compute: auto, cpu, cuda, cuda:1; methods that start from the weights use all GPUs for cuda.
         dtype: of the stored floating-point tensors: float32, bfloat16, float16 (fp32, bf16, fp16); for GiVA also of
@@ -135,19 +140,25 @@ def init(
     given = {
         "rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups,
         "branch_ranks": list(branch_ranks) if branch_ranks is not None else None, "store_bases": store_bases,
-        "data": data, "loss": loss, "samples": samples, "batch_size": batch_size, "max_length": max_length,
+        "loss": loss, "samples": samples, "batch_size": batch_size, "max_length": max_length,
         "gradient_checkpointing": gradient_checkpointing, "variant": variant, "split": split,
     }  # fmt: skip
     options = _checked(method, {name: value for name, value in given.items() if value is not None}, seed, dtype)
     info = method_info(method)
+    if info.reads_gradients:
+        options["data"] = data
+    if chat_template is not None and not (info.reads_gradients and is_file(data)):
+        raise OptionError("chat_template says how messages of a data file are written: give the file with data")
     where = resolve_device(device)
     place = Path(out) if out is not None else None
     group = processes(where) if not (info.reads_gradients or dry_run) else Processes()
     with group.in_step():
-        base = _opened(model, info, task, options.get("data"), trust_remote_code)
+        head = HeadRequest(num_labels, labels, data if is_file(data) else None)
+        base = _opened(model, info, task, data, head, trust_remote_code)
         if place is not None and group.first:
             _check_place(place, base, force)
         plan = _Plan.make(info, base, options, [target] if isinstance(target, str) else target, seed, dtype)
+        plan.chat_template = chat_template
     if dry_run:
         if info.reads_gradients:
             plan.notes += _examples_notes(plan, where)
@@ -178,6 +189,7 @@ class _Plan:
         notes: what the user should know.
         seed: of everything drawn at random.
         dtype_name: of the stored floating-point tensors.
+        chat_template: a file with the chat template for the data, in place of the tokenizer's.
     """
 
     formulas: Method
@@ -189,6 +201,7 @@ class _Plan:
     notes: list[str]
     seed: int
     dtype_name: str
+    chat_template: str | Path | None = None
 
     @classmethod
     def make(
@@ -306,9 +319,14 @@ def _from_gradients(
 
 
 def _opened(
-    model: str | Path | nn.Module, info: MethodInfo, task: str | None, data: Any, trust_remote_code: bool
+    model: str | Path | nn.Module,
+    info: MethodInfo,
+    task: str | None,
+    data: Any,
+    head: HeadRequest,
+    trust_remote_code: bool,
 ) -> BaseModel:
-    """The base model; a classifier that the checkpoint lacks gets as many outputs as the data has labels."""
+    """The base model; its head has the classes that were asked for, or, where the checkpoint lacks it, the data's."""
     if info.reads_gradients and data is None:
         raise MethodError(f"{info.name} starts from the gradient of a loss: give the data for it with --data FILE")
     if isinstance(model, nn.Module):
@@ -316,31 +334,20 @@ def _opened(
             raise MethodError(
                 f"{info.name} reads a model's files: give its folder, or call peft.get_peft_model(model, config)"
             )
+        if head.explicit:
+            raise OptionError("a loaded model has its head: num_labels and labels belong to a model's files")
         return LiveModel(model, task)
     base = BaseModel.open(model, task, trust_remote_code)
-    if is_file(data) and base.task is not None and base.task.name in CLASS_TASKS and base.head_is_free:
-        labels = labels_in(data, base)
-        if any(isinstance(label, float) for label in labels):
-            raise DataError(
-                f"{data}: its labels are floating-point numbers, not classes; for a regression give a model whose "
-                "config.json has one label in id2label"
-            )
-        numbers = [label for label in labels if isinstance(label, int)]
-        highest = max(numbers, default=0)
-        if min(numbers, default=0) < 0:
-            raise DataError(f"{data}: has the label {min(numbers)}; classes are counted from 0")
-        if max(len(labels), highest) >= FEW_LABELS:
-            raise DataError(f"{data}: has {len(labels)} labels up to {highest}, more than a classifier has classes")
-        if len(labels) < 2:
-            raise DataError(f"{data}: has the label {listing(map(str, labels))} alone, nothing to tell apart")
-        return BaseModel.open(model, task, trust_remote_code, labels=labels)
-    return base
+    wanted = head.classes(base, idle_for=None if info.reads_gradients else info.name)
+    return base if wanted is None else BaseModel.open(model, task, trust_remote_code, labels=wanted)
 
 
 def _settings(plan: _Plan, device: torch.device, spread: bool) -> RunSettings:
     names = ("samples", "batch_size", "max_length", "gradient_checkpointing")
     given = {name: plan.options[name] for name in names if name in plan.options}
-    return RunSettings(dtype=plan.dtype, seed=plan.seed, device=device, spread=spread, **given)
+    return RunSettings(
+        dtype=plan.dtype, seed=plan.seed, device=device, spread=spread, chat_template=plan.chat_template, **given
+    )
 
 
 def _examples_notes(plan: _Plan, device: torch.device) -> list[str]:

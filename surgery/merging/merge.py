@@ -90,6 +90,9 @@ def merge(
     folder = MergedFolder(plan, None if dtype is None else DTYPES[dtype])
     report = _report(plan, folder, where)
     if dry_run:
+        plan.check_shapes()
+        if out is not None:
+            folder.check_space(Path(out))
         report.dry_run = True
     else:
         assert out is not None

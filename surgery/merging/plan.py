@@ -117,6 +117,14 @@ class MergePlan:
         """The tensors of the base's files that change."""
         return self._edited.keys()
 
+    def check_shapes(self) -> None:
+        """Check every layer's shape as the merge itself does, without reading a weight.
+
+        Raises:
+            AdapterError: a layer's change has another shape than its base weight.
+        """
+        self._changes.check_shapes()
+
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         """Shape of a parameter of the result."""
         return self.target.shapes[parameter]

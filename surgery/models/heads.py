@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.errors import CheckpointError
 from surgery.models.base_model import BaseModel
 
 __all__ = ["carried_modules", "carried_tensors", "missing_modules"]
@@ -47,7 +48,7 @@ def carried_tensors(base: BaseModel, seed: int) -> tuple[dict[str, torch.Tensor]
     for name in carried_modules(base):
         module = base.model.get_submodule(name)
         names = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
-        if all(parameter in base.sources for parameter in names):
+        if all(_is_stored(base, parameter) for parameter in names):
             # Copied: what was read is a view of the checkpoint's file.
             tensors.update({parameter: base.parameter(parameter, check=True).clone() for parameter in names})
         else:
@@ -55,6 +56,19 @@ def carried_tensors(base: BaseModel, seed: int) -> tuple[dict[str, torch.Tensor]
             tensors.update({f"{name}.{parameter}": value for parameter, value in started.items()})
             fresh.append(name)
     return tensors, fresh
+
+
+def _is_stored(base: BaseModel, parameter: str) -> bool:
+    """Return whether the checkpoint holds a parameter; a head of other classes than those asked for does not count."""
+    if parameter not in base.sources:
+        return False
+    if base.labels is None:
+        return True
+    try:
+        base.parameter(parameter)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _fresh(model: Any, module: nn.Module, seed: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From a data file to batches: reading through `datasets`, and a task's way from a row to what its model takes."""
+"""From a data file to batches: a task's way from a row to what its model takes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from surgery.errors import DataError, listing
 from surgery.models.base_model import BaseModel
+from surgery.passes.chats import ChatWriter, read_template
+from surgery.passes.data_files import Rows, read_rows
 from surgery.system.stdout import nothing_printed
 
 __all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_in", "read_examples"]
@@ -22,7 +24,6 @@ __all__ = ["DATA_TASKS", "Examples", "Features", "batches", "collated", "labels_
 IGNORED = -100  # transformers' mark for positions that a loss leaves out
 DEFAULT_LENGTH = 512
 MASKED_SHARE = 0.15
-READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 # A row made ready: the model's arguments but for the batch dimension.
 Features = dict[str, torch.Tensor]
 
@@ -85,8 +86,12 @@ def read_examples(
     max_length: int | None = None,
     seed: int = 0,
     labelled: bool = True,
+    chat_template: str | Path | None = None,
 ) -> Examples:
     """Draw samples from a file and make them ready for a model.
+
+    Conversations (`messages`, or `prompt` and `completion` as lists of messages) are written with the tokenizer's chat
+    template; the loss of a language model is then on the assistant's turns alone.
 
     Args:
         path: a `.jsonl`, `.json`, `.txt`, `.csv` or `.parquet` file; for images also a folder of folders, one for
@@ -97,27 +102,30 @@ def read_examples(
         seed: of the drawing, and of the masks of masked language modelling.
         labelled: whether a loss is wanted. If not, classes need no labels (those that are there are kept), and a bare
             model takes texts.
+        chat_template: a file with the chat template to use in place of the tokenizer's.
 
     Raises:
         DataError: the file cannot be used for this task.
     """
     encoder = _encoder(base, max_length, seed, labelled)
-    rows = _read(Path(path), wants_images=isinstance(encoder, _Images))
-    encoder.check(rows.column_names, str(path))
-    chosen = rows if samples is None else rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
+    if chat_template is not None:
+        encoder.use_template(read_template(chat_template))
+    rows = read_rows(Path(path), wants_images=isinstance(encoder, _Images))
+    encoder.check(rows.columns, str(path))
     encoder.see_all(rows, str(path))
-    features, counts = [], []
-    for index, row in enumerate(chosen):
+    features, counts, total = [], [], 0
+    for index, row in enumerate(rows.drawn(samples, seed)):
+        total += 1
         made = encoder.encode(row, index, str(path))
         count = encoder.count(made)
         if count:
             features.append(made)
             counts.append(count)
-    empty = len(chosen) - len(features)
+    empty = total - len(features)
     if not features:
-        raise DataError(f"{path}: none of {len(chosen)} samples has anything to learn from")
+        raise DataError(f"{path}: none of {total} samples has anything to learn from")
     _check_tokens(features, base)
-    notes = encoder.notes(len(chosen))
+    notes = encoder.notes(total)
     if samples is not None and len(rows) < samples:
         notes.append(f"the data has {len(rows)} samples, {samples} were asked for: all of them are used")
     if empty:
@@ -146,24 +154,18 @@ def _check_tokens(features: Sequence[Features], base: BaseModel) -> None:
 
 
 def labels_in(path: str | Path, base: BaseModel) -> list[int | str]:
-    """The different labels of a classification file, in order.
+    """Return the different labels of a classification file, in order.
 
     Raises:
         DataError: the file cannot be read or has no column `label`.
     """
     images = base.task is not None and base.task.name == "image-cls"
-    rows = _read(Path(path), wants_images=images)
-    _Classes.check_label(rows.column_names, str(path))
-    names = _class_names(rows)
+    rows = read_rows(Path(path), wants_images=images)
+    _Classes.check_label(rows.columns, str(path))
+    names = rows.label_names
     if names is not None:
         return [int(name) for name in names] if all(map(_is_number, names)) else list(names)
-    return sorted({value for value in rows.unique("label") if value is not None}, key=lambda v: (isinstance(v, str), v))
-
-
-def _class_names(rows: Any) -> list[str] | None:
-    """The names of the classes that the numbers in the column `label` stand for, where the data says."""
-    names = getattr(rows.features["label"], "names", None)
-    return list(names) if names else None
+    return sorted({value for value in rows.labels() if value is not None}, key=lambda v: (isinstance(v, str), v))
 
 
 def _is_number(name: str) -> bool:
@@ -174,35 +176,6 @@ def _check_texts(values: Sequence[Any], path: str) -> None:
     for value in values:
         if not isinstance(value, str):
             raise DataError(f"{path}: expected text, found {type(value).__name__} ({str(value)[:40]!r})")
-
-
-def _read(path: Path, wants_images: bool) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    if path.is_dir() and wants_images:
-        kind, where = "imagefolder", {"data_dir": str(path)}
-    elif path.is_file() and path.suffix.lower() in READERS:
-        kind, where = READERS[path.suffix.lower()], {"data_files": str(path)}
-    elif path.exists():
-        folder = " or a folder of image folders" if wants_images else ""
-        raise DataError(f"{path}: data is read from {', '.join(READERS)} files{folder}")
-    else:
-        raise DataError(f"{path}: no such data file")
-    if path.is_file() and path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty")
-    try:
-        rows = datasets.load_dataset(kind, split="train", **where)
-    except Exception as error:  # of many kinds, from the readers of the formats
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        if "corresponds to no data" in reason:
-            raise DataError(f"{path}: is empty") from None
-        raise DataError(f"{path}: cannot be read as {kind} ({reason[:200]})") from None
-    if kind == "text":
-        rows = rows.filter(lambda row: bool(row["text"].strip()))
-    if len(rows) == 0:
-        raise DataError(f"{path}: is empty")
-    return rows
 
 
 def _collated(features: Sequence[Features], padding: Mapping[str, int], longest: Mapping[str, int]) -> Features:
@@ -228,7 +201,15 @@ class _Encoder(ABC):
             wanted = " or ".join(" + ".join(names) for names in self.columns)
             raise DataError(f"{path}: has the columns {listing(found)}; {self.task} needs {wanted}")
 
-    def see_all(self, rows: Any, path: str) -> None:  # noqa: B027 - most tasks look at the drawn samples alone
+    def use_template(self, template: str) -> None:
+        """Take a chat template in place of the tokenizer's.
+
+        Raises:
+            DataError: this task reads no conversations.
+        """
+        raise DataError(f"{self.task} reads no conversations: leave out --chat-template")
+
+    def see_all(self, rows: Rows, path: str) -> None:  # noqa: B027 - most tasks look at the drawn samples alone
         """Look at all rows before any is drawn: a label that the model lacks is an error wherever it stands."""
 
     @abstractmethod
@@ -260,9 +241,19 @@ class _Texts(_Encoder):
             self.tokenizer.eos_token_id,
         )
         self.folder = base.folder
+        self.chats = ChatWriter(self.tokenizer, base.folder)
         size = _vocabulary(base)
         pad = next((number for number in known if isinstance(number, int) and 0 <= number < size), 0)
         self.padding = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "token_type_ids": 0}
+
+    def use_template(self, template: str) -> None:
+        self.tokenizer.chat_template = template
+
+    def text(self, row: dict[str, Any], index: int, path: str) -> Any:
+        """Return a row's text; of a conversation, all of it as the chat template writes it."""
+        if row.get("messages") is None:
+            return row.get("text")
+        return self.chats.text(row["messages"], _row_name(path, index), row.get("tools"))
 
     def tokens(self, *texts: Any, path: str) -> dict[str, list[int]]:
         """The tokenizer's output for one text or pair of texts, cut to length."""
@@ -291,29 +282,65 @@ class _Texts(_Encoder):
 
 class _CausalLM(_Texts):
     task = "causal-lm"
-    columns = (("text",), ("prompt", "completion"))
+    columns = (("text",), ("prompt", "completion"), ("messages",))
+
+    def __init__(self, base: BaseModel, max_length: int | None) -> None:
+        super().__init__(base, max_length)
+        self.ended = 0
 
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
-        if row.get("completion") is None and "text" in row:
+        turns, first = _turns(row)
+        if turns is not None:
+            chat = self.chats.chat(turns, _row_name(path, index), first, row.get("tools"))
+            ids, learnt = chat.ids, chat.learnt
+        elif row.get("completion") is None and "text" in row:
             ids = self.tokens(row["text"], path=path)["input_ids"]
-            labels = list(ids)
+            learnt = [True] * len(ids)
         else:
-            _check_texts((row["prompt"], row["completion"]), path)
-            prompt = self.tokenized(row["prompt"])["input_ids"]
-            end = self.tokenizer.eos_token_id
-            if prompt and prompt[-1] == end and len(prompt) > 1:
-                prompt = prompt[:-1]  # some tokenizers end every text
-            completion = self.tokenized(row["completion"], add_special_tokens=False)["input_ids"]
-            completion = completion + ([end] if end is not None else [])
-            self.cut += len(prompt) + len(completion) > self.length
-            ids = (prompt + completion)[: self.length]
-            labels = ([IGNORED] * len(prompt) + completion)[: self.length]
-        tensor = torch.tensor(ids, dtype=torch.int64)
+            prompt, completion = self._pair(row, path)
+            ids, learnt = prompt + completion, [False] * len(prompt) + [True] * len(completion)
+        self.cut += len(ids) > self.length
+        labels = [number if said else IGNORED for number, said in zip(ids, learnt, strict=True)][: self.length]
+        tensor = torch.tensor(ids[: self.length], dtype=torch.int64)
         return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor), "labels": torch.tensor(labels)}
+
+    def _pair(self, row: dict[str, Any], path: str) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt, and those of its completion with the end token."""
+        _check_texts((row.get("prompt"), row.get("completion")), path)
+        prompt = self.tokenized(row["prompt"])["input_ids"]
+        end = self.tokenizer.eos_token_id
+        if prompt and prompt[-1] == end and len(prompt) > 1:
+            prompt = prompt[:-1]  # some tokenizers end every text
+        completion = self.tokenized(row["completion"], add_special_tokens=False)["input_ids"]
+        if end is not None:
+            self.ended += 1
+        return list(prompt), list(completion) + ([end] if end is not None else [])
+
+    def notes(self, samples: int) -> list[str]:
+        notes = [*super().notes(samples), *self.chats.notes()]
+        if self.ended:
+            notes.append(f"{self.tokenizer.eos_token} is appended to {self.ended:,} completions, and is learnt")
+        return notes
 
     def count(self, features: Features) -> int:
         # The model predicts every token but the first.
         return int((features["labels"][1:] != IGNORED).sum())
+
+
+def _row_name(path: str, index: int) -> str:
+    return f"{path}: sample {index + 1}"
+
+
+def _turns(row: dict[str, Any]) -> tuple[Any, int]:
+    """Return a row's conversation, and the first turn that may be learnt; None for a row that is none."""
+    if row.get("messages") is not None:
+        return row["messages"], 0
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, (list, tuple)) and not isinstance(completion, (list, tuple)):
+        return None, 0
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion or ())
+    return [*asked, *said], len(asked)
 
 
 class _MaskedLM(_Texts):
@@ -378,13 +405,13 @@ class _Classes(_Encoder):
         if "label" not in found:
             raise DataError(f"{path}: has the columns {listing(found)}; classification needs label")
 
-    def see_all(self, rows: Any, path: str) -> None:
-        if "label" not in rows.column_names:
+    def see_all(self, rows: Rows, path: str) -> None:
+        if "label" not in rows.columns:
             return
-        self.names = _class_names(rows)
+        self.names = rows.label_names
         if self.number > 1 or self.optional:
             try:
-                for label in rows.unique("label"):
+                for label in rows.labels():
                     self.label(label, path)
             except DataError as error:
                 if not self.optional:
@@ -402,7 +429,8 @@ class _Classes(_Encoder):
         names = sorted(self.ids, key=lambda name: self.ids[name])
         raise DataError(
             f"{path}: label {value!r} is none of the model's {self.number} classes ({listing(names, 4)}), which "
-            f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name"
+            f"num_labels, id2label and label2id in {self.base.folder / 'config.json'} name; surgery init --labels and "
+            "surgery train --new-head make a head for other classes"
         )
 
     def labels(self, row: dict[str, Any], path: str) -> Features:
@@ -428,7 +456,7 @@ class _Classes(_Encoder):
 
 class _TextClasses(_Classes, _Texts):
     task = "seq-cls"
-    columns = (("text", "label"),)
+    columns = (("text", "label"), ("messages", "label"))
 
     def __init__(self, base: BaseModel, max_length: int | None) -> None:
         _Classes.__init__(self, base)
@@ -437,7 +465,7 @@ class _TextClasses(_Classes, _Texts):
         self.padding = {name: value for name, value in self.padding.items() if name != "labels"}
 
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
-        texts = [row["text"], *([row["text_pair"]] if row.get("text_pair") is not None else [])]
+        texts = [self.text(row, index, path), *([row["text_pair"]] if row.get("text_pair") is not None else [])]
         found = self.tokens(*texts, path=path)
         names = [name for name in self.tokenizer.model_input_names if name in found]
         return {name: torch.tensor(found[name]) for name in names} | self.labels(row, path)
@@ -447,7 +475,7 @@ class _PlainTexts(_Texts):
     """For a model without a head: what it makes of a text is its output itself."""
 
     task = "a model without a head"
-    columns = (("text",),)
+    columns = (("text",), ("messages",))
 
     def __init__(self, base: BaseModel, max_length: int | None) -> None:
         if base.config.is_encoder_decoder:
@@ -455,7 +483,7 @@ class _PlainTexts(_Texts):
         super().__init__(base, max_length)
 
     def encode(self, row: dict[str, Any], index: int, path: str) -> Features:
-        found = self.tokens(row["text"], path=path)
+        found = self.tokens(self.text(row, index, path), path=path)
         return {name: torch.tensor(found[name]) for name in self.tokenizer.model_input_names if name in found}
 
 

@@ -36,6 +36,7 @@ class RunSettings:
         seed: of everything drawn.
         device: where.
         spread: let transformers spread a model that does not fit the device over all devices there are.
+        chat_template: a file with the chat template to use in place of the tokenizer's.
     """
 
     samples: int = 32
@@ -46,6 +47,7 @@ class RunSettings:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     spread: bool = False
+    chat_template: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
@@ -56,11 +58,11 @@ class RunSettings:
                 f"gradients are computed in float32 or bfloat16, not in {self.dtype}: they would underflow"
             )
 
-    def examples(self, data: Any, base: BaseModel) -> Examples | None:
+    def examples(self, data: Any, base: BaseModel, labelled: bool = True) -> Examples | None:
         """The samples of a data file; None for batches that the caller brings."""
         if not is_file(data):
             return None
-        return read_examples(data, base, self.samples, self.max_length, self.seed)
+        return read_examples(data, base, self.samples, self.max_length, self.seed, labelled, self.chat_template)
 
 
 def is_file(data: Any) -> TypeGuard[str | Path]:

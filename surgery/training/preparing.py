@@ -16,6 +16,7 @@ from surgery.adapters.contents import contents_of
 from surgery.adapters.fitting import fit_to_model, own_task, with_place_for
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.merging.plan import class_names
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.labels import with_labels
@@ -146,7 +147,7 @@ def base_for(
     if task is None:
         opened = with_place_for(opened, adapter, contents, trust_remote_code)
     heads = {name: adapter.tensors[key] for name, key in contents.carried.items() if name in opened.shapes}
-    config = with_labels(opened, heads)
+    config = with_labels(opened, heads, class_names(adapter))
     if config is None:
         return opened, {}
     return opened.with_config(type(opened.config).from_dict(copy.deepcopy(config))), heads

@@ -36,6 +36,7 @@ from surgery.training.settings import TrainSettings
 from surgery.training.trainer import (
     SAMPLE,
     AdapterTrainer,
+    Announce,
     Batches,
     DistillingTrainer,
     Progress,
@@ -75,12 +76,13 @@ class Feed:
         max_length: int | None,
         seed: int,
         labelled: bool,
+        chat_template: str | Path | None = None,
     ) -> Feed:
         """Read the files, each row once."""
-        examples = read_examples(data, prepared.base, None, max_length, seed, labelled)
+        examples = read_examples(data, prepared.base, None, max_length, seed, labelled, chat_template)
         if eval_data is None:
             return cls(examples, _first(examples, EVALUATED), examples.notes)
-        evaluated = read_examples(eval_data, prepared.base, None, max_length, seed, labelled)
+        evaluated = read_examples(eval_data, prepared.base, None, max_length, seed, labelled, chat_template)
         notes = examples.notes + [f"{eval_data}: {note}" for note in evaluated.notes]
         return cls(examples, evaluated, notes)
 
@@ -101,9 +103,11 @@ class Run:
         device: torch.device,
         teacher: Adapter | None,
         progress: Progress | None,
+        announce: Announce | None = None,
     ) -> None:
         self.prepared, self.feed, self.settings, self.group = prepared, feed, settings, group
         self.device, self.progress = device, progress
+        self.announce = announce if group.first else None
         self.adapter = prepared.adapter
         self.teacher_adapter = teacher
         self.teacher: Teacher | None = None
@@ -203,7 +207,7 @@ class Run:
             "model": self.prepared.model,
             "args": self._arguments(folder, saves),
             "data_collator": Batches(self.feed.examples.padding),
-            "callbacks": [Watch(stop, self.lr, self.progress if self.group.first else None)],
+            "callbacks": [Watch(stop, self.lr, self.progress if self.group.first else None, self.announce)],
         }
         if self.teacher is None:
             trainer = AdapterTrainer(train_dataset=features, **common)
@@ -214,6 +218,8 @@ class Run:
         trainer.codes = self.codes
         silence(trainer)
         random_state(self.settings.seed)
+        if self.announce is not None:
+            self.announce(self.settings.described(self.lr, self.settings.lr is not None, len(features)))
         began, first = time.perf_counter(), 0
         if checkpoint is not None:
             first = int(checkpoint.name.rpartition("-")[2])

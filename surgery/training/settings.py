@@ -62,6 +62,24 @@ class TrainSettings:
         if not 0 <= self.seed < 2**32:
             raise MethodError(f"seed must be at least 0 and below 2^32, got {self.seed}")
 
+    def described(self, lr: float, chosen: bool, samples: int) -> str:
+        """Return learning rate, schedule and steps in a line.
+
+        Args:
+            lr: the learning rate.
+            chosen: whether the user gave it.
+            samples: how many samples there are.
+        """
+        rising = round(self.warmup * self.steps)
+        ends = {"linear": "falls to 0 in a line", "cosine": "falls to 0 by a cosine", "constant": "stays as it is"}
+        course = ends.get(self.schedule, f"follows the schedule {self.schedule}")
+        warm = f"rises for {rising:,} steps, then " if rising else ""
+        epochs = self.steps * self.batch_size / samples
+        return (
+            f"{self.steps:,} steps of {self.batch_size:,} samples: {epochs:.3g} times through {samples:,} samples; the "
+            f"learning rate {lr:g} ({'--lr' if chosen else 'the default of this adapter'}) {warm}{course}"
+        )
+
     def part(self, group: Processes) -> int:
         """Samples that a process runs at a time.
 

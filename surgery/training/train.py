@@ -16,12 +16,13 @@ from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.processes import Processes, processes
+from surgery.training.new_head import with_new_head
 from surgery.training.preparing import prepare
 from surgery.training.report import TrainReport
 from surgery.training.run import Feed, Run
 from surgery.training.run_folder import Unfinished
 from surgery.training.settings import CACHE, TrainSettings
-from surgery.training.trainer import Progress
+from surgery.training.trainer import Announce, Progress
 
 __all__ = ["train"]
 
@@ -44,6 +45,7 @@ def train(
     schedule: str = "linear",
     warmup: float = 0.0,
     max_length: int | None = None,
+    chat_template: str | Path | None = None,
     only: Sequence[str] = (),
     save_every: int | None = None,
     gradient_checkpointing: bool = False,
@@ -55,7 +57,9 @@ def train(
     dry_run: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    new_head: bool = False,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> tuple[Adapter, TrainReport]:
     """Train what an adapter's type trains, and the heads that it carries; all else stays as it is, bit for bit.
 
@@ -80,6 +84,7 @@ def train(
         schedule: of the learning rate: `linear`, `cosine`, `constant`, or any other that transformers knows.
         warmup: share of the steps in which the rate rises from 0.
         max_length: tokens of the longest sample.
+        chat_template: a file with the chat template to use in place of the tokenizer's.
         only: train these parts alone, by the last part of their names (`giva_s`, `lora_A`, `classifier`).
         save_every: steps between checkpoints; default a tenth of them, but at least ten.
         gradient_checkpointing: compute activations twice instead of holding them.
@@ -91,7 +96,10 @@ def train(
         dry_run: check everything, train nothing.
         force: replace an output folder that exists, and an unfinished training of it.
         trust_remote_code: run model code that comes with the base.
+        new_head: make a head for the labels of `data`, in place of the adapter's or where it has none.
         progress: called after each step.
+        announce: called with a line that explains rate, schedule and steps before the first step, and with one that
+            estimates the time after the first steps.
 
     Returns:
         The trained adapter and the report.
@@ -121,16 +129,18 @@ def train(
     group = processes(where)
     settings.part(group)
     place = _own_device(where, group)
+    if new_head:
+        opened = with_new_head(opened, base, data, task, seed, trust_remote_code)
     prepared = prepare(
         opened, base, task=task, only=only, dtype=dtype, device=place, trust_remote_code=trust_remote_code
     )
-    feed = Feed.read(prepared, data, eval_data, max_length, seed, labelled=taught_by is None)
-    run = Run(prepared, feed, settings, group, place, taught_by, progress)
+    feed = Feed.read(prepared, data, eval_data, max_length, seed, taught_by is None, chat_template)
+    run = Run(prepared, feed, settings, group, place, taught_by, progress, announce)
     report = run.report(str(base), eval_data is not None)
     if dry_run:
         report.dry_run = True
     else:
-        run.go(report, unfinished, resume, {**_identity(opened, data), **_named(only=list(only), task=task)})
+        run.go(report, unfinished, resume, {**_identity(opened, data), "only": list(only), "task": task})
     report.seconds = time.perf_counter() - started
     return run.adapter, report
 
@@ -142,10 +152,6 @@ def _own_device(device: torch.device, group: Processes) -> torch.device:
 
     found: torch.device = PartialState().device
     return found
-
-
-def _named(**values: Any) -> dict[str, Any]:
-    return values
 
 
 def _identity(adapter: Adapter, data: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from surgery.errors import CheckpointError, MethodError, OutputError, first_line
 from surgery.passes.examples import Features, collated
 from surgery.passes.fidelity import arguments
+from surgery.system.text import human_seconds
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import Interruption
 from surgery.training.packed_codes import CodeTraining
 
-__all__ = ["SAMPLE", "AdapterTrainer", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]
+__all__ = ["SAMPLE", "AdapterTrainer", "Announce", "Batches", "DistillingTrainer", "Watch", "last_checkpoint"]
 
 COMPLETE = "complete"
 CODES_FILE = "codes.safetensors"
@@ -32,6 +34,10 @@ LONGEST = 200  # characters of a reason that compiled code gives
 SAMPLE = "sample"
 # (steps done, steps to do, what the loss is)
 Progress = Callable[[int, int, str], None]
+# Prints a line
+Announce = Callable[[str], None]
+# The first steps of a run, of which the first of all is slower: the rest is estimated from the others.
+FIRST_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -159,13 +165,28 @@ class Watch(TrainerCallback):
         stop: says when to stop.
         lr: the learning rate, for the advice.
         progress: called after each step.
+        announce: called once, with an estimate of the time that is left.
     """
 
-    def __init__(self, stop: Interruption, lr: float, progress: Progress | None) -> None:
-        self.stop, self.lr, self.progress = stop, lr, progress
+    def __init__(
+        self, stop: Interruption, lr: float, progress: Progress | None, announce: Announce | None = None
+    ) -> None:
+        self.stop, self.lr, self.progress, self.announce = stop, lr, progress, announce
         self.loss = ""
+        self._times: list[float] = []
+
+    def _estimate(self, step: int, steps: int) -> None:
+        """Tell how long the rest will take, once, after the first steps."""
+        if self.announce is None or len(self._times) > FIRST_STEPS or step >= steps:
+            return
+        self._times.append(time.perf_counter())
+        if len(self._times) == FIRST_STEPS + 1:
+            pace = (self._times[-1] - self._times[0]) / FIRST_STEPS
+            left = human_seconds(pace * (steps - step))
+            self.announce(f"{pace:.3g} s a step: about {left} for the {steps - step:,} steps that are left")
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._estimate(state.global_step, state.max_steps)
         if self.progress is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self.loss)
         if self.stop.arrived():

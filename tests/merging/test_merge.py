@@ -623,3 +623,21 @@ class TestCommand:
             assert result.exit_code == 1 and result.stdout == ""
             assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
         assert invoke("merge", adapter).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "giva"])
+def test_a_dry_run_refuses_another_width_as_the_real_run_does(kind: str, llama: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=kind == "dora")
+    lora = trained(load_base(llama), config, tmp_path / "lora")
+    if kind == "giva":
+        surgery.convert(lora, "giva", tmp_path / "giva", ratio=2, accept_loss=True)
+        lora = tmp_path / "giva"
+    wide = tmp_path / "wide"
+    tf.LlamaForCausalLM(llama_config(hidden_size=64)).save_pretrained(wide)
+    messages = []
+    for dry_run in (True, False):
+        with pytest.raises(AdapterError, match=r"q_proj.*32.*64") as refused:
+            surgery.merge(lora, wide, tmp_path / "out", dry_run=dry_run)
+        messages.append(str(refused.value))
+        assert surgery.merge(lora, llama, dry_run=True).modules == 3
+    assert messages[0] == messages[1]

@@ -135,6 +135,7 @@ def test_cut_samples_are_counted(with_tokenizer, tmp_path: Path) -> None:
     assert sorted(each["labels"] for each in as_lists(examples)) == [[-100, -100, 5, 5, 5, 5, 5, 5], [-100, 6, END]]
     assert examples.notes == [
         "2 of 3 samples were cut at 8 tokens",
+        "<end> is appended to 3 completions, and is learnt",
         "1 samples have no token to learn from and are left out",
     ]
 
