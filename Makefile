@@ -61,12 +61,14 @@ audit: .venv/ready  ## known vulnerabilities of the packages that are installed 
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
 
-lint: .venv/ready
+lint: .venv/ready  ## ruff, and the contract of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.lint
 
-types: .venv/ready
+types: .venv/ready  ## mypy, and the control that it sees across surgery and surgery.converters
 	$(BIN)/mypy
+	$(BIN)/python -m tests.lint types
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -1,15 +1,15 @@
-"""`python -m tests.lint`: print what breaks a rule of the house, and exit 1 if anything does."""
+"""`python -m tests.lint [types]`: print what breaks a rule of the house, and exit 1 if anything does."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from tests.lint.imports import import_graph, problems
+from tests.lint import imports, types
 
 ROOT = Path(__file__).resolve().parents[2]
 
-found = problems(import_graph(ROOT))
+found = types.problems(ROOT) if sys.argv[1:] == ["types"] else imports.problems(imports.import_graph(ROOT))
 for line in found:
     print(line)
 sys.exit(1 if found else 0)
