@@ -189,10 +189,10 @@ def smoa(bench: Bench) -> None:
 
 def minilm(bench: Bench) -> None:
     """Every method's start on all linears of MiniLM."""
-    from surgery.methods.catalogue import METHODS
+    from surgery.methods.registry import method_infos
 
     model = minilm_folder()
-    names = [name for name, info in METHODS.items() if not info.reads_gradients]  # those have a benchmark of their own
+    names = [info.name for info in method_infos() if not info.reads_gradients]  # those have a benchmark of their own
     methods = names[:1] if bench.quick else names
     results = bench.alternating(*(lambda method=method: bench.init(model, method) for method in methods))
     for method, result in zip(methods, results, strict=True):

@@ -14,7 +14,8 @@ import click
 
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
-from surgery.methods.catalogue import METHODS, MethodInfo
+from surgery.methods.catalogue import MethodInfo
+from surgery.methods.registry import METHODS
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
@@ -39,11 +40,21 @@ def rows(header: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
 
 
+def our_methods() -> list[MethodInfo]:
+    """Return the methods of this package, whichever plugins are installed."""
+    return [info for info in METHODS if not METHODS.is_plugin(info.name)]
+
+
+def page_of(info: MethodInfo) -> str:
+    """Return the name of a method's page in docs/methods."""
+    return f"{info.module.rpartition('.')[2]}.md"
+
+
 def method_table() -> str:
     """The methods with their defaults."""
-    found = {info: _facts(info) for info in METHODS.values()}
+    found = {info: _facts(info) for info in our_methods()}
     header = ["method", *next(iter(found.values()))]
-    return rows(header, [[f"[`{info.name}`]({info.module}.md)", *facts.values()] for info, facts in found.items()])
+    return rows(header, [[f"[`{info.name}`]({page_of(info)})", *facts.values()] for info, facts in found.items()])
 
 
 def _facts(info: MethodInfo) -> dict[str, str]:
@@ -96,9 +107,9 @@ def generated() -> dict[Path, str]:
         DOCS / "cli.md": {"commands": command_reference()},
         DOCS / "methods" / "index.md": {"methods": method_table()},
     }
-    for module in dict.fromkeys(info.module for info in METHODS.values()):
-        infos = [info for info in METHODS.values() if info.module == module]
-        parts[DOCS / "methods" / f"{module}.md"] = {"facts": fact_table(infos), "options": option_table(infos)}
+    for page in dict.fromkeys(map(page_of, our_methods())):
+        infos = [info for info in our_methods() if page_of(info) == page]
+        parts[DOCS / "methods" / page] = {"facts": fact_table(infos), "options": option_table(infos)}
     return {page: filled(page.read_text(encoding="utf-8"), part) for page, part in parts.items()}
 
 

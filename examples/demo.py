@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import surgery
 from surgery.display.tables import table
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_info, method_names
 from surgery.system.text import human_bytes
 
 
@@ -62,7 +62,7 @@ def contrast(model: torch.nn.Module, batch: dict[str, dict[str, torch.Tensor]]) 
 
 def start(method: str, model: Path, out: Path) -> list[str]:
     """One row of the table: make the adapter, open it on a fresh copy of the base, compare the outputs."""
-    needed = {"data": [halves(model)], "loss": contrast} if METHODS[method].reads_gradients else {}
+    needed = {"data": [halves(model)], "loss": contrast} if method_info(method).reads_gradients else {}
     _, report = surgery.init(model, method, out, force=True, **needed)
     base = transformers.AutoModel.from_pretrained(model)
     expected = hidden_states(base)
@@ -93,7 +93,7 @@ def main() -> None:
     model = arguments.model or minilm()
     base = surgery.BaseModel.open(model)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    rows = [start(method, model, arguments.out / method) for method in tqdm(METHODS, leave=False)]
+    rows = [start(method, model, arguments.out / method) for method in tqdm(method_names(), leave=False)]
     print(f"{type(base.model).__name__} with {parameters:,} parameters, {len(base.select())} linears adapted\n")
     header = ["method", "PEFT type", "trainable", "file", "made in", "loaded in", "change at start"]
     print(table(header, rows, right=(2, 3, 4, 5, 6)))

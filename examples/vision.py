@@ -17,7 +17,7 @@ import transformers
 from sklearn.datasets import load_digits
 
 import surgery
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_info, method_infos
 
 CUT = 1500
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Train the base, start the adapter, train it, merge it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("vision-out"), help="where models go")
-    parser.add_argument("--method", choices=[n for n, m in METHODS.items() if not m.reads_gradients], default="frod")
+    parser.add_argument("--method", choices=[m.name for m in method_infos() if not m.reads_gradients], default="frod")
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -76,7 +76,7 @@ def main() -> None:
     model = surgery.trainable(out / "start", out / "base")
     print(f"{arguments.method}: {report.trainable_parameters:,} of {base.num_parameters():,} numbers train, "
           f"{accuracy(model, turned, labels):.1%} before")  # fmt: skip
-    train(model, turned, labels, arguments.steps, METHODS[arguments.method].training_rate)
+    train(model, turned, labels, arguments.steps, method_info(arguments.method).training_rate)
     print(f"{arguments.method}: {accuracy(model, turned, labels):.1%} of turned digits after {arguments.steps} steps")
     model.save_pretrained(out / "trained")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from surgery.system.import_order import import_peft_first
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -94,4 +95,5 @@ def _peft_imported(peft: Any) -> None:
     register_types(peft)
 
 
+import_peft_first()
 wrapt.register_post_import_hook(_peft_imported, "peft")

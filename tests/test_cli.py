@@ -20,7 +20,8 @@ import torch
 
 import surgery
 from surgery.cli.main import COMMANDS, cli
-from surgery.methods.catalogue import METHODS, MethodInfo
+from surgery.methods.catalogue import MethodInfo
+from surgery.methods.registry import method_info, method_infos, method_names
 from surgery.models.base_model import BaseModel
 from tests.helpers.command_line import contents, flags, invoke
 from tests.helpers.models import save_model
@@ -45,7 +46,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_for(method: str, model: Path) -> dict[str, Path]:
     """What a method needs besides the model."""
-    return {"data": model.parent / "texts.jsonl"} if METHODS[method].reads_gradients else {}
+    return {"data": model.parent / "texts.jsonl"} if method_info(method).reads_gradients else {}
 
 
 def init(model: Path, method: str, out: Path, *args: Any) -> click.testing.Result:
@@ -155,9 +156,9 @@ def test_methods_table() -> None:
     assert result.stderr == ""
     header, _, *rows = result.stdout.splitlines()
     assert header.split()[:1] == ["method"] and max(map(len, result.stdout.splitlines())) <= 80
-    for row, info in zip(rows, METHODS.values(), strict=False):
+    for row, info in zip(rows, method_infos(), strict=False):
         assert row.startswith(info.name) and info.change in row and row.endswith(info.peft_type)
-    for info in METHODS.values():
+    for info in method_infos():
         assert f"{info.name}: {info.title}, {info.paper}" in rows
         assert f"  trains {info.trains}" in rows and f"  stores {info.stores}" in rows
 
@@ -166,19 +167,19 @@ def test_methods_json() -> None:
     (line,) = invoke("methods", "--json").stdout.splitlines()
     report = json.loads(line)
     assert report["command"] == "methods"
-    assert [row["name"] for row in report["methods"]] == list(METHODS)
+    assert [row["name"] for row in report["methods"]] == method_names()
     fields = {field.name for field in dataclasses.fields(MethodInfo)}
     assert all(set(row) == fields for row in report["methods"])
 
 
 def test_methods_quiet() -> None:
-    assert invoke("methods", "-q").stdout.split() == list(METHODS)
+    assert invoke("methods", "-q").stdout.split() == method_names()
 
 
 # surgery init: what is printed
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", method_names())
 def test_json_is_all_there_is_on_stdout(method: str, llama: Path, tmp_path: Path) -> None:
     result = init(llama, method, tmp_path / "out", "--json")
     assert result.stdout.count("\n") == 1
@@ -186,7 +187,7 @@ def test_json_is_all_there_is_on_stdout(method: str, llama: Path, tmp_path: Path
     assert set(report) >= REPORT_KEYS
     assert report["command"] == "init"
     assert report["out"] == str(tmp_path / "out")
-    assert (report["method"], report["peft_type"]) == (method, METHODS[method].peft_type)
+    assert (report["method"], report["peft_type"]) == (method, method_info(method).peft_type)
     assert report["modules"] == len(report["sites"]) == 21
     assert all(set(site) >= SITE_KEYS for site in report["sites"])
     assert report["bytes"] == (tmp_path / "out" / WEIGHTS).stat().st_size
@@ -281,7 +282,7 @@ def test_output_folder_is_created(out: str, llama: Path, tmp_path: Path, monkeyp
     assert (tmp_path / "here" / out / WEIGHTS).is_file()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", method_names())
 def test_dry_run_writes_nothing(method: str, llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(BaseModel, "raw_weight", lambda *args, **kwargs: pytest.fail("a weight was read"))
     shown = init(llama, method, tmp_path / "out", "--dry-run").stdout
@@ -352,7 +353,7 @@ def test_task(kind: str, task: str | None, task_type: str | None, heads, model_f
     assert set(heads or []) <= set(surgery.Adapter.open(tmp_path / "out").modules)
 
 
-@pytest.mark.parametrize("method", [name for name, info in METHODS.items() if "store_bases" in info.options])
+@pytest.mark.parametrize("method", [info.name for info in method_infos() if "store_bases" in info.options])
 def test_no_store_bases(method: str, llama: Path, tmp_path: Path) -> None:
     stored = json.loads(init(llama, method, tmp_path / "stored", "--json").stdout)
     bare = json.loads(init(llama, method, tmp_path / "bare", "--json", "--no-store-bases").stdout)
@@ -411,7 +412,7 @@ def test_command_equals_library_call_and_itself(method: str, options, llama: Pat
         assert contents(tmp_path / name) == files
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", method_names())
 def test_seed_matters_where_something_is_drawn(method: str, llama: Path, tmp_path: Path) -> None:
     """The control for the equalities above."""
     for seed in (0, 1):

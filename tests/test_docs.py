@@ -18,7 +18,7 @@ from click.shell_completion import get_completion_class
 
 import surgery
 from surgery.cli.main import COMMANDS, cli
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_infos
 from tests.helpers.docs_pages import DOCS, ROOT, Block, Page, anchors, blocks, example, make_workspace, pages, slug
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
@@ -50,8 +50,8 @@ def test_every_command_option_method_and_call_is_documented() -> None:
         assert command is not None and command.help and "Example" in command.help
         for option in (each for each in command.params if isinstance(each, click.Option)):
             assert option.help and option.opts[-1] in reference, f"surgery {name} {option.name}"
-    for info in METHODS.values():
-        page = (DOCS / "methods" / f"{info.module}.md").read_text()
+    for info in method_infos():
+        page = (DOCS / "methods" / f"{info.module.rpartition('.')[2]}.md").read_text()
         assert f"`{info.name}`" in methods and f"`{info.name}`" in page and info.paper in page
     calls = {name for name in surgery.__all__ if not name.startswith("__")}
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", library, re.MULTILINE)}

@@ -20,7 +20,8 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
-from surgery.methods.catalogue import METHODS, MethodInfo
+from surgery.methods.catalogue import MethodInfo
+from surgery.methods.registry import method_info, method_names
 from surgery.storage.hub_cache import check_names
 from surgery.system.text import human_bytes
 
@@ -74,7 +75,7 @@ def parsed_ranks(value: str | None) -> list[int] | None:
 
 @click.command("init")
 @click.argument("model")
-@click.option("--method", type=click.Choice(list(METHODS)), required=True, help="Adapter method; see surgery methods.")
+@click.option("--method", type=click.Choice(method_names()), required=True, help="Adapter method; see surgery methods.")
 @output_options()
 @resume_option()
 @click.option("--rank", type=int, metavar="R", help="Rank of the adapter.")
@@ -157,7 +158,7 @@ def command(
     if options["task"] in LABELLED_TASKS:
         idle["data"] = None  # its labels are read
     refuse_idle_options(method, FLAGS, idle)
-    if METHODS[method].reads_gradients and options["data"] is None:
+    if method_info(method).reads_gradients and options["data"] is None:
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
     check_names(model)
     set_verbosity(verbose, quiet)
@@ -174,7 +175,7 @@ def command(
     elif quiet:
         show(written(report.out, report.bytes))
     else:
-        _show(report, verbose, METHODS[method].of_variant(options["variant"]))
+        _show(report, verbose, method_info(method).of_variant(options["variant"]))
 
 
 def _show(report: Report, verbose: bool, info: MethodInfo) -> None:
@@ -216,7 +217,7 @@ def _show(report: Report, verbose: bool, info: MethodInfo) -> None:
     if not report.dry_run:
         if report.labels:
             show(f"\nIts head has {report.labels} outputs: load the base with num_labels={report.labels}")
-        imported = "" if report.peft_type == "VERA" else "import surgery; "
+        imported = "import surgery; " if info.own_type else ""
         show(f'\nLoad it:  {imported}PeftModel.from_pretrained(base, "{report.out}", is_trainable=True)')
 
 

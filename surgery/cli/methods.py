@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from surgery.cli.output import show, show_json, table
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_infos, method_names
 
 
 @click.command("methods")
@@ -21,18 +21,15 @@ def command(as_json: bool, quiet: bool) -> None:
       surgery methods
     """
     if as_json:
-        rows = [
-            {**dataclasses.asdict(info), "options": sorted(info.options), "module": f"surgery.methods.{info.module}"}
-            for info in METHODS.values()
-        ]
+        rows = [{**dataclasses.asdict(info), "options": sorted(info.options)} for info in method_infos()]
         show_json({"command": "methods", "methods": rows})
         return
     if quiet:
-        show("\n".join(METHODS))
+        show("\n".join(method_names()))
         return
-    cells = [[i.name, i.change, str(i.rank or "-"), f"{i.training_rate:g}", i.peft_type] for i in METHODS.values()]
+    cells = [[i.name, i.change, str(i.rank or "-"), f"{i.training_rate:g}", i.peft_type] for i in method_infos()]
     show(table(["method", "weight change", "rank", "lr", "PEFT type"], cells, right=(2, 3)))
-    for info in METHODS.values():
+    for info in method_infos():
         show(f"\n{info.name}: {info.title}, {info.paper}")
         show(f"  trains {info.trains}")
         show(f"  stores {info.stores}")

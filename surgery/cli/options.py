@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from surgery.methods.catalogue import method_info
+from surgery.methods.registry import method_info
 from surgery.models.tasks import TASK_TABLE
 
 __all__ = [

@@ -21,8 +21,9 @@ from surgery.initialization.gradient_start import GradientRun, gradient_run
 from surgery.initialization.report import Report, SiteReport
 from surgery.initialization.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 from surgery.methods.base import Method, OwnMethod
-from surgery.methods.catalogue import MethodInfo, method_info
+from surgery.methods.catalogue import MethodInfo
 from surgery.methods.giva import GradientSource
+from surgery.methods.registry import load_formulas, method_info
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import carried_modules, carried_tensors, missing_modules
 from surgery.models.live_model import LiveModel
@@ -213,7 +214,7 @@ class _Plan:
         # A quantised checkpoint may hold its weights under other names.
         present = info.reads_weights or (info.reads_gradients and not base.is_quantized)
         sites = base.select(target, present=present)
-        formulas = info.load()
+        formulas = load_formulas(info)
         options = formulas.complete(options, sites, base.config)
         config = formulas.make_config(options, _common_config(base, sites, seed))
         notes = formulas.notes(config, sites)

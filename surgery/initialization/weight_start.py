@@ -24,7 +24,7 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.errors import MethodError, OutputError, SurgeryError
-from surgery.methods.base import Method, OwnMethod, Tensors
+from surgery.methods.base import Method, OwnMethod
 from surgery.models.base_model import BaseModel
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
@@ -33,6 +33,7 @@ from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors
 from surgery.system.memory import release_freed
 from surgery.system.processes import Processes
+from surgery.system.tensors import Tensors
 
 __all__ = ["Sharing", "WeightStart", "file_name", "stored", "weight_start"]
 

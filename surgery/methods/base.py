@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from peft import PeftConfig
@@ -18,11 +18,13 @@ from peft import PeftConfig
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.linalg.seeded import sketch
-from surgery.methods.catalogue import METHODS, MethodInfo
+from surgery.methods.catalogue import MethodInfo
+from surgery.methods.own_types import add_method, peft_type_member
 from surgery.models.sites import Site
 from surgery.storage.format_version import FIRST_VERSION, check_format_version
+from surgery.system.tensors import Tensors
 
-__all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "OwnType", "Role", "Spec", "WeightReader"]
+__all__ = ["CHECK", "Bases", "Method", "OwnConfig", "OwnMethod", "Role", "Spec", "WeightReader"]
 
 # Stored in place of the bases: what recognises a regenerated copy of them.
 CHECK = "check"
@@ -39,9 +41,6 @@ class WeightReader(Protocol):
 
     def each(self, sites: Sequence[Site]) -> Iterator[torch.Tensor]:
         """The weights of several sites, one at a time; the next may be read while one is worked on."""
-
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -73,15 +72,6 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
-class OwnType(str, Enum):
-    """Our PEFT types. PEFT's tables, and transformers', need a member of a string enumeration, not a bare string."""
-
-    GIVA = "GIVA"
-    INILORA = "INILORA"
-    SMOA = "SMOA"
-    FROD_PORTABLE = "FROD_PORTABLE"
-
-
 class Role(Enum):
     """What a tensor is to an adapter."""
 
@@ -106,8 +96,12 @@ class OwnConfig(PeftConfig):
 
     An adapter must survive a trainer that knows only `save_pretrained`, which keeps configuration and tensors and
     nothing else; so everything needed to load it safely is here.
+
+    Attributes:
+        info: the row of a method whose PEFT type it is.
     """
 
+    info: ClassVar[MethodInfo]
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
     )
@@ -142,6 +136,7 @@ class OwnConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = peft_type_member(self.info.peft_type)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if self.layers_pattern and self.layers_to_transform is None:
@@ -225,12 +220,10 @@ class OwnMethod(Method):
     """A method whose PEFT type is ours.
 
     Attributes:
-        peft_type: the type.
         config_class: its configuration.
         specs: its tensors.
     """
 
-    peft_type: OwnType
     config_class: type[OwnConfig]
     specs: tuple[Spec, ...]
     # Whether the kept tensors come from the weights, as against all else that a start may come from.
@@ -245,13 +238,14 @@ class OwnMethod(Method):
     # Whether its changes have a form in which training multiplies base and change at once (`Delta.adapted`).
     trains_as_one = False
 
-    def __init__(self, name: str) -> None:
-        self.info = METHODS[name]
+    def __init__(self, info: MethodInfo) -> None:
+        self.info = info
+        add_method(info, self)
 
     @property
     def prefix(self) -> str:
         """What the names of its tensors start with in a state dict."""
-        return f"{self.peft_type.value.lower()}_"
+        return f"{self.info.peft_type.lower()}_"
 
     @property
     def trainable_names(self) -> list[str]:

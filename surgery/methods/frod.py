@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,8 +23,10 @@ from surgery.deltas.sparse import Pattern
 from surgery.errors import AdapterError, MethodError
 from surgery.linalg.joint import joint_basis, left_norms, right_inverse_transposed
 from surgery.linalg.seeded import generator_for, off_diagonal_pattern
-from surgery.methods.base import Bases, OwnConfig, OwnMethod, OwnType, Role, Spec, Tensors, WeightReader
+from surgery.methods.base import Bases, OwnConfig, OwnMethod, Role, Spec, WeightReader
+from surgery.methods.catalogue import FROD, MethodInfo
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 DEFAULT_SPARSE_RATE = 0.01
 ROUNDING = 1e-5
@@ -45,12 +47,12 @@ class FrodPortableConfig(OwnConfig):
         regularization: `a`, the ridge in the joint decomposition.
     """
 
+    info: ClassVar[MethodInfo] = FROD
     sparse_rate: float = field(default=DEFAULT_SPARSE_RATE, metadata={"help": "Share of S that trains."})
     regularization: float = field(default=1e-3, metadata={"help": "Ridge of the joint decomposition."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.FROD_PORTABLE
         if not 0 <= self.sparse_rate < 1:
             raise MethodError(f"sparse rate must be at least 0 and below 1, got {self.sparse_rate}")
         if not self.regularization > 0:
@@ -60,7 +62,6 @@ class FrodPortableConfig(OwnConfig):
 class FRoD(OwnMethod):
     """Joint decomposition across the layers of a role."""
 
-    peft_type = OwnType.FROD_PORTABLE
     config_class = FrodPortableConfig
     trains_as_one = True
     on_base_weight = True
@@ -196,4 +197,4 @@ def nonzeros(size: int, sparse_rate: float) -> int:
     return max(count, 1) if sparse_rate > 0 and available else count
 
 
-METHODS = {"frod": FRoD("frod")}
+METHODS = {"frod": FRoD(FROD)}

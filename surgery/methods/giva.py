@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,14 +21,14 @@ from surgery.methods.base import (
     Bases,
     OwnConfig,
     OwnMethod,
-    OwnType,
     Role,
     Spec,
-    Tensors,
     WeightReader,
     positive_rank,
 )
+from surgery.methods.catalogue import GIVA, MethodInfo
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 # What B is: variant -> whether a seed gives it.
 VARIANTS = {"vr": True, "vrurand": True, "vru2r": False, "vrur": False}
@@ -56,6 +56,7 @@ class GivaConfig(OwnConfig):
             heights.
     """
 
+    info: ClassVar[MethodInfo] = GIVA
     r: int = field(default=8, metadata={"help": "Rank."})
     variant: str = field(default="vr", metadata={"help": f"What B is: {', '.join(VARIANTS)}."})
     packed: dict[str, list[int]] | None = field(
@@ -71,7 +72,6 @@ class GivaConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.GIVA
         positive_rank(self.r)
         if self.variant not in VARIANTS:
             raise MethodError(f"GiVA has variants {', '.join(VARIANTS)}, not {self.variant!r}")
@@ -107,7 +107,6 @@ class GradientSource:
 class GiVA(OwnMethod):
     """Vectors on bases from the gradient."""
 
-    peft_type = OwnType.GIVA
     high = ("o", "B")
     config_class = GivaConfig
     specs = (
@@ -117,9 +116,6 @@ class GiVA(OwnMethod):
         Spec("B", Role.BASE),
     )
     keeps_from_weights = False
-
-    def __init__(self) -> None:
-        super().__init__("giva")
 
     def complete(self, options: dict[str, Any], sites: Sequence[Site], model_config: Any) -> dict[str, Any]:
         wanted = {**default_split(model_config), **(options.get("split") or {})}
@@ -302,4 +298,4 @@ def _widened(block: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.nn.functional.pad(block, (0, columns - block.shape[1]))
 
 
-METHODS = {"giva": GiVA()}
+METHODS = {"giva": GiVA(GIVA)}

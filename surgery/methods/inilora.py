@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,15 +23,15 @@ from surgery.methods.base import (
     Bases,
     OwnConfig,
     OwnMethod,
-    OwnType,
     Role,
     Spec,
-    Tensors,
     WeightReader,
     capped_rank_note,
     positive_rank,
 )
+from surgery.methods.catalogue import INILORA, INILORA_ALPHA, INILORA_BETA, MethodInfo
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 ALPHA_STD = 0.5
 
@@ -46,13 +46,13 @@ class IniloraConfig(OwnConfig):
         variant: what A0 and B0 are: `svd`, `alpha` (Gaussian, standard deviation 0.5) or `beta` (Kaiming-normal).
     """
 
+    info: ClassVar[MethodInfo] = INILORA
     r: int = field(default=8, metadata={"help": "Rank."})
     lora_alpha: float = field(default=8, metadata={"help": "The scale is lora_alpha / r."})
     variant: str = field(default="svd", metadata={"help": "Start of A and B: svd, alpha or beta."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.INILORA
         positive_rank(self.r)
         if self.variant not in {"svd", "alpha", "beta"}:
             raise MethodError(f"IniLoRA has variants svd, alpha and beta, not {self.variant!r}")
@@ -68,7 +68,6 @@ class IniloraConfig(OwnConfig):
 class IniLoRA(OwnMethod):
     """The three variants: they differ in A0 and B0 alone."""
 
-    peft_type = OwnType.INILORA
     config_class = IniloraConfig
     specs = (
         Spec("A", Role.TRAINABLE),
@@ -77,8 +76,8 @@ class IniLoRA(OwnMethod):
         Spec("B0", Role.BASE),
     )
 
-    def __init__(self, name: str, variant: str) -> None:
-        super().__init__(name)
+    def __init__(self, info: MethodInfo, variant: str) -> None:
+        super().__init__(info)
         self.variant = variant
 
     def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> IniloraConfig:
@@ -147,7 +146,7 @@ def _start(config: IniloraConfig, site: Site, weight: WeightReader) -> tuple[tor
 
 
 METHODS = {
-    "inilora": IniLoRA("inilora", "svd"),
-    "inilora-alpha": IniLoRA("inilora-alpha", "alpha"),
-    "inilora-beta": IniLoRA("inilora-beta", "beta"),
+    "inilora": IniLoRA(INILORA, "svd"),
+    "inilora-alpha": IniLoRA(INILORA_ALPHA, "alpha"),
+    "inilora-beta": IniLoRA(INILORA_BETA, "beta"),
 }

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from surgery.errors import AdapterError, WrongBaseError
-from surgery.methods.base import CHECK, Bases, OwnMethod, Role, Tensors, WeightReader
+from surgery.methods.base import CHECK, Bases, OwnMethod, Role, WeightReader
 from surgery.models.fingerprint import matches
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 __all__ = ["check_base", "leaves_out_bases", "regenerate"]
 

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,16 +41,16 @@ from surgery.methods.base import (
     Bases,
     OwnConfig,
     OwnMethod,
-    OwnType,
     Role,
     Spec,
-    Tensors,
     WeightReader,
     capped_rank_note,
     positive_rank,
 )
+from surgery.methods.catalogue import SMOA, MethodInfo
 from surgery.models.sites import Site
 from surgery.storage.format_version import BLOCKS_VERSION
+from surgery.system.tensors import Tensors
 
 DEFAULT_GROUPS = 2
 LINEAR_GAIN = 1 / math.sqrt(3.0)  # Kaiming-uniform with a = sqrt 5: uniform in +-1 / sqrt(fan_in)
@@ -69,6 +69,7 @@ class SmoaConfig(OwnConfig):
         branch_ranks: of `blocks`: the rank of each block, whose sum is r; None to split r evenly.
     """
 
+    info: ClassVar[MethodInfo] = SMOA
     r: int = field(default=32, metadata={"help": "Rank over all groups."})
     groups: int = field(default=DEFAULT_GROUPS, metadata={"help": "Number of blocks, or of spectral components."})
     variant: str | None = field(default=None, metadata={"help": "blocks (as published) or components."})
@@ -77,7 +78,6 @@ class SmoaConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = OwnType.SMOA
         if self.variant is None:
             self.variant = "blocks" if self.init_weights else "components"
         if self.variant not in VARIANTS:
@@ -294,7 +294,6 @@ VARIANTS: dict[str, Variant] = {"blocks": DiagonalBlocks(), "components": Spectr
 class SMoA(OwnMethod):
     """Elementwise modulation of parts of the weight."""
 
-    peft_type = OwnType.SMOA
     config_class = SmoaConfig
     trains_as_one = True
     on_base_weight = True
@@ -382,4 +381,4 @@ def split_rank(rank: int, groups: int) -> list[int]:
     return part_sizes(rank, groups)
 
 
-METHODS = {"smoa": SMoA("smoa")}
+METHODS = {"smoa": SMoA(SMOA)}

@@ -16,15 +16,16 @@ from peft import VeraConfig
 from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError
 from surgery.linalg.seeded import kaiming_uniform
-from surgery.methods.base import Method, Start, Tensors, WeightReader, positive_rank
-from surgery.methods.catalogue import METHODS as TABLE
+from surgery.methods.base import Method, Start, WeightReader, positive_rank
+from surgery.methods.catalogue import VERA
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 
 class VeRA(Method):
     """Vectors on a random projection that all layers share."""
 
-    info = TABLE["vera"]
+    info = VERA
 
     @property
     def trainable_names(self) -> list[str]:

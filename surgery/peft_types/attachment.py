@@ -9,20 +9,58 @@ first used. An adapter that never received its tensors says so instead of comput
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from surgery.errors import AdapterError
-from surgery.methods.base import OwnMethod, Tensors
+from surgery.methods.base import OwnMethod
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
-if TYPE_CHECKING:
-    from surgery.peft_types.layer import AdapterLayer
+__all__ = ["AdaptedLayer", "Attachment"]
 
-__all__ = ["Attachment"]
+
+class AdaptedLayer(Protocol):
+    """What an attachment asks of the layers that it consists of."""
+
+    @property
+    def linear(self) -> Any:
+        """The linear layer at the bottom."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the base weight."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base layer is a quantised replacement of a linear."""
+
+    def stored(self, adapter_name: str) -> Tensors:
+        """Return the tensors that the layer stores in the adapter's file, by short name."""
+
+    def all_tensors(self, adapter_name: str, shared: bool | None = None) -> Tensors:
+        """Return the tensors on the layer, by short name; with `shared`, only those that a group shares or not."""
+
+    def set_stored(self, adapter_name: str, tensors: Tensors) -> None:
+        """Copy values into the stored tensors."""
+
+    def set_unstored(self, adapter_name: str, tensors: Tensors) -> None:
+        """Set tensors that are in no state dict."""
+
+    def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast an adapter's floating-point tensors."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters of the layer and of the linear below it."""
+
+    def copy_on(self, device: torch.device, adapter_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a shared tensor on another device."""
+
+    def pristine_weight(self) -> torch.Tensor:
+        """Return the base weight without any merged adapter, `(out, in)`."""
 
 
 class Attachment:
@@ -39,16 +77,16 @@ class Attachment:
         self.name = name
         self.method = method
         self.config = config
-        self.layers: dict[Site, AdapterLayer] = {}
+        self.layers: dict[Site, AdaptedLayer] = {}
         self._owners: dict[str, Site] = {}
         self._ready = False
 
-    def add(self, site: Site, layer: AdapterLayer) -> bool:
+    def add(self, site: Site, layer: AdaptedLayer) -> bool:
         """Add a layer; returns whether it is the one that holds what its group shares."""
         self.layers[site] = layer
         return self._owners.setdefault(self.method.group_key(site), site) == site
 
-    def owner(self, site: Site) -> AdapterLayer:
+    def owner(self, site: Site) -> AdaptedLayer:
         """The layer that holds the tensors which `site` shares with its group."""
         return self.layers[self._owners[self.method.group_key(site)]]
 
@@ -154,7 +192,7 @@ class Attachment:
 class _LiveWeights:
     """Reads weights off the layers of a live model."""
 
-    def __init__(self, layers: dict[Site, AdapterLayer]) -> None:
+    def __init__(self, layers: dict[Site, AdaptedLayer]) -> None:
         self.layers = layers
 
     def __call__(self, site: Site) -> torch.Tensor:

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
-from surgery.methods.base import CHECK, OwnMethod, Role, Tensors
+from surgery.methods.base import CHECK, OwnMethod, Role
 from surgery.models.sites import Site
 from surgery.peft_types.attachment import Attachment
+from surgery.system.tensors import Tensors
 
 __all__ = ["AdapterLayer"]
 

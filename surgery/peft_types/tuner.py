@@ -14,8 +14,6 @@ from torch import nn
 from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
-from surgery.methods.catalogue import OWN_TYPES
-from surgery.methods.registry import method_for_type
 from surgery.models.sites import site_of
 from surgery.peft_types.attachment import Attachment
 from surgery.peft_types.layer import AdapterLayer
@@ -55,8 +53,8 @@ class AdapterModel(BaseTuner):
                 f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing"
             )
         if isinstance(target, AdapterLayer):
-            if target.method.peft_type != self.method.peft_type:
-                carried = target.method.peft_type.value
+            if target.method.info.peft_type != self.method.info.peft_type:
+                carried = target.method.info.peft_type
                 raise AdapterError(f"{current_key}: carries an adapter of type {carried}; one type to a model")
             target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
             return
@@ -151,12 +149,14 @@ def attachment_of(model: nn.Module, adapter_name: str) -> Attachment | None:
     return None
 
 
-def tuner_class(peft_type: str) -> type[AdapterModel]:
-    """The tuner for one of our PEFT types."""
-    method = method_for_type(peft_type)
-    assert isinstance(method, OwnMethod) and peft_type in OWN_TYPES
-    name = f"{method.config_class.__name__.removesuffix('Config')}Model"
-    return type(name, (AdapterModel,), {"method": method, "prefix": method.prefix, "__module__": __name__})
+def tuner_class(method: OwnMethod) -> type[AdapterModel]:
+    """Return the tuner for a method's PEFT type; an attribute of this module, so that pickle finds it."""
+    name = "".join(part.capitalize() for part in method.info.peft_type.split("_")) + "Model"
+    if name not in globals():
+        made = type(name, (AdapterModel,), {"method": method, "prefix": method.prefix, "__module__": __name__})
+        globals()[name] = made
+    found: type[AdapterModel] = globals()[name]
+    return found
 
 
 def _linear(target: Any) -> nn.Module:

@@ -15,7 +15,8 @@ import yaml  # type: ignore[import-untyped]
 
 from surgery.adapters.types.registry import type_of
 from surgery.errors import HubError
-from surgery.methods.catalogue import METHODS, MethodInfo, method_for_config
+from surgery.methods.catalogue import MethodInfo
+from surgery.methods.registry import METHODS, info_for_config
 from surgery.models.tasks import TASK_TABLE
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import without_paths
@@ -92,7 +93,7 @@ def _info(checked: Checked) -> MethodInfo | None:
     named = METHODS.get(str(checked.provenance.get("method")))
     if named is not None and named.peft_type == checked.peft_type:
         return named.of_variant(checked.config.get("variant") or named.unnamed_variant)
-    return method_for_config(checked.config)
+    return info_for_config(checked.config)
 
 
 # Metadata

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -58,6 +59,20 @@ class Registry(Generic[E]):
                 self._load_plugin(name, self._plugins()[name])
         return self._loaded.get(name)
 
+    def leave_out(self, name: str, error: BaseException) -> None:
+        """Name an entry of a plugin that cannot be used in one line, and leave it out from now on."""
+        point = self._plugins()[name]
+        self._broken.add(name)
+        self._loaded.pop(name, None)
+        package = point.dist.name if point.dist is not None else point.value
+        logging.getLogger("surgery").warning(
+            "%s: the %s %r cannot be imported and is left out (%s)", package, self.kind, name, first_line(error)
+        )
+
+    def is_plugin(self, name: str) -> bool:
+        """Return whether another package adds the entry of this name."""
+        return name in self._plugins()
+
     def _plugins(self) -> dict[str, EntryPoint]:
         if self._added is None:
             found = entry_points(group=self.group)
@@ -65,18 +80,21 @@ class Registry(Generic[E]):
         return self._added
 
     def _load_plugin(self, name: str, point: EntryPoint) -> None:
+        if _half_imported(point.module):
+            return  # it is what imports us, and will be there later
         try:
             entry = point.load()
             if not isinstance(entry, self.entry_type):
                 raise SurgeryError(f"{point.value} is a {type(entry).__name__}, not a {self.entry_type.__name__}")
         except Exception as error:  # of another package's code: it costs that package's entry, nothing else
-            self._broken.add(name)
-            package = point.dist.name if point.dist is not None else point.value
-            logging.getLogger("surgery").warning(
-                "%s: the %s %r cannot be imported and is left out (%s)", package, self.kind, name, first_line(error)
-            )
+            self.leave_out(name, error)
         else:
             self._loaded[name] = entry
+
+
+def _half_imported(module: str) -> bool:
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _imported(address: str) -> Any:

@@ -18,7 +18,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.errors import MethodError
-from surgery.methods.catalogue import method_for_config, training_rate
+from surgery.methods.registry import info_for_config, training_rate
 from surgery.passes.examples import Examples, read_examples
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder
@@ -128,7 +128,7 @@ class Run:
             counts = self.codes.counts
         else:
             counts = {name: parameter.numel() for name, parameter in self.prepared.parameters.items()}
-        info = method_for_config(source.config)
+        info = info_for_config(source.config)
         teacher = self.teacher_adapter
         report = TrainReport(
             out=None,

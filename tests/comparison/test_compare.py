@@ -23,7 +23,7 @@ from surgery.comparison.pair import Pair
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_info, method_infos
 from tests.adapters.test_stock_types import randomise
 from tests.helpers.command_line import contents, flags, invoke
 from tests.helpers.models import build, edit_tensors, llama_config, load_base, start_options
@@ -34,7 +34,7 @@ from tests.merging.test_merge import STOCK, TARGETS, tied_llama, trained
 FILE = "adapter_model.safetensors"
 LORA = peft.LoraConfig
 TRAINS = ("lora_B.weight", "w1_b", "w2", "w2_b", "hira_B", "randlora_lambda", "vera_lambda_b")
-OWN = [name for name, info in METHODS.items() if info.peft_type != "VERA"]
+OWN = [info.name for info in method_infos() if info.own_type]
 
 
 def lora(folder: Path, out: Path, scale: float = 1.0, **options: Any) -> Path:
@@ -172,7 +172,7 @@ def test_own_types(method: str, llama: Path, tmp_path: Path) -> None:
     assert itself.weight_error == 0 and {site.weight_error for site in itself.sites} == {0.0}
 
 
-@pytest.mark.parametrize("method", [name for name in OWN if "store_bases" in METHODS[name].options])
+@pytest.mark.parametrize("method", [name for name in OWN if "store_bases" in method_info(name).options])
 def test_bases_that_are_not_stored(method: str, llama: Path, tmp_path: Path) -> None:
     bare = start(method, llama, tmp_path / "bare", store=False)
     other = lora(llama, tmp_path / "lora", target_modules="all-linear")

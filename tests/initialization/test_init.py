@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 import surgery
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_names
 from tests.helpers.models import distance, load_base, model_inputs, output, relative_difference, start_options
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
@@ -34,7 +34,7 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", method_names())
 def test_start_trains_and_survives(method: str, kind: str, model_folder, tmp_path: Path) -> None:
     folder = model_folder(kind)
     rank = {} if method == "frod" else {"rank": 6}

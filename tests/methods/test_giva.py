@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import surgery
 from surgery.errors import AdapterError, MethodError
 from surgery.methods import giva
-from surgery.methods.giva import GiVA, GivaConfig, heights_of
+from surgery.methods.giva import GivaConfig, heights_of
+from surgery.methods.registry import method_named
 from surgery.models.sites import Site, select_sites
 from surgery.peft_types.layer import AdapterLayer
 from tests.helpers.models import (
@@ -383,7 +384,7 @@ def site(out_features: int = 96, in_features: int = 32, name: str = "h.0.attn.c_
     ],
 )
 def test_split_of_the_user_goes_before_what_is_known(split, heights: list[int]) -> None:
-    method = GiVA()
+    method = method_named("giva")
     options = method.complete({"split": split} if split else {}, [site()], transformers.GPT2Config())
     assert heights_of(method.make_config(options, {}), "h.0.attn.c_attn", 96) == heights
 
@@ -404,7 +405,7 @@ def test_split_of_the_user_goes_before_what_is_known(split, heights: list[int]) 
     ],
 )
 def test_known_fused_layers(config, name: str, heights: list[int]) -> None:
-    method = GiVA()
+    method = method_named("giva")
     fused = site(sum(heights), name=name)
     options = method.complete({}, [fused], config)
     assert heights_of(method.make_config(options, {}), name, sum(heights)) == heights
@@ -439,9 +440,9 @@ def test_rank_of_a_split_layer_is_its_largest_parts() -> None:
     """A part that is lower than the rank is cut to its own height; a packed layer has the one in its configuration."""
     site = Site("qkv", "qkv", "qkv", None, 12, 16)
     config = GivaConfig(r=4, split={"qkv": [8, 2, 2]}, target_modules=["qkv"])
-    assert GiVA().rank_at(config, site) == 4
+    assert method_named("giva").rank_at(config, site) == 4
     config.packed = {"qkv": [12, 16, 3]}
-    assert GiVA().rank_at(config, site) == 3
+    assert method_named("giva").rank_at(config, site) == 3
 
 
 @pytest.mark.parametrize("variant", ["vr", "vrurand"])

@@ -145,7 +145,7 @@ def test_defaults_are_the_published_ones(llama: Path, tmp_path: Path) -> None:
     assert sum("--variant components" in note for note in report.notes) == 1
     named = surgery.init(llama, "smoa", variant="blocks")[1]
     assert not any("--variant" in note for note in named.notes)
-    assert surgery.methods.catalogue.method_info("smoa").learning_rate == 1e-3
+    assert surgery.methods.registry.method_info("smoa").learning_rate == 1e-3
 
 
 def test_the_start_is_as_wide_as_a_linear_layers_own(llama: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import surgery
 from surgery.cli.main import cli
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
-from surgery.methods.catalogue import METHODS, method_for_config, training_rate
+from surgery.methods.registry import info_for_config, method_info, method_infos, method_names, training_rate
 from surgery.training.preparing import trained_parameters
 from tests.helpers.command_line import contents, invoke
 from tests.helpers.models import load_base, save_model
@@ -84,7 +84,7 @@ def test_a_model_loaded_with_peft_alone_comes_to_the_same(place: Path, tmp_path:
     assert all(torch.equal(trained.tensors[name], expected) for name, expected in stock.items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_every_method(method: str, place: Path, tmp_path: Path) -> None:
     """Trained, written, opened again by PEFT; what does not train is as it was to the last bit."""
     if method == "giva":
@@ -197,12 +197,12 @@ def test_an_output_is_not_replaced_without_force(place: Path, tmp_path: Path) ->
 
 
 def test_learning_rates() -> None:
-    assert training_rate({"peft_type": "GIVA"}) == METHODS["giva"].learning_rate
+    assert training_rate({"peft_type": "GIVA"}) == method_info("giva").learning_rate
     for variant, name in (("svd", "inilora"), ("alpha", "inilora-alpha"), ("beta", "inilora-beta")):
-        assert method_for_config({"peft_type": "INILORA", "variant": variant}) is METHODS[name]
-    for info in METHODS.values():
+        assert info_for_config({"peft_type": "INILORA", "variant": variant}) is method_info(name)
+    for info in method_infos():
         assert info.learning_rate in (None, info.training_rate), "a published rate is the default"
-    assert training_rate({"peft_type": "LORA"}) > 0 and method_for_config({"peft_type": "LORA"}) is None
+    assert training_rate({"peft_type": "LORA"}) > 0 and info_for_config({"peft_type": "LORA"}) is None
 
 
 def test_a_rate_for_packed_factors_is_in_proportion_to_their_scale(place: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_rate_for_packed_factors_is_in_proportion_to_their_scale(place: Path, 
     packed, _ = surgery.convert(learned, "giva", tmp_path / "packed", rank=1, bits=4)
     trained, report = surgery.train(packed, place / "llama", place / "texts.jsonl", steps=3, batch_size=8)
     scales = torch.cat([t for name, t in packed.tensors.items() if name.endswith("giva_s")])
-    assert report.learning_rate == pytest.approx(METHODS["giva"].training_rate * float(scales.abs().median()))
+    assert report.learning_rate == pytest.approx(method_info("giva").training_rate * float(scales.abs().median()))
     for name, tensor in packed.tensors.items():
         same = torch.equal(tensor, trained.tensors[name])
         assert same == name.endswith(("giva_A", "giva_B")), name

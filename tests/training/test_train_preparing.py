@@ -11,7 +11,7 @@ import torch
 
 import surgery
 from surgery.errors import AdapterError
-from surgery.methods.catalogue import METHODS
+from surgery.methods.registry import method_names
 from surgery.training.preparing import trained_parameters
 from tests.helpers.models import build, labelled_inputs, load_base, save_model, start_options
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
@@ -40,9 +40,9 @@ def parts(names: set[str]) -> set[str]:
     return {re.sub(r"\.(weight|bias)$", "", name).rpartition(".")[2] for name in names}
 
 
-@pytest.mark.parametrize("name", [*METHODS, "LORA", "LOHA"])
+@pytest.mark.parametrize("name", [*method_names(), "LORA", "LOHA"])
 def test_a_type_trains_its_own_parts(name: str, llama: Path, tmp_path: Path) -> None:
-    if name in METHODS:
+    if name in method_names():
         adapter, report = surgery.init(llama, name, tmp_path / "a", **start_options(name, "llama"))
         kind, count = adapter.peft_type, report.trainable_parameters
     else:

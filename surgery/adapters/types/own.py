@@ -36,7 +36,7 @@ class OwnAdapterType(AdapterType):
 
     def __init__(self, method: OwnMethod) -> None:
         self.method = method
-        self.peft_type = str(getattr(method.peft_type, "value", method.peft_type))
+        self.peft_type = method.info.peft_type
         self.title, self.paper, self.change = method.info.title, method.info.paper, method.info.change
         self.thin = method.thin
 

@@ -8,6 +8,7 @@ from typing import Any
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.no_change import NO_CHANGE
 from surgery.adapters.types.own import own_type
+from surgery.methods.registry import own_infos
 from surgery.system.registry import Registry
 
 __all__ = ["ADAPTER_TYPES", "readable_types", "type_of"]
@@ -53,7 +54,5 @@ def readable_types() -> list[str]:
 
 def all_types() -> list[AdapterType]:
     """Return every type: the table's, and those of our methods."""
-    from surgery.methods.catalogue import OWN_TYPES
-
-    own = [own_type(peft_type) for peft_type in OWN_TYPES]
+    own = [own_type(info.peft_type) for info in own_infos()]
     return [*ADAPTER_TYPES, *(kind for kind in own if kind is not None)]
