@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from surgery.adapters.fitting import located
 from surgery.adapters.source import Change, Source
 from surgery.deltas.operators import LowRank
-from surgery.errors import DataError
-from surgery.models.base_model import BaseModel
+from surgery.errors import DataError, MethodError
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches
 from surgery.passes.gradients import Progress
@@ -57,6 +57,11 @@ class Calibration:
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         self._full: dict[str, Moments] = {}
         self._projected: dict[str, Moments] = {}
+        self._unreached: set[str] = set()
+
+    def reaches(self, change: Change) -> bool:
+        """Whether a gradient reaches a layer, as far as moments have been asked for."""
+        return change.module not in self._unreached
 
     @property
     def all_fit(self) -> bool:
@@ -80,11 +85,13 @@ class Calibration:
             self._full = self._gathered(self._group(change.site))
         return self._full[change.module]
 
-    def all_moments(self) -> dict[Site, Moments]:
-        """The full moments of every layer, to be stored."""
-        moments = {}
-        for site, module in self.source.sites.items():
-            moments[site] = self.full(Change.none(module, site))
+    def moments_of(self, sites: Iterable[Site]) -> dict[Site, Moments | None]:
+        """Return the full moments of some layers, to be stored; None for a layer that no gradient reaches."""
+        moments: dict[Site, Moments | None] = {}
+        for site in sites:
+            change = Change.none(self.source.sites[site], site)
+            found = self.full(change)
+            moments[site] = found if self.reaches(change) else None
         return moments
 
     def _group(self, site: Site) -> list[Site]:
@@ -110,7 +117,31 @@ class Calibration:
                 seed=self.seed,
                 progress=self.progress,
             )
-        return {self.source.sites[site]: found[site.module] for site in sites}
+        return self._completed(sites, found, projected)
+
+    def _completed(self, sites: Sequence[Site], found: Mapping[str, Moments], projected: bool) -> dict[str, Moments]:
+        """Return moments of all layers; for those that no gradient reaches, multiples of the identity.
+
+        Their factors are the means of the other layers', so that their errors count as others of their size do.
+
+        Raises:
+            MethodError: no gradient reaches any layer.
+        """
+        if not found:
+            raise MethodError(f"{sites[0].module}: no gradient reaches it, or any other layer, on this data")
+        missing = [site for site in sites if site.module not in found]
+        self._unreached |= {self.source.sites[site] for site in missing}
+        plain = like_others(found.values())
+        changes = {site: (B, A) for site, (B, A) in self._changes.items()} if missing and projected else {}
+        moments = {self.source.sites[site]: found[site.module] for site in sites if site.module in found}
+        for site in missing:
+            whole = plain(site.out_features, site.in_features)
+            if projected:
+                B, A = (each.double() for each in changes[site])
+                c, f = float(whole.C[0, 0]), float(whole.F[0, 0])
+                whole = Moments(c * (A @ A.T), f * (B.T @ B), whole.tokens)
+            moments[self.source.sites[site]] = whole
+        return moments
 
     @property
     def _changes(self) -> Mapping[Site, tuple[torch.Tensor, torch.Tensor]]:
@@ -145,42 +176,80 @@ def carried_in(model: Any, source: Source) -> dict[str, torch.Tensor]:
     return found
 
 
+def like_others(found: Iterable[Moments]) -> Callable[[int, int], Moments]:
+    """Return what makes moments for a layer of `(out, in)` of which data says nothing: those of others, in the mean.
+
+    They are multiples of the identity: errors of such a layer are those of its weights.
+    """
+    means = [(float(each.C.diagonal().mean()), float(each.F.diagonal().mean()), each.tokens) for each in found]
+    c, f = (sum(mean[part] for mean in means) / len(means) for part in (0, 1))
+    tokens = max(mean[2] for mean in means)
+    return lambda rows, columns: Moments(c * torch.eye(columns), f * torch.eye(rows), tokens)
+
+
 class StoredMoments:
-    """Moments from a file: gathered once on a base model, they serve all its adapters.
+    """Moments from a file: gathered for some adapters of a base model, they serve all that change the same layers.
 
     Args:
-        path: a safetensors file as `save` writes it.
-        base: the base model that they must belong to.
+        path: a safetensors file as `add` writes it.
+        source: the adapter whose layers are asked for.
 
     Raises:
-        DataError: it is none, or of another base.
+        DataError: it is none.
     """
 
-    def __init__(self, path: Path, base: BaseModel) -> None:
-        self.path = path
+    def __init__(self, path: Path, source: Source) -> None:
+        self.path, self.source = path, source
         self.names = set(tensor_names(path))
-        self.base = base
+
+    @property
+    def missing(self) -> list[Site]:
+        """The adapter's layers of which the file does not have moments."""
+        return [site for site in self.source.sites if f"{site.key}.C" not in self.names]
 
     @staticmethod
-    def save(path: Path, moments: Mapping[Site, Moments]) -> None:
-        """Write moments by the sites' keys, which are the same in every class over the same body."""
-        tensors = {}
+    def add(path: Path, moments: Mapping[Site, Moments | None]) -> None:
+        """Add moments to the file, or make it; by the sites' keys, which are the same in every class over one body.
+
+        A layer that no gradient reaches is stored with empty moments.
+        """
+        tensors = {name: read_tensor(path, name) for name in tensor_names(path)} if path.exists() else {}
         for site, each in moments.items():
-            tensors[f"{site.key}.C"], tensors[f"{site.key}.F"] = each.C.contiguous(), each.F.contiguous()
+            empty = torch.zeros(0, 0)
+            tensors[f"{site.key}.C"] = each.C.contiguous() if each is not None else empty
+            tensors[f"{site.key}.F"] = each.F.contiguous() if each is not None else empty.clone()
         with atomic_file(path.resolve()) as written:
             # Not the library's own writer, which makes a file of its own beside it.
             write_tensors(written, tensors, {"format": "pt", "kind": "surgery calibration"})
 
+    def reaches(self, change: Change) -> bool:
+        """Whether the data said anything of a layer."""
+        return self._read(change).C.numel() > 0
+
     def full(self, change: Change) -> Moments:
         """Moments `(in, in)` of x and `(out, out)` of g."""
+        found = self._read(change)
+        if not found.C.numel():
+            return self._plain(*change.shape)
+        if found.C.shape[0] != change.shape[1] or found.F.shape[0] != change.shape[0]:
+            raise DataError(f"{self.path}: moments of {change.module} are for another base model")
+        return found
+
+    def _read(self, change: Change) -> Moments:
         assert change.site is not None
         key = change.site.key
         if f"{key}.C" not in self.names or f"{key}.F" not in self.names:
-            raise DataError(f"{self.path}: has no moments for {change.module}; make it again with --data")
+            raise DataError(f"{self.path}: has no moments for {change.module}; give --data, and they are added")
         C, F = (read_tensor(self.path, f"{key}.{part}").clone() for part in "CF")
-        if C.shape[0] != change.shape[1] or F.shape[0] != change.shape[0]:
-            raise DataError(f"{self.path}: moments of {change.module} are for another base model")
         return Moments(C, F)
+
+    @cached_property
+    def _plain(self) -> Callable[[int, int], Moments]:
+        changes = [Change.none(module, site) for site, module in self.source.sites.items()]
+        found = [moments for moments in map(self._read, changes) if moments.C.numel()]
+        if not found:
+            raise DataError(f"{self.path}: no gradient reached any of the adapter's layers")
+        return like_others(found)
 
     def projected(self, change: Change) -> Moments:
         """Moments `(r, r)` of `A x` and `B^T g`."""

@@ -59,10 +59,10 @@ def _rank(delta: Delta) -> int:
 
 
 def overall(sites: Sequence[ConvertedSite]) -> tuple[float, float | None]:
-    """Relative errors over all layers together: of the weights, and of the outputs where all layers have one."""
+    """Return relative errors over all layers: of the weights, and of the outputs of those that have one."""
     weight = _ratio([(s.energy, s.weight_error) for s in sites])
     pairs = [(s.output_energy, s.output_error) for s in sites if s.output_error is not None]
-    return weight, _ratio(pairs) if len(pairs) == len(sites) else None
+    return weight, _ratio(pairs) if pairs else None
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:

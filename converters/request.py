@@ -1,4 +1,4 @@
-"""What a conversion is asked for, and what it gives."""
+"""The request that a converter gets, its budget in bytes, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 from surgery.errors import MethodError
 from surgery.passes.moments import Moments
 from surgery.storage.resume import Parts
+from surgery.storage.safetensors_read import file_bytes
+from surgery.system.text import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from surgery.adapters.source import Change
 
-__all__ = ["Budget", "Metric", "Request", "Result"]
+__all__ = ["Budget", "BudgetError", "Metric", "Request", "Result", "saved_bytes"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -29,8 +31,8 @@ class Budget:
         rank: per layer; shared for VeRA.
         energy: share of each layer's squared norm, in the metric where there is one.
         max_error: the largest relative error, in the metric where there is one, over all layers together.
-        size: bytes of the whole file.
-        ratio: the source's file over the new one, at least.
+        size: bytes of the whole file; also given as text, `64KiB`.
+        ratio: bytes of the source's factors over those of the new ones, at least; tensors saved whole do not count.
     """
 
     rank: int | None = None
@@ -40,6 +42,11 @@ class Budget:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.size, str):
+            try:
+                object.__setattr__(self, "size", parse_bytes(self.size))
+            except ValueError as error:
+                raise MethodError(f"size: {error}") from None
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) > 1:
             raise MethodError(f"give one of {', '.join(given)}, not several")
@@ -59,15 +66,17 @@ class Budget:
         """Whether there is any."""
         return any(value is not None for value in vars(self).values())
 
-    def bytes(self, source_bytes: int) -> int | None:
-        """The most bytes that the file may have, where the budget says."""
-        if self.ratio is not None:
-            return int(source_bytes / self.ratio)
-        return self.size
+    def describe(self) -> str:
+        """The budget as an option of the command line, `--ratio 20`; empty for none."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return " ".join(f"--{name.replace('_', '-')} {value:.12g}" for name, value in given.items())
 
 
 class Metric(Protocol):
     """Second moments by layer, where there is calibration data."""
+
+    def reaches(self, change: Change) -> bool:
+        """Whether the data says anything of a layer; known once its moments have been asked for."""
 
     def projected(self, change: Change) -> Moments:
         """Moments `(r, r)` of `A x` and `B^T g` for a layer's factors."""
@@ -83,30 +92,67 @@ class Request:
     Attributes:
         budget: how much to keep.
         source_bytes: size of the source's file.
+        source_saved: bytes of it for tensors that are saved whole, and are not factors; 0 where there are none.
+        saved: the tensors that are saved whole in the result, by their names in the file.
         dtype: of the new file's floating-point tensors; None for the source's own.
         metric: second moments, by the source's module names; None without data.
-        bits: GIVA: `auto`, or the width of the codes.
-        basis: VeRA: `fitted` or `random`.
-        variant: SMoA: `components` or `blocks`.
+        options: the form's own options, each with its value.
         seed: of everything random.
         device: where to compute.
-        accept_loss: make even what would be refused as useless.
         progress: called after each layer.
         parts: takes finished layers, and has those that a run which was killed has left.
     """
 
     budget: Budget
     source_bytes: int
+    source_saved: int = 0
+    saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     metric: Metric | None = None
-    bits: int | str = "auto"
-    basis: str = "fitted"
-    variant: str = "components"
+    options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    accept_loss: bool = False
     progress: Progress | None = None
     parts: Parts = field(default_factory=Parts)
+
+    @property
+    def limit(self) -> int | None:
+        """The most bytes that the file may have, where the budget says; tensors saved whole are added to a ratio's."""
+        if self.budget.ratio is not None:
+            return int((self.source_bytes - self.source_saved) / self.budget.ratio) + saved_bytes(self.saved)
+        return self.budget.size
+
+    def file_size(self, planned: Mapping[str, torch.Tensor]) -> int:
+        """The size of a file with these tensors and those that are saved whole; they may be on the meta device."""
+        return file_bytes({**self.saved, **planned})
+
+    def too_small(self, needed: int, what: str) -> MethodError:
+        """The error for a limit in bytes below what is needed for the least that a form can hold.
+
+        Args:
+            needed: bytes of the smallest file.
+            what: what it holds besides the tensors that are saved whole.
+        """
+        besides = f" with {human_bytes(saved_bytes(self.saved))} of tensors saved whole" if self.saved else ""
+        told = f"budget {human_bytes(self.limit or 0)} is too small: the least, {what}{besides}, is {needed} bytes"
+        return BudgetError(told, needed)
+
+
+class BudgetError(MethodError):
+    """A budget holds nothing of any layer.
+
+    Attributes:
+        needed: bytes of the smallest file that holds something.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+def saved_bytes(saved: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of a file for tensors that are saved whole, their entries in its header included; 0 for none."""
+    return file_bytes(saved) if saved else 0
 
 
 @dataclass
@@ -121,6 +167,7 @@ class Result:
         bits: mean bits of a stored number by module, where they are codes.
         sizes: bytes of the file by module, where a layer's tensors do not say.
         notes: what the user should know.
+        padding: bytes of zeros that bring all layers to one rank.
     """
 
     config: Mapping[str, Any]
@@ -130,3 +177,4 @@ class Result:
     bits: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    padding: int = 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
 from surgery.passes.examples import Examples, read_examples
-from surgery.passes.fidelity import Applied, fidelity
+from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, prepared
 from surgery.storage.resume import file_identities
 
@@ -58,9 +60,33 @@ class DataSettings:
                 raise MethodError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class Answers:
+    """How the result answers the held-out samples, beside the source.
+
+    Attributes:
+        kept: `1 - loss(source, result) / loss(source, base)`, the loss being KL, the cosine loss or the squared error;
+            None where the adapter does nothing on these samples.
+        kl: mean KL divergence, for a model that predicts classes.
+        agreement: share of equal top-1 predictions, for a model that predicts classes.
+        cosine: mean cosine similarity of the embeddings, for a model without a head.
+        squared_error: mean squared difference, for a model whose output is numbers.
+        perplexity: of the result, for a language model.
+        source_perplexity: of the source, for a language model.
+    """
+
+    kept: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    cosine: float | None = None
+    squared_error: float | None = None
+    perplexity: float | None = None
+    source_perplexity: float | None = None
+
+
 @dataclass
 class Measured:
-    """What data says about one adapter.
+    """The metric of one adapter, and what measures its conversions.
 
     Attributes:
         metric: second moments, or None without data.
@@ -79,26 +105,52 @@ class Measured:
     calibration: Examples | None = None
     held_out: Examples | None = None
     batch_size: int = 32
+    _reference: Applied | None = None
+    _effect: float | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What recognises the file of statistics as it is used, or None."""
+        return file_identities(self.metric.path) if isinstance(self.metric, StoredMoments) else None
 
     def input_moments(self, module: str) -> torch.Tensor | None:
-        """`C (in, in)` of a layer's inputs, or None without data."""
+        """`C (in, in)` of a layer's inputs, or None without data or where the data says nothing of the layer."""
         if self.metric is None or self.source is None:
             return None
         site = next(site for site, name in self.source.sites.items() if name == module)
-        return self.metric.full(Change.none(module, site)).C
+        change = Change.none(module, site)
+        C = self.metric.full(change).C
+        return C if self.metric.reaches(change) else None
 
-    def fidelity(self, made: Adapter) -> tuple[float | None, float | None]:
-        """Top-1 agreement and KL divergence of the converted adapter against the source, on held-out samples."""
+    def unreached(self) -> list[str]:
+        """The layers that no gradient reaches on the data, as far as their moments have been asked for."""
+        if self.metric is None or self.source is None:
+            return []
+        changes = [Change.none(module, site) for site, module in self.source.sites.items()]
+        return [change.module for change in changes if not self.metric.reaches(change)]
+
+    def answers(self, made: Adapter) -> Answers:
+        """Return how the converted adapter answers the held-out samples; nothing where there are none."""
         if self.model is None or self.held_out is None or self.source is None:
-            return None, None
-        result = fidelity(
-            self.model,
-            self.held_out,
-            _applied(self.model, self.source),
-            _applied(self.model, Source.open(made, self.source.base, self.source.device)),
-            self.batch_size,
+            return Answers()
+        if self._reference is None:
+            self._reference = _applied(self.model, self.source)
+        other = _applied(self.model, Source.open(made, self.source.base, self.source.device))
+        found = fidelity(self.model, self.held_out, self._reference, other, self.batch_size)
+        if self._effect is None:
+            # The base with the source's head: what the factors alone do.
+            bare = Applied({}, self._reference.carried)
+            self._effect = _loss(fidelity(self.model, self.held_out, self._reference, bare, self.batch_size))
+        scores = found.scores if found.scores is not None and found.scores.name == "perplexity" else None
+        return Answers(
+            kept=1 - _loss(found) / self._effect if self._effect > 0 else None,
+            kl=found.kl,
+            agreement=found.agreement,
+            cosine=found.cosine,
+            squared_error=found.squared_error,
+            perplexity=scores.other if scores is not None else None,
+            source_perplexity=scores.reference if scores is not None else None,
         )
-        return result.agreement, result.kl
 
     def recovered(
         self, made: Adapter, steps: int, seed: int, device: torch.device, progress: Progress | None
@@ -111,6 +163,15 @@ class Measured:
         settings = TrainSettings(steps=steps, batch_size=self.batch_size, seed=seed)
         found = distil(made, self.source.adapter, self.source.base, self.calibration, settings, device, progress)
         return Adapter(found.adapter.config, found.adapter.tensors, made.provenance)
+
+
+def _loss(found: Fidelity) -> float:
+    """What a fidelity differs by: KL, the squared error, or the cosine loss."""
+    if found.kl is not None:
+        return found.kl
+    if found.squared_error is not None:
+        return found.squared_error
+    return 1 - found.cosine if found.cosine is not None else 0.0
 
 
 def _applied(model: Any, source: Source) -> Applied:
@@ -182,7 +243,7 @@ class Base:
             "base": file_identities(self.opened.folder) if self.opened is not None else None,
             "class": type(self.opened.model).__name__ if self.opened is not None and self.fixed_class else None,
             "data": file_identities(*files),
-            "stats": file_identities(Path(settings.stats)) if settings.stats is not None else None,
+            "stats": Path(settings.stats).name if settings.stats is not None else None,
             "settings": [settings.samples, settings.batch_size, settings.max_length, settings.seed],
         }
 
@@ -205,21 +266,19 @@ class Base:
         stored = Path(settings.stats) if settings.stats is not None else None
         if source.base is None or (settings.data is None and stored is None):
             return Measured()
-        metric: Metric | None = None
-        if stored is not None and stored.exists():
-            metric = StoredMoments(stored, source.base)
         if settings.data is None:
-            if metric is None:
+            assert stored is not None
+            if not stored.exists():
                 raise MethodError(f"{stored}: no such statistics; give data, and they are gathered and written there")
-            return Measured(metric, source=source)
+            return Measured(StoredMoments(stored, source), source=source)
         model, calibration, held_out, notes = self._data_for(source)
-        if metric is not None:
-            notes = [f"the statistics are those of {stored}; {len(held_out.features)} samples measure the result"]
-        if metric is None:
-            metric = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
-            if stored is not None:
-                StoredMoments.save(stored, metric.all_moments())
-                metric = StoredMoments(stored, source.base)
+        own = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
+        metric: Metric = own
+        if stored is not None:
+            metric, gathered = _grown(stored, source, own)
+            notes = list(notes) if gathered else []
+            if not gathered:
+                notes = [f"the statistics are those of {stored}; {len(held_out.features)} samples measure the result"]
         return Measured(metric, list(notes), source, model, calibration, held_out, settings.batch_size)
 
     def _data_for(self, source: Source) -> tuple[Any, Examples, Examples, list[str]]:
@@ -238,6 +297,30 @@ class Base:
             self._stack.enter_context(prepared(model, False, examples))
             self._loaded = (base, model, calibration, held_out, notes)
         return self._loaded[1:]
+
+
+def _grown(path: Path, source: Source, calibration: Calibration) -> tuple[StoredMoments, bool]:
+    """Return the statistics in a file, with those of the adapter's layers that it lacked; and whether any were.
+
+    One process at a time adds to it.
+    """
+    with _turn(path):
+        missing = StoredMoments(path, source).missing if path.exists() else list(source.sites)
+        if missing:
+            StoredMoments.add(path, calibration.moments_of(missing))
+    return StoredMoments(path, source), bool(missing)
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is adding to a file of statistics."""
+    folder = os.open(path.resolve().parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _brought(adapter: Adapter, contents: Contents, base: BaseModel) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
+from surgery.converters.budget_search import largest
 from surgery.converters.frod_fit import Problem, fit_role
 from surgery.converters.request import Request, Result
 from surgery.converters.type_config import own_keys
@@ -17,15 +18,13 @@ from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, nar
 from surgery.models.base_model import BaseModel
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
-from surgery.storage.safetensors_read import file_bytes
-from surgery.system.text import human_bytes
 
 __all__ = ["to_frod"]
 
 METHOD = METHODS["frod"]
 REGULARIZATION = 1e-3  # of the joint decomposition, as in `surgery init`
 HIGHEST_RATE = 0.5
-HALVINGS = 40
+STEPS = 1 << 40  # of the rate, up to the highest one
 
 Tensors = dict[str, torch.Tensor]
 Groups = Sequence[Sequence[Site]]
@@ -39,16 +38,13 @@ def to_frod(source: Source, request: Request) -> Result:
     seldom lies in this family: the error says how much is lost. Layers without a change leave the target list.
 
     Raises:
-        MethodError: there is no base, the budget is too small or not one in bytes, or nothing changes.
+        MethodError: the budget is too small, or nothing changes.
     """
-    if source.base is None:
-        raise MethodError("--to frod fits in the joint decomposition of the base's weights: give the base with --base")
-    limit = request.budget.bytes(request.source_bytes)
-    if request.budget.given and limit is None:
-        raise MethodError("frod has no ranks to choose: --size or --ratio says how many entries its S has")
+    assert source.base is not None
+    limit = request.limit
     changes = _changes(source, request)
     groups = METHOD.groups(list(changes))
-    rate = DEFAULT_SPARSE_RATE if limit is None else _rate_within(limit, source, changes, groups, request)
+    rate = DEFAULT_SPARSE_RATE if limit is None else _rate_within(limit, changes, groups, request)
     tensors: Tensors = {}
     fingerprint = Fingerprint()
     for number, group in enumerate(groups, 1):
@@ -140,29 +136,21 @@ def _name(module: str, short: str) -> str:
     return f"{MODEL_PREFIX}{module}.{METHOD.prefix}{short}"
 
 
-def _rate_within(limit: int, source: Source, changes: Mapping[Site, Change], groups: Groups, request: Request) -> float:
-    """The largest sparse rate with which the file fits.
+def _rate_within(limit: int, changes: Mapping[Site, Change], groups: Groups, request: Request) -> float:
+    """Return the largest sparse rate with which the file fits.
 
     Raises:
         MethodError: it does not even without any S.
     """
     dtype = request.dtype or torch.float32
 
-    def size(rate: float) -> int:
-        return file_bytes({**source.carried, **_planned(changes, groups, rate, dtype)})
+    def size(step: int) -> int:
+        return request.file_size(_planned(changes, groups, HIGHEST_RATE * step / STEPS, dtype))
 
-    if size(0.0) > limit:
-        raise MethodError(
-            f"a file of {human_bytes(limit)} is too small: V and l alone, with what must be carried, are "
-            f"{size(0.0)} bytes"
-        )
-    low, high = 0.0, HIGHEST_RATE
-    if size(high) <= limit:
-        return high
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) <= limit else (low, middle)
-    return low
+    step = largest(lambda step: size(step) <= limit, 0, STEPS)
+    if step is None:
+        raise request.too_small(size(0), "V and l alone")
+    return HIGHEST_RATE * step / STEPS
 
 
 def _planned(changes: Mapping[Site, Change], groups: Groups, rate: float, dtype: torch.dtype) -> Tensors:

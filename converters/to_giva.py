@@ -7,18 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
-from surgery.adapters.packing import CODES, FACTORS, PLAIN, SCALES
+from surgery.adapters.packing import PLAIN, codes_planned, layer_tensors, numbers_planned, packed_config, rank_bytes
 from surgery.adapters.source import Change, Source
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.errors import MethodError
-from surgery.storage.safetensors_read import file_bytes
-from surgery.system.text import human_bytes
 
 __all__ = ["to_giva"]
 
-SCALE_BYTES = 4
 # Of codes that nothing limits, where only a rank is asked for: what is left of it is what counts then.
 BITS_AT_RANK = 8
 
@@ -37,12 +34,13 @@ def to_giva(source: Source, request: Request) -> Result:
     """
     changes = changes_of(source, request)
     exact = request.budget.energy == 1 or request.budget.max_error == 0
-    bits = 32 if request.bits == "auto" and exact else request.bits
+    asked = request.options.get("bits", "auto")
+    bits: int | str = (32 if exact else "auto") if asked == "auto" else int(asked)
     if bits in PLAIN:
-        return _plain(source, request, changes, int(bits))
+        return _plain(request, changes, int(bits))
     # The file has its layers in the order of their names; a layer's description starts from that of the one before.
     changes = sorted(changes, key=lambda change: change.module)
-    coded = _coded(source, request, changes, None if bits == "auto" else int(bits))
+    coded = _coded(request, changes, None if bits == "auto" else int(bits))
     parts: Parts = {}
     mean_bits, sizes = {}, {}
     for change, factors, spent in zip(changes, coded.layers, coded.bits, strict=True):
@@ -56,7 +54,7 @@ def to_giva(source: Source, request: Request) -> Result:
     return _result(parts, bits, mean_bits, sizes)
 
 
-def _coded(source: Source, request: Request, changes: list[Change], bits: int | None) -> Compressed:
+def _coded(request: Request, changes: list[Change], bits: int | None) -> Compressed:
     """The changes as integers, within the request's budget."""
     budget, metric, progress = request.budget, request.metric, request.progress
 
@@ -67,10 +65,9 @@ def _coded(source: Source, request: Request, changes: list[Change], bits: int | 
         return full.C, full.F
 
     def fixed(limit: int) -> int:
-        codes = torch.empty(limit, dtype=torch.uint8, device="meta")
-        return file_bytes({**source.carried, f"{TUNER_PREFIX}{CODES}": codes}) - limit
+        return request.file_size(codes_planned(limit, TUNER_PREFIX)) - limit
 
-    limit = budget.bytes(request.source_bytes)
+    limit = request.limit
     if budget.rank is not None:
         bits = bits or BITS_AT_RANK
     try:
@@ -84,33 +81,21 @@ def _coded(source: Source, request: Request, changes: list[Change], bits: int | 
     except DoesNotFit as error:
         if not error.enough:
             raise MethodError("nothing is kept of any layer: the adapter changes nothing") from None
-        enough = error.enough + fixed(error.enough)
-        raise MethodError(
-            f"a file of {human_bytes(limit or 0)} is too small: {enough} bytes hold what must be carried and something "
-            "of the change"
-        ) from None
+        raise request.too_small(error.enough + fixed(error.enough), "something of the change") from None
     except ValueError:
         wider = "leave out --bits, or store plain numbers with --bits 32" if bits else "use --bits 32"
         raise MethodError(f"codes of {bits or 'any'} bits lose more than that: {wider}") from None
 
 
-def _plain(source: Source, request: Request, changes: list[Change], bits: int) -> Result:
+def _plain(request: Request, changes: list[Change], bits: int) -> Result:
     """Factors as floats, of ranks for the budget."""
     svds = {change.module: decomposed(change, request) for change in changes}
-    numbers = {change.module: sum(change.shape) for change in changes}
-    spectra = Spectra(
-        {module: svd.S for module, svd in svds.items()},
-        {module: count * bits // 8 + SCALE_BYTES for module, count in numbers.items()},
-        dict.fromkeys(numbers, 0),
-    )
+    shapes = {change.module: change.shape for change in changes}
+    costs = {module: rank_bytes(shape, bits) for module, shape in shapes.items()}
+    spectra = Spectra({module: svd.S for module, svd in svds.items()}, costs)
 
     def size(ranks: Mapping[str, int]) -> int:
-        count = sum(numbers[module] * rank for module, rank in ranks.items())
-        planned = {
-            f"{TUNER_PREFIX}{FACTORS}": torch.empty(count, dtype=PLAIN[bits], device="meta"),
-            f"{TUNER_PREFIX}{SCALES}": torch.empty(sum(ranks.values()), device="meta"),
-        }
-        return file_bytes({**source.carried, **planned})
+        return request.file_size(numbers_planned([(*shapes[m], rank) for m, rank in ranks.items()], bits, TUNER_PREFIX))
 
     ranks = spectra.ranks(request, size)
     parts: Parts = {}
@@ -118,7 +103,7 @@ def _plain(source: Source, request: Request, changes: list[Change], bits: int) -
         if rank := ranks[change.module]:
             B, A = svds[change.module].cut(change.B, change.A, rank)
             parts[change.module] = _floats(B, A, PLAIN[bits])
-    sizes = {module: (B.numel() + A.numel()) * bits // 8 + SCALE_BYTES * len(s) for module, (B, A, s) in parts.items()}
+    sizes = {module: costs[module] * len(s) for module, (*_, s) in parts.items()}
     return _result(parts, bits, dict.fromkeys(parts, float(bits)), sizes)
 
 
@@ -136,26 +121,9 @@ def _result(
 ) -> Result:
     """The adapter of these factors."""
     tensors: dict[str, torch.Tensor] = {}
-    shapes: dict[str, list[int]] = {}
     for module, (B, A, s) in factors.items():
-        name = f"{MODEL_PREFIX}{module}.giva_"
-        tensors.update({f"{name}A": A, f"{name}B": B, f"{name}s": s, f"{name}o": torch.ones(B.shape[0])})
-        shapes[module] = [B.shape[0], A.shape[1], A.shape[0]]
-    ranks = {module: shape[2] for module, shape in shapes.items()}
-    config = {
-        "peft_type": "GIVA",
-        "r": max(ranks.values()),
-        "variant": "vr",
-        "packed": shapes,
-        "bits": bits,
-        "split": None,
-        "dropout": 0.0,
-        "fan_in_fan_out": False,
-        "init_weights": False,
-        "store_bases": True,
-        "seed": 0,
-        "base_fingerprint": None,
-        "format_version": 1,
-    }
-    trainable = sum(shape[0] + shape[2] for shape in shapes.values())
-    return Result(config, tensors, ranks, trainable, mean_bits, sizes)
+        tensors.update(layer_tensors(f"{MODEL_PREFIX}{module}", B, A, s))
+    shapes = {module: (B.shape[0], A.shape[1], A.shape[0]) for module, (B, A, _) in factors.items()}
+    ranks = {module: rank for module, (*_, rank) in shapes.items()}
+    trainable = sum(height + rank for height, _, rank in shapes.values())
+    return Result(packed_config(shapes, bits), tensors, ranks, trainable, mean_bits, sizes)

@@ -1,4 +1,4 @@
-"""Any adapter to a stock LoRA: exact where thin factors exist, and of ranks as low, layer by layer, as is asked for."""
+"""Any adapter to a stock LoRA: exact where thin factors exist, of a rank as low as is asked for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
-from surgery.converters.ranks import Spectra, changes_of, decomposed, entry_bytes
+from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
-from surgery.storage.safetensors_read import file_bytes
+from surgery.system.text import human_bytes
 
 __all__ = ["to_lora"]
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> B (out, r), A (r, in)
 
 FP8 = torch.float8_e4m3fn
 # The largest entry that is left in float8: 448 is the largest number, and rounding up must not pass it.
@@ -22,24 +24,28 @@ FP8_LARGEST = 416.0
 
 
 def to_lora(source: Source, request: Request) -> Result:
-    """A stock LoRA: `dW = s B A` with `s` 1 in every layer (in float8 a power of two that all layers share).
+    """Make a stock LoRA: `dW = s B A`, with one rank for all layers and `s` 1 (in float8 a power of two).
+
+    Every reader finds the same dW in such a file, whichever of rank, alpha and their patterns it looks at. Under a
+    budget in bytes every layer uses the whole common rank; otherwise the highest rank that a layer needs is the
+    common one, and the other layers are filled up with zeros. With `per_layer_ranks` each layer has its own rank, and
+    patterns say which. Layers that keep nothing leave the target list.
 
     Without a budget nothing is cut: of a type with thin factors the result is exact but for rounding to the dtype.
-    With one, ranks are chosen for the whole model at once. Layers that keep nothing leave the target list.
 
     Raises:
         MethodError: the budget is below what must be carried along, or keeps no layer.
     """
-    dtype = request.dtype or torch.float32
+    dtype, alike = request.dtype or torch.float32, not request.options.get("per_layer_ranks", False)
     changes = changes_of(source, request)
     svds = {change.module: decomposed(change, request) for change in changes}
     spectra = Spectra(
         {module: svd.S for module, svd in svds.items()},
         {change.module: sum(change.shape) * dtype.itemsize for change in changes},
-        {change.module: entry_bytes(*_names(change.module)) for change in changes},
+        one_rank=alike,
     )
-    ranks = spectra.ranks(request, lambda ranks: file_bytes({**source.carried, **_planned(changes, ranks, dtype)}))
-    factors = {}
+    ranks = spectra.ranks(request, lambda ranks: request.file_size(_planned(changes, ranks, dtype, alike)))
+    factors: Factors = {}
     for change in changes:
         rank = ranks[change.module]
         if rank:
@@ -47,14 +53,20 @@ def to_lora(source: Source, request: Request) -> Result:
             whole = rank == len(svds[change.module].S) and rank == change.rank
             B, A = (change.B, change.A) if whole else svds[change.module].cut(change.B, change.A, rank)
             factors[change.module] = balanced(B, A) if dtype != torch.float32 else (B, A)
+    kept = {module: ranks[module] for module in factors}
     scale = _fp8_scale(factors) if dtype == FP8 else 1.0
+    stored = dict.fromkeys(kept, max(kept.values())) if alike else kept
     tensors = {}
     for module, (B, A) in factors.items():
         B_name, A_name = _names(module)
-        tensors[B_name], tensors[A_name] = (B / scale).to(dtype), (A / scale).to(dtype)
-    kept = {module: ranks[module] for module in factors}
+        missing = stored[module] - kept[module]
+        tensors[B_name] = (torch.nn.functional.pad(B, (0, missing)) / scale).to(dtype)
+        tensors[A_name] = (torch.nn.functional.pad(A, (0, 0, 0, missing)) / scale).to(dtype)
     trainable = sum(tensor.numel() for tensor in tensors.values())
-    return Result(_config(kept, scale**2), tensors, kept, trainable, notes=_notes(dtype, kept))
+    shapes = {change.module: change.shape for change in changes}
+    padding = sum((stored[m] - kept[m]) * sum(shapes[m]) for m in kept) * dtype.itemsize
+    notes = _notes(dtype, kept, padding, alike)
+    return Result(_config(stored, scale**2), tensors, kept, trainable, notes=notes, padding=padding)
 
 
 def balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,10 +80,13 @@ def _names(module: str) -> tuple[str, str]:
     return f"{MODEL_PREFIX}{module}.lora_B.weight", f"{MODEL_PREFIX}{module}.lora_A.weight"
 
 
-def _planned(changes: list[Change], ranks: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    planned = {}
+def _planned(
+    changes: list[Change], ranks: Mapping[str, int], dtype: torch.dtype, alike: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of the file, on the meta device; `alike`: all layers have the highest of the ranks."""
+    planned, highest = {}, max(ranks.values())
     for change in changes:
-        rank = ranks[change.module]
+        rank = highest if alike and ranks[change.module] else ranks[change.module]
         if rank:
             out_features, in_features = change.shape
             B_name, A_name = _names(change.module)
@@ -90,7 +105,7 @@ def _config(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
     """The keys of a LoRA's configuration.
 
     Where ranks differ, `alpha_pattern` follows `rank_pattern`, so that PEFT's scale is the same in every layer; it
-    also is `lora_alpha / r`, which is all that servers like vLLM look at.
+    also is `lora_alpha / r`, which is all that some servers look at.
     """
     r = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != r}
@@ -111,13 +126,21 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _notes(dtype: torch.dtype, ranks: Mapping[str, int]) -> list[str]:
+def _notes(dtype: torch.dtype, ranks: Mapping[str, int], padding: int, alike: bool) -> list[str]:
     notes = []
     if dtype == FP8:
         notes.append(
             "float8 factors load in PEFT, which widens them to float32; servers that do not know float8_e4m3fn want "
             "--dtype bfloat16"
         )
-    if len(set(ranks.values())) > 1:
-        notes.append(f"ranks differ by layer: servers need a max rank of at least {max(ranks.values())}")
+    most = max(ranks.values())
+    if alike and padding:
+        notes.append(
+            f"one rank, {most}, in all layers, so that every server reads the same: {human_bytes(padding)} of it are "
+            "zeros; --per-layer-ranks leaves them out (before 0.2.0 --to lora did)"
+        )
+    elif not alike and len(set(ranks.values())) > 1:
+        notes.append(
+            f"ranks differ by layer, which PEFT and vLLM read right (max rank {most}); llama.cpp, SGLang and MLX do not"
+        )
     return notes

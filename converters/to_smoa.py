@@ -8,6 +8,7 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
+from surgery.converters.budget_search import largest
 from surgery.converters.request import Request, Result
 from surgery.converters.smoa_fit import fit_masked
 from surgery.converters.to_lora import balanced
@@ -20,8 +21,6 @@ from surgery.linalg.spectral_scores import part_sizes
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, VARIANTS, SmoaConfig, block_order, split_rank
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
-from surgery.storage.safetensors_read import file_bytes
-from surgery.system.text import human_bytes
 
 __all__ = ["to_smoa"]
 
@@ -38,12 +37,11 @@ def to_smoa(source: Source, request: Request) -> Result:
     entry by entry: the error says how much is lost. Layers without a change leave the target list.
 
     Raises:
-        MethodError: there is no base, the budget is too small or of another kind, a layer has fewer singular values
-            than there are groups, or nothing changes.
+        MethodError: the budget is too small, a layer has fewer singular values than there are groups, or nothing
+            changes.
     """
     base = source.base
-    if base is None:
-        raise MethodError("--to smoa fits multiples of the base's weights, entry by entry: give the base with --base")
+    assert base is not None
     modules = _changed(source)
     config = _config(_rank(source, modules, request), request)
     notes = METHOD.notes(config, list(modules))
@@ -57,7 +55,7 @@ def to_smoa(source: Source, request: Request) -> Result:
         own.add(site.key, raw)
         moments = _mean_squares(source, module, site, request)
         target, weight = delta.dense().to(request.device), raw.to(request.device, torch.float32)
-        fitted, share = FITS[request.variant](config, site, target, weight, moments)
+        fitted, share = FITS[request.options.get("variant", "components")](config, site, target, weight, moments)
         made: Tensors = {}
         for name, tensor in fitted.items():
             stored = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
@@ -81,13 +79,13 @@ def to_smoa(source: Source, request: Request) -> Result:
 
 
 def _config(rank: int, request: Request) -> SmoaConfig:
-    return METHOD.make_config({"rank": rank, "variant": request.variant}, {"seed": request.seed})
+    return METHOD.make_config({"rank": rank, "variant": request.options.get("variant", "components")}, {"seed": request.seed})
 
 
 def _share_note(request: Request, shares: Sequence[tuple[float, float]]) -> list[str]:
     """How much any factors could hold, of the form that was chosen."""
     inside, total = (sum(pair[part] for pair in shares) for part in (0, 1))
-    if request.variant == "components":
+    if request.options.get("variant", "components") == "components":
         return ["a change of low rank is seldom a multiple of the base's weights: --to giva holds it"]
     return [
         f"variant blocks, as published, changes nothing outside {DEFAULT_GROUPS} diagonal blocks, where "
@@ -160,43 +158,24 @@ def _rank(source: Source, modules: Mapping[Site, str], request: Request) -> int:
     """The rank over all groups.
 
     Raises:
-        MethodError: the budget is of another kind, or too small.
+        MethodError: the budget is too small.
     """
-    budget = request.budget
-    limit = budget.bytes(request.source_bytes)
-    if budget.rank is not None:
-        return budget.rank
-    if limit is None and budget.given:
-        raise MethodError(
-            "smoa has one rank for all layers: give it with --rank, or what it may take with --size or --ratio"
-        )
+    limit = request.limit
+    if request.budget.rank is not None:
+        return request.budget.rank
     if limit is None:
         old = source.adapter.config.get("r")
         return max(old, DEFAULT_GROUPS) if isinstance(old, int) and old > 0 else METHOD.info.rank or 32
-    return _rank_within(limit, source, modules, request)
-
-
-def _rank_within(limit: int, source: Source, modules: Mapping[Site, str], request: Request) -> int:
-    """The highest rank with which the file fits.
-
-    Raises:
-        MethodError: not even one rank for each group does.
-    """
     dtype = request.dtype or torch.float32
 
     def size(rank: int) -> int:
-        return file_bytes({**source.carried, **_planned(modules, _config(rank, request), dtype)})
+        return request.file_size(_planned(modules, _config(rank, request), dtype))
 
     low, high = DEFAULT_GROUPS, max(DEFAULT_GROUPS, *(site.max_rank for site in modules))
-    if size(low) > limit:
-        raise MethodError(
-            f"a file of {human_bytes(limit)} is too small: at rank {low}, one for each group, with what must be "
-            f"carried, it is {size(low)} bytes"
-        )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(middle) <= limit else (low, middle - 1)
-    return low
+    rank = largest(lambda rank: size(rank) <= limit, low, high)
+    if rank is None:
+        raise request.too_small(size(low), f"rank {low} (one for each group)")
+    return rank
 
 
 def _planned(modules: Mapping[Site, str], config: SmoaConfig, dtype: torch.dtype) -> Tensors:

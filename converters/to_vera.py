@@ -8,57 +8,47 @@ direction of one layer is of no use to another (measured in `docs/methods.md`).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.source import Change, Source
-from surgery.converters.ranks import changes_of, decomposed
-from surgery.converters.request import Budget, Request, Result
+from surgery.converters.ranks import Spectra, changes_of, decomposed
+from surgery.converters.request import Request, Result
 from surgery.converters.to_lora import balanced
 from surgery.converters.type_config import own_keys, targets_of
 from surgery.converters.vera_random import random_basis
-from surgery.errors import MethodError
-from surgery.linalg.metric import MetricSVD, energy_rank, greedy_ranks
+from surgery.linalg.metric import MetricSVD
 from surgery.methods.vera import METHODS
-from surgery.storage.safetensors_read import file_bytes
 from surgery.system.text import human_bytes
 
 __all__ = ["to_vera"]
 
-# Of each layer, without a budget.
-DEFAULT_ENERGY = 0.99
-
 Tensors = dict[str, torch.Tensor]
-Size = Callable[[Mapping[str, int]], int]
 
 
 def to_vera(source: Source, request: Request) -> Result:
     """A stock VeRA adapter, with bases made from the adapter and stored, or random ones that a seed draws again.
 
     Fitted: a budget in bytes or ranks is filled by the directions that count most in the whole model, each of which
-    costs one rank of the shared bases; `rank` is theirs. Without a budget each layer keeps 99 % of its energy.
-    Layers that keep nothing leave the target list. Random: see `random_basis`.
+    costs one rank of the shared bases; `rank` is theirs. Layers that keep nothing leave the target list. Random: see
+    `random_basis`.
 
     Raises:
         MethodError: the budget is below what must be carried along, or keeps no layer; or random bases are asked for
             without data.
     """
-    if request.basis == "random":
+    if request.options.get("basis") == "random":
         return random_basis(source, request)
-    given = request.budget.given
-    if not given:
-        request = dataclasses.replace(request, budget=Budget(energy=DEFAULT_ENERGY))
     dtype = request.dtype or torch.float32
     changes = changes_of(source, request)
     svds = _decompositions(changes, request)
 
     def size(ranks: Mapping[str, int]) -> int:
-        return file_bytes({**source.carried, **_planned(changes, ranks, dtype)})
+        return request.file_size(_planned(changes, ranks, dtype))
 
-    ranks = _ranks(svds, request, size)
+    ranks = Spectra({module: svd.S for module, svd in svds.items()}).ranks(request, size)
     kept = [change for change in changes if ranks[change.module]]
     tensors = _tensors(kept, svds, ranks, dtype)
     config = METHODS["vera"].make_config({"rank": sum(ranks.values())}, {"seed": request.seed})
@@ -68,7 +58,7 @@ def to_vera(source: Source, request: Request) -> Result:
         tensors=tensors,
         ranks={name: ranks[name] for name in names},
         trainable=sum(tensor.numel() for name, tensor in tensors.items() if "vera_lambda" in name),
-        notes=_notes(kept, size(ranks), request, given),
+        notes=_notes(kept, size(ranks), request),
     )
 
 
@@ -79,63 +69,6 @@ def _decompositions(changes: Sequence[Change], request: Request) -> dict[str, Me
         if request.progress is not None:
             request.progress(number, len(changes), change.module)
     return svds
-
-
-def _ranks(svds: Mapping[str, MetricSVD], request: Request, size: Size) -> dict[str, int]:
-    """How many directions each layer keeps.
-
-    Raises:
-        MethodError: none of any layer.
-    """
-    values = {module: svd.S for module, svd in svds.items()}
-    budget = request.budget
-    limit = budget.bytes(request.source_bytes)
-    # A direction is one rank of the shared bases, whatever the layer.
-    alike = dict.fromkeys(values, 1)
-    if budget.energy is not None:
-        ranks = {module: energy_rank(S, budget.energy) for module, S in values.items()}
-    elif budget.max_error is not None:
-        ranks = greedy_ranks(values, alike, max_error=budget.max_error)
-    elif limit is None:
-        ranks = greedy_ranks(values, alike, budget=budget.rank)
-    else:
-        ranks = _filled(values, limit, size)
-    if not any(ranks.values()):
-        what = f"a file of {human_bytes(limit)} is too small" if limit is not None else "nothing is kept of any layer"
-        raise MethodError(f"{what}: {_smallest(values, size)}")
-    return ranks
-
-
-def _filled(values: Mapping[str, torch.Tensor], limit: int, size: Size) -> dict[str, int]:
-    """The first directions of the model-wide list that fit, and of those after them whatever still does."""
-    order = [module for _, module in sorted(((float(v), m) for m, S in values.items() for v in S), reverse=True)]
-
-    def first(count: int) -> dict[str, int]:
-        ranks = dict.fromkeys(values, 0)
-        for module in order[:count]:
-            ranks[module] += 1
-        return ranks
-
-    low, high = 0, len(order)
-    while low < high:  # the file grows with every direction
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(first(middle)) <= limit else (low, middle - 1)
-    ranks = first(low)
-    for module in order[low:]:
-        more = {**ranks, module: ranks[module] + 1}
-        if size(more) <= limit:
-            ranks = more
-        elif ranks[module]:
-            break  # one of a layer that is there already costs least
-    return ranks
-
-
-def _smallest(values: Mapping[str, torch.Tensor], size: Size) -> str:
-    present = [module for module, S in values.items() if len(S)]
-    if not present:
-        return "the adapter changes nothing"
-    least = min(size({**dict.fromkeys(values, 0), module: 1}) for module in present)
-    return f"the smallest that holds what must be carried and one direction is {least} bytes"
 
 
 def _planned(changes: Sequence[Change], ranks: Mapping[str, int], dtype: torch.dtype) -> Tensors:
@@ -178,17 +111,14 @@ def _tensors(
     return tensors
 
 
-def _notes(kept: Sequence[Change], size: int, request: Request, given: bool) -> list[str]:
+def _notes(kept: Sequence[Change], size: int, request: Request) -> list[str]:
     rows, columns = max(change.shape[0] for change in kept), max(change.shape[1] for change in kept)
-    padded = f"each rank is padded to the largest layer, {rows} x {columns}, and has a place in every layer's d"
     notes = []
-    if not given:
-        relation = f"{size / request.source_bytes:.2f} times the source's {human_bytes(request.source_bytes)}"
+    if size > request.source_bytes:
         notes.append(
-            f"each layer keeps {DEFAULT_ENERGY:.0%} of its energy: {human_bytes(size)}, {relation}; {padded}. "
-            "A budget (--ratio, --size) cuts it"
+            f"larger than the source, {human_bytes(size)} to {human_bytes(request.source_bytes)}: each rank is padded "
+            f"to the largest layer, {rows} x {columns}, and has a place in every layer's d; a budget (--ratio, --size) "
+            "cuts it"
         )
-    elif size > request.source_bytes:
-        notes.append(f"larger than the source, {human_bytes(size)} to {human_bytes(request.source_bytes)}: {padded}")
     notes.append("--to giva holds the same directions in far fewer bytes; this form is for what loads stock VeRA alone")
     return notes

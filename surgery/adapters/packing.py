@@ -21,7 +21,19 @@ from surgery.codec.entropy import LARGEST
 from surgery.codec.factors import CodedFactors, decode_factors, encode_factors, grid_of
 from surgery.errors import AdapterError
 
-__all__ = ["CODES", "FACTORS", "PLAIN", "SCALES", "is_packed", "packed", "unpacked"]
+__all__ = [
+    "CODES",
+    "FACTORS",
+    "PLAIN",
+    "codes_planned",
+    "is_packed",
+    "layer_tensors",
+    "numbers_planned",
+    "packed",
+    "packed_config",
+    "rank_bytes",
+    "unpacked",
+]
 
 CODES, FACTORS, SCALES = "giva_codes", "giva_factors", "giva_s"
 PLAIN = {16: torch.float16, 32: torch.float32}
@@ -37,6 +49,54 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # B, A, s
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether an adapter's factors are integers that the file holds as codes."""
     return config.get("peft_type") == "GIVA" and bool(config.get("packed"))
+
+
+def packed_config(shapes: Mapping[str, Shape], bits: int | str) -> dict[str, Any]:
+    """Return the keys of `adapter_config.json` for packed factors.
+
+    Args:
+        shapes: `(out, in, rank)` of each layer.
+        bits: of a number, or "auto".
+    """
+    return {
+        "peft_type": "GIVA",
+        "r": max(rank for *_, rank in shapes.values()),
+        "variant": "vr",
+        "packed": {module: list(shape) for module, shape in shapes.items()},
+        "bits": bits,
+        "split": None,
+        "dropout": 0.0,
+        "fan_in_fan_out": False,
+        "init_weights": False,
+        "store_bases": True,
+        "seed": 0,
+        "base_fingerprint": None,
+        "format_version": 1,
+    }
+
+
+def layer_tensors(name: str, B: torch.Tensor, A: torch.Tensor, s: torch.Tensor) -> Tensors:
+    """Return the tensors in memory of the layer `name`, whose change is `B diag(s) A`."""
+    return dict(zip((f"{name}.{part}" for part in PARTS), (A, B, s, torch.ones(B.shape[0])), strict=True))
+
+
+def codes_planned(count: int, above: str) -> Tensors:
+    """Return the tensors of a file whose codes take `count` bytes, on the meta device."""
+    return {f"{above}{CODES}": torch.empty(count, dtype=torch.uint8, device="meta")}
+
+
+def numbers_planned(shapes: Sequence[Shape], bits: int, above: str) -> Tensors:
+    """Return the tensors of a file of plain floats of 16 or 32 bits, on the meta device."""
+    count = sum((height + width) * rank for height, width, rank in shapes)
+    return {
+        f"{above}{FACTORS}": torch.empty(count, dtype=PLAIN[bits], device="meta"),
+        f"{above}{SCALES}": torch.empty(sum(rank for *_, rank in shapes), device="meta"),
+    }
+
+
+def rank_bytes(shape: tuple[int, int], bits: int) -> int:
+    """Return the bytes of one rank of a layer of this shape in plain floats, its scale included."""
+    return sum(shape) * bits // 8 + torch.float32.itemsize
 
 
 def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["human_bytes", "human_seconds", "size_change"]
+import re
+
+__all__ = ["human_bytes", "human_seconds", "parse_bytes", "size_change"]
+
+UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def human_bytes(count: float) -> str:
@@ -39,3 +43,15 @@ def size_change(before: float, after: float) -> str:
     if times == "1":
         return "the same size" if before == after else "about the same size"
     return f"{times} x {'smaller' if after < before else 'larger'}"
+
+
+def parse_bytes(text: object) -> int:
+    """Return a number of bytes written with or without a unit: `65536`, `64KiB`, `1.5MB`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(f"{text!r} is no size: give bytes, or a unit as in 64KiB or 1.5MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

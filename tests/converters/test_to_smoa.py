@@ -154,9 +154,9 @@ def test_a_budget_in_bytes_is_met_and_filled(dtype: str, lora: Path, llama: Path
     assert more.bytes > limit
     true = errors(lora, tmp_path / "out", load_base(llama))
     assert {site.module: site.weight_error for site in report.sites} == pytest.approx(true, rel=1e-2)
-    with pytest.raises(MethodError, match=r"it is (\d+) bytes") as error:
+    with pytest.raises(MethodError, match=r"is (\d+) bytes") as error:
         surgery.convert(lora, "smoa", None, base=llama, size=1000, dtype=dtype)
-    smallest = int(str(error.value).split(" it is ")[1].split()[0])
+    smallest = int(str(error.value).split(", is ")[1].split()[0])
     _, least = surgery.convert(lora, "smoa", None, base=llama, size=smallest, dtype=dtype, accept_loss=True)
     assert least.bytes == smallest
 
@@ -207,7 +207,7 @@ def test_data_makes_the_outputs_better(lora: Path, tmp_path: Path) -> None:
 def test_refusals(lora: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="--base"):
         surgery.convert(lora, "smoa", tmp_path / "out")
-    with pytest.raises(MethodError, match=r"keeps .*of its energy.*--to giva.*--accept-loss"):
+    with pytest.raises(MethodError, match=r"keeps .*of the change's squared norm.*--to giva.*--accept-loss"):
         surgery.convert(lora, "smoa", tmp_path / "out", base=llama, rank=2)
     for budget in ({"energy": 0.9}, {"max_error": 0.5}):
         with pytest.raises(MethodError, match="--rank"):

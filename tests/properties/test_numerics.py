@@ -109,7 +109,7 @@ def test_output_errors_under_ill_conditioned_moments(
         name = f"base_model.model.{site.module}.lora_"
         tensors[f"{name}A.weight"] = torch.randn(4, site.in_features, generator=draws)
         tensors[f"{name}B.weight"] = torch.randn(site.out_features, 4, generator=draws)
-    StoredMoments.save(tmp_path / "stats.safetensors", moments)
+    StoredMoments.add(tmp_path / "stats.safetensors", moments)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
     source = Adapter(config, tensors)
     settings = {"base": llama, "stats": tmp_path / "stats.safetensors", "accept_loss": True}
@@ -145,7 +145,7 @@ def test_the_scale_of_the_moments_does_not_matter(scale: float, llama: Path, tmp
     errors = []
     for factor in (1.0, scale):
         path = tmp_path / f"{factor}.safetensors"
-        StoredMoments.save(path, {site: Moments(X.T @ X * factor, G.T @ G) for site, (X, G) in roots.items()})
+        StoredMoments.add(path, {site: Moments(X.T @ X * factor, G.T @ G) for site, (X, G) in roots.items()})
         for to, options in (("lora", {"rank": 2}), ("giva", {"ratio": 8})):
             errors.append(surgery.convert(source, to, base=llama, stats=path, **options)[1].output_error)
     assert errors[2] == pytest.approx(errors[0], rel=1e-3) and errors[3] == pytest.approx(errors[1], rel=0.05)
