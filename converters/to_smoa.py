@@ -79,7 +79,9 @@ def to_smoa(source: Source, request: Request) -> Result:
 
 
 def _config(rank: int, request: Request) -> SmoaConfig:
-    return METHOD.make_config({"rank": rank, "variant": request.options.get("variant", "components")}, {"seed": request.seed})
+    return METHOD.make_config(
+        {"rank": rank, "variant": request.options.get("variant", "components")}, {"seed": request.seed}
+    )
 
 
 def _share_note(request: Request, shares: Sequence[tuple[float, float]]) -> list[str]:
