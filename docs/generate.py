@@ -1,4 +1,4 @@
-"""Write the parts of the docs that come from the code: the command-line reference, the tables of methods and options.
+"""Write the parts of the docs that come from the code: the command-line reference, tables, and the drawing of packages.
 
 python docs/generate.py           writes what stands between the markers in docs/cli.md and docs/methods/
 python docs/generate.py --check   exits with 1 where that is out of date
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' reading of the imports
+
+from docs.drawing import drawing
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
 from surgery.methods.catalogue import MethodInfo
@@ -110,7 +113,8 @@ def generated() -> dict[Path, str]:
     for page in dict.fromkeys(map(page_of, our_methods())):
         infos = [info for info in our_methods() if page_of(info) == page]
         parts[DOCS / "methods" / page] = {"facts": fact_table(infos), "options": option_table(infos)}
-    return {page: filled(page.read_text(encoding="utf-8"), part) for page, part in parts.items()}
+    pages = {page: filled(page.read_text(encoding="utf-8"), part) for page, part in parts.items()}
+    return {**pages, DOCS / "architecture.svg": drawing()}
 
 
 def main() -> None:
