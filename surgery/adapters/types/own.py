@@ -237,7 +237,7 @@ def _site_like(method: OwnMethod, tensors: dict[str, torch.Tensor], weight: torc
     def size(names: tuple[str, ...], axis: int) -> int:
         if weight is not None:
             return int(weight.shape[axis])
-        found = next((tensors[name] for name in names if name in tensors and tensors[name].ndim > axis), None)
+        found = next((tensors[name] for name in names if name in tensors and tensors[name].ndim), None)
         return int(found.shape[axis]) if found is not None else 0
 
-    return Site(module, module, module, None, size(method.high, 0), size(method.wide, 1))
+    return Site(module, module, module, None, size(method.high, 0), size(method.wide, -1))
