@@ -233,8 +233,11 @@ CLAIMS: list[tuple[str, Verdict]] = [
     ("IniLoRA-beta is better than LoRA, r 8", _better("inilora-beta-8", "lora-8")),
     ("FRoD is as good as full fine-tuning", _as_good("frod", "full")),
     ("FRoD converges fastest of the adapters", _fastest("frod")),
-    ("SMoA r 8 is better than LoRA r 16, which has twice the parameters", _better("smoa-8", "lora-16")),
-    ("SMoA r 8 is better than LoRA r 8", _better("smoa-8", "lora-8")),
+    ("SMoA components r 8 is better than LoRA r 16, which has twice the parameters", _better("smoa-8", "lora-16")),
+    ("SMoA components r 8 is better than LoRA r 8", _better("smoa-8", "lora-8")),
+    ("SMoA r 16 is better than LoRA r 16, which has twice the parameters", _better("smoa-blocks-16", "lora-16")),
+    ("SMoA r 16 is better than LoRA r 8, which has as many parameters", _better("smoa-blocks-16", "lora-8")),
+    ("SMoA r 8 is better than LoRA r 8, which has twice the parameters", _better("smoa-blocks-8", "lora-8")),
 ]
 
 

@@ -118,6 +118,8 @@ CONTENDERS: dict[str, Contender] = {
     "inilora-alpha-8": Contender("IniLoRA-alpha, r = 8", 1e-3, _ours("inilora-alpha", rank=8)),
     "inilora-beta-8": Contender("IniLoRA-beta, r = 8", 1e-3, _ours("inilora-beta", rank=8)),
     "frod": Contender("FRoD, 1 % of S", 5e-3, _ours("frod")),
-    "smoa-8": Contender("SMoA, r = 8", 8e-3, _ours("smoa", rank=8)),
+    "smoa-8": Contender("SMoA components, r = 8", 8e-3, _ours("smoa", rank=8, variant="components")),
+    "smoa-blocks-8": Contender("SMoA, r = 8", 1e-3, _ours("smoa", rank=8)),
+    "smoa-blocks-16": Contender("SMoA, r = 16", 1e-3, _ours("smoa", rank=16)),
     "giva-8-warm": Contender("GiVA, r = 8, head warmed up", 1e-2, _giva_after_warm_up(8)),
 }

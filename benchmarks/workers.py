@@ -222,6 +222,39 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
     return {**result, "device_name": name}
 
 
+def smoa_scores(size: int, device: str) -> Measured:
+    """Which block each row and column of one weight is in."""
+    from surgery.methods.smoa import block_order
+
+    weight = _drawn(size, device)
+    return measured(lambda: {"words": block_order(weight, 2).numel()}, device)
+
+
+def smoa_full_svd(size: int, device: str) -> Measured:
+    """The order of rows and columns from a full decomposition of one weight."""
+    import torch
+
+    weight = _drawn(size, device)
+
+    def work() -> None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        index = torch.arange(S.numel(), dtype=S.dtype, device=S.device)
+        for vectors in (U, Vh.T):
+            energy = vectors.square() * S.square()
+            torch.argsort((energy * index).sum(1) / energy.sum(1))
+
+    return measured(work, device)
+
+
+def _drawn(size: int, device: str) -> Any:
+    """A weight of that many rows and columns whose singular values fall, as trained ones do."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(size, size // 8, generator=generator) @ torch.randn(size // 8, size, generator=generator)
+    return (torch.randn(size, size, generator=generator) + 0.1 * low).to(device)
+
+
 def _weights(model: str, targets: list[str], device: str) -> dict[str, Any]:
     from surgery.models.base_model import BaseModel
 
@@ -240,6 +273,8 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         inilora_factors,
         adam_factors,
         joint,
+        smoa_scores,
+        smoa_full_svd,
         giva_bases,
         frozen_step,
         plain_recipe,

@@ -6,6 +6,7 @@ python docs/generate.py --check   exits with 1 where that is out of date
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,11 +89,18 @@ def option_table(infos: list[MethodInfo]) -> str:
     assert command is not None
     taken = set().union(*(info.options for info in infos))
     cells = [
-        [f"`{FLAGS[str(parameter.name)]}`", " ".join(str(parameter.help).split())]
+        [f"`{FLAGS[str(parameter.name)]}`", _own_help(" ".join(str(parameter.help).split()), infos)]
         for parameter in command.params
         if isinstance(parameter, click.Option) and parameter.name in taken
     ]
     return f"{rows(['option', ''], cells)}\n\n{SHARED} ([command line](../cli.md#surgery-init))."
+
+
+def _own_help(text: str, infos: list[MethodInfo]) -> str:
+    """Of help that speaks of several methods, each after its name and a colon, the part for the methods of a page."""
+    parts = re.split(rf"(?:^| )(?=(?:{'|'.join(METHODS.names())}): )", text)
+    own = [part for part in parts if part.partition(":")[0] in {info.name for info in infos}]
+    return own[0] if own else text
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:

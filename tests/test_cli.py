@@ -204,7 +204,12 @@ def test_quiet_prints_only_the_folder(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["seq-cls", None])
 def test_notes_go_to_stderr(task: str | None, llama: Path, tmp_path: Path) -> None:
     result = init(llama, "smoa", tmp_path / "out", *(["--task", task] if task else []))
-    notes = ["Note: rank 32 is capped at min(in, out) in 6 of 21 layers (down to 16)"]
+    notes = [
+        "Note: smoa is the published form since 0.2.0: K diagonal blocks, about 1/K of a LoRA's trained numbers; what "
+        "0.1.0 made is --variant components",
+        "Note: blocks of 6 of 21 layers have fewer rows or columns than their rank, up to 16: a lower --rank trains "
+        "fewer numbers with the same freedom there",
+    ]
     if task:
         notes.append("Note: the checkpoint has no score: a fresh one, seeded, is saved with the adapter")
     assert result.stderr.splitlines() == notes
@@ -357,7 +362,8 @@ def test_task(kind: str, task: str | None, task_type: str | None, heads, model_f
 def test_no_store_bases(method: str, llama: Path, tmp_path: Path) -> None:
     stored = json.loads(init(llama, method, tmp_path / "stored", "--json").stdout)
     bare = json.loads(init(llama, method, tmp_path / "bare", "--json", "--no-store-bases").stdout)
-    assert bare["bytes"] < 0.8 * stored["bytes"]
+    # What SMoA leaves out is a bit for each row and column, which on layers this small a digest takes too.
+    assert bare["bytes"] < (1.01 if method == "smoa" else 0.8) * stored["bytes"]
     assert bare["trainable_parameters"] == stored["trainable_parameters"]
     key = "save_projection" if method == "vera" else "store_bases"
     assert (adapter_config(tmp_path / "stored")[key], adapter_config(tmp_path / "bare")[key]) == (True, False)

@@ -7,13 +7,16 @@ score and cut into K consecutive parts each.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
-from surgery.linalg.symmetric import Widener, add_gram_, eigh_
+from surgery.system.threads import one_torch_thread
 
 __all__ = ["block_labels", "pack_labels", "packed_length", "part_sizes", "spectral_scores", "unpack_labels"]
 
 CHUNK = 512  # rows widened to float64 at a time
+SMALL = 1 << 20  # below this many entries one thread is faster than several
 # Rows whose norm is this share of the largest are rounding: the eigenvectors say nothing of them.
 SILENT = 1e-12
 # Scores are compared in steps of this share of one spectral index: what is equal but for rounding is a tie.
@@ -32,26 +35,33 @@ def spectral_scores(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         weight: `(out, in)`, finite, of any floating dtype.
     """
-    rows, columns = weight.shape
-    tall = weight if rows >= columns else weight.T
-    size, widen = tall.shape[1], Widener()
+    small = weight.device.type == "cpu" and weight.numel() < SMALL
+    with one_torch_thread() if small else contextlib.nullcontext():
+        if weight.shape[0] >= weight.shape[1]:
+            return _tall_scores(weight)
+        columns, rows = _tall_scores(weight.T)
+        return rows, columns
+
+
+def _tall_scores(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of a weight with at least as many rows as columns."""
+    size = weight.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    for chunk in tall.split(CHUNK):
-        add_gram_(gram, widen(chunk))
+    for chunk in weight.split(CHUNK):
+        wide = chunk.double()
+        gram.addmm_(wide.T, wide)
     energies = gram.diagonal().clone()
-    values, vectors = eigh_(gram)
+    values, vectors = torch.linalg.eigh(gram)  # rising
+    del gram
     values = values.clamp_min(0)
     index = _mean_indices(values)
-    squares = vectors.square() * values  # (size, size), rising eigenvalues
-    short = _means(squares, index, energies)
     parts, norms = [], []
-    for chunk in tall.split(CHUNK):
-        wide = widen(chunk)
+    for chunk in weight.split(CHUNK):
+        wide = chunk.double()
         norms.append(wide.square().sum(1))
-        seen = (wide @ vectors).square_()
-        parts.append((seen @ index) / seen.sum(1).clamp_min(torch.finfo(torch.float64).tiny))
-    long = _silenced(torch.cat(parts), torch.cat(norms))
-    return (long, short) if rows >= columns else (short, long)
+        parts.append(_means((wide @ vectors).square_(), index))
+    columns = _means(vectors.square_() * values, index)
+    return _silenced(torch.cat(parts), torch.cat(norms)), _silenced(columns, energies)
 
 
 def _mean_indices(values: torch.Tensor) -> torch.Tensor:
@@ -67,9 +77,9 @@ def _mean_indices(values: torch.Tensor) -> torch.Tensor:
     return (sums / counts.clamp_min(1))[cluster]
 
 
-def _means(squares: torch.Tensor, index: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
-    total = squares.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    return _silenced((squares @ index) / total, energies)
+def _means(squares: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The mean index of each row's energies, `(n, size)` by singular value."""
+    return (squares @ index) / squares.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _silenced(scores: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
 from tests.converters.test_convert import WEIGHTS, dense, trained
 from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
+from tests.helpers.smoa_reference import parts_of
 
 
 @pytest.fixture
@@ -94,6 +95,57 @@ def test_what_lies_in_the_family_is_found(llama: Path, tmp_path: Path) -> None:
     assert (
         surgery.convert(tmp_path / "source", "smoa", None, base=llama, rank=2, accept_loss=True)[1].weight_error > 0.1
     )
+
+
+def best_on_blocks(dW: torch.Tensor, W: torch.Tensor) -> float:
+    """The share of a change's energy inside two diagonal blocks: what factors of any rank could hold."""
+    inside = sum(dW[rows][:, columns].square().sum() for rows, columns in parts_of(W, 2))
+    return float(inside / dW.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_blocks_hold_what_lies_on_them_and_say_so(kind: str, model_folder, tmp_path: Path) -> None:
+    folder = model_folder(kind)
+    trained(load_base(folder), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), tmp_path / "source")
+    with pytest.raises(MethodError, match=r"about half.*--variant components.*--accept-loss"):
+        surgery.convert(tmp_path / "source", "smoa", tmp_path / "out", base=folder, variant="blocks")
+    options = {"variant": "blocks", "accept_loss": True}
+    made, report = surgery.convert(tmp_path / "source", "smoa", tmp_path / "out", base=folder, rank=64, **options)
+    assert (made.config["variant"], made.config["format_version"]) == ("blocks", 2)
+    assert made.config["lora_alpha"] == made.config["r"] == 64 and made.provenance["format_version"] == 2
+    opened = PeftModel.from_pretrained(load_base(folder), tmp_path / "out")
+    reached = total = 0.0
+    for site in report.sites:
+        layer = opened.base_model.model.get_submodule(site.module)
+        dW, found = dense(tmp_path / "source", site.module), layer.get_delta_weight("default").double()
+        found = found.T if layer.fan_in_fan_out else found
+        left = float((dW - found).square().sum() / dW.square().sum())
+        share = best_on_blocks(dW, weight_of(load_base(folder), site.module))
+        assert site.weight_error == pytest.approx(left**0.5, rel=1e-3)
+        # At a rank above that of any block next to nothing inside of them is lost: where an entry of W is next to none.
+        assert (1 - share) ** 0.5 * 0.999 < site.weight_error < (1 - share) ** 0.5 * 1.02
+        reached, total = reached + share * float(dW.square().sum()), total + float(dW.square().sum())
+    said = [note for note in report.notes if "2 diagonal blocks" in note]
+    assert len(said) == 1 and f"{reached / total:.0%} of this change's energy" in said[0]
+    with torch.no_grad():
+        assert output(opened.eval(), model_inputs(kind)).isfinite().all()
+
+
+def test_blocks_within_a_budget_and_on_data(lora: Path, llama: Path, tmp_path: Path) -> None:
+    options = {"base": llama, "variant": "blocks", "accept_loss": True}
+    made, report = surgery.convert(lora, "smoa", tmp_path / "out", size=9_000, **options)
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size == report.bytes <= 9_000
+    assert surgery.convert(lora, "smoa", None, rank=made.config["r"] + 1, **options)[1].bytes > 9_000
+    half = surgery.convert(lora, "smoa", None, rank=8, **{**options, "variant": None})[1]
+    assert (
+        surgery.convert(lora, "smoa", None, rank=8, **options)[1].trainable_parameters == half.trainable_parameters / 2
+    )
+
+
+def test_the_variant_belongs_to_smoa(lora: Path, llama: Path) -> None:
+    for to, variant in (("giva", "blocks"), ("smoa", "rings")):
+        with pytest.raises(MethodError, match="variant belongs to smoa"):
+            surgery.convert(lora, to, None, base=llama, variant=variant)
 
 
 def random(*shapes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:

@@ -22,6 +22,8 @@ def flags(**options: Any) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if name == "store_bases":
             words += [] if value else ["--no-store-bases"]
+        elif name == "branch_ranks":
+            words.append(f"{flag}={','.join(map(str, value))}")
         elif isinstance(value, bool):
             words += [flag] if value else []
         elif isinstance(value, dict):
