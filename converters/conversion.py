@@ -342,7 +342,8 @@ class _Conversion:
         config = {key: old.get(key) for key in COMMON_KEYS} | {"bias": old.get("bias") or "none"}
         config["modules_to_save"] = self.saved.modules_to_save
         named = "target_modules" in result.config  # by a type that does not know all of the keys
-        if not named and set(result.ranks) == set(source.contents.modules) and old.get("target_modules"):
+        whole = set(result.ranks) == set(source.contents.modules) and not source.lacking.notes
+        if not named and whole and old.get("target_modules"):
             config.update({key: old[key] for key in TARGET_KEYS if key in old})
         elif not named:
             config["target_modules"] = sorted(result.ranks)
@@ -391,7 +392,13 @@ class _Conversion:
             saved_modules=saved.modules,
             source_bytes_bf16=_bytes_in_bf16(self.source, self.source_bytes),
             padding_bytes=result.padding,
-            notes=[*self.source.adapter.notes, *result.notes, *measured.notes, *self._notes()],
+            notes=[
+                *self.source.adapter.notes,
+                *self.source.lacking.notes,
+                *result.notes,
+                *measured.notes,
+                *self._notes(),
+            ],
             sites=sites,
             **figures,
         )

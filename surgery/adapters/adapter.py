@@ -109,6 +109,7 @@ class Adapter:
         """Return a copy with another configuration and other tensors, and all else as it is."""
         made = Adapter(config, tensors, self.provenance, self.card, self.folder)
         made.name, made.notes, made.as_stored = self.name, list(self.notes), False
+        made.weights = self.weights
         made.companions = dict(self.companions)
         return made
 

@@ -11,6 +11,7 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import sites_on_base, with_names_of
+from surgery.adapters.lacking import Lacking, lacking_in
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.adapters.types.base import Needs
 from surgery.deltas.operators import Delta
@@ -71,6 +72,7 @@ class Source:
         device: where to compute.
         sites: with a base, its layers -> the adapter's names for them.
         shapes: of layers, where they are known from elsewhere: some types' files do not say how wide a layer is.
+        lacking: what its file lacks of what its configuration names.
     """
 
     adapter: Adapter
@@ -79,6 +81,7 @@ class Source:
     device: torch.device
     sites: dict[Site, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    lacking: Lacking = field(default_factory=lambda: Lacking([], []))
 
     @classmethod
     def open(
@@ -100,6 +103,7 @@ class Source:
             AdapterError: it cannot, or its type needs a base.
             WrongBaseError: it was made from other base weights.
         """
+        lacking = lacking_in(adapter, base.names if base is not None else None)
         if base is not None:
             adapter = with_names_of(adapter, base)
         contents = contents_of(adapter)
@@ -110,7 +114,7 @@ class Source:
                 "give it with --base"
             )
         sites = sites_on_base(adapter, base, contents.modules) if base is not None else {}
-        return cls(adapter, contents, base, device, sites, shapes or {})
+        return cls(adapter, contents, base, device, sites, shapes or {}, lacking)
 
     def with_same_layers(self, adapter: Adapter) -> Source:
         """Another adapter of this one's layers, such as what it was converted to."""

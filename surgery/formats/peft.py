@@ -10,6 +10,7 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.companions import companion_files
+from surgery.adapters.completeness import check_saved, without_halves
 from surgery.adapters.config_schema import check_adapter_config
 from surgery.adapters.foreign_formats import foreign_format
 from surgery.adapters.format_registry import AdapterParts, Format
@@ -79,6 +80,9 @@ def peft_parts(folder: Path, read: Callable[[], dict[str, torch.Tensor]]) -> Ada
     if notes:
         names = TensorNames(list(tensors), type_of(config))
         config = plain_config(config, sorted(set(names.owners.values())))
+    check_saved(config, tensors, str(folder))
+    idle, lacking = without_halves(config, TensorNames(list(tensors), type_of(config)).by_module, str(folder))
+    tensors, notes = {name: tensors[name] for name in tensors if name not in idle}, notes + lacking
     if is_packed(config):
         tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
     return AdapterParts(

@@ -12,6 +12,7 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import sites_on_base, with_place_for
+from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CONFIG_FILE
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.deltas.operators import Delta
@@ -84,7 +85,7 @@ def _adapter(
     in_header = adapter.weights.suffix == ".safetensors"
     header = read_header(adapter.weights).tensors if in_header else _like(adapter.tensors)
     found = _started(path, "adapter", header, [adapter.weights])
-    found.notes += adapter.notes
+    found.notes += [*adapter.notes, *lacking_in(adapter).notes]
     found.peft_type = adapter.peft_type
     found.base = adapter.config.get("base_model_name_or_path")
     found.task = adapter.config.get("task_type")

@@ -12,6 +12,7 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents
 from surgery.adapters.fitting import located, sites_on_base, with_place_for
+from surgery.adapters.lacking import lacking_in
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.merging.report import MergedSite
@@ -54,7 +55,7 @@ class MergePlan:
     ) -> None:
         self.adapter, self.base, self.target, self.config = contents.adapter, base, target, config
         self.sites, self.replaced, self.device = dict(sites), dict(replaced), device
-        self.notes: list[str] = list(contents.adapter.notes)
+        self.notes: list[str] = [*contents.adapter.notes, *lacking_in(contents.adapter, base.names).notes]
         self._shifts = dict(shifts)
         self._site_of = {site.parameter: site for site in sites}
         self.added = _without_own_tensor(base, target, self._changed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from peft.utils import get_peft_model_state_dict
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.fitting import fit_to_model, own_task
+from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
+from surgery.models.module_names import ModelNames
 
 __all__ = ["load"]
 
@@ -75,20 +78,29 @@ def load(
         opened = portable_frod(opened, model)
     if opened.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{opened.folder}: PEFT type {opened.peft_type} is known neither to PEFT nor to surgery")
-    for note in opened.notes:
+    lacking = lacking_in(opened, ModelNames(model))
+    for note in [*opened.notes, *lacking.notes]:
         logging.getLogger("surgery").warning("%s: %s", opened.label, note)
     fitted = fit_to_model(opened, model)
     if fitted is opened and opened.folder is not None and opened.as_stored:
-        return _open(model, opened, opened.folder, is_trainable)
+        return _open(model, opened, opened.folder, is_trainable, lacking.layers)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         if fitted is not opened:
             fitted.companions = {}  # PEFT reads none of them
         fitted.save(Path(folder) / "adapter")
-        return _open(model, fitted, Path(folder) / "adapter", is_trainable)
+        return _open(model, fitted, Path(folder) / "adapter", is_trainable, lacking.layers)
 
 
-def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> PeftModel:
-    """PEFT's loading, but what it reports in many lines, or not at all, is an error."""
+def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool, lacking: Collection[str] = ()) -> PeftModel:
+    """PEFT's loading, but what it reports in many lines, or not at all, is an error.
+
+    Args:
+        model: the base.
+        adapter: the adapter, which fits it.
+        folder: where it lies.
+        is_trainable: leave it trainable.
+        lacking: layers that its file lacks, by its names, which PEFT leaves as they are.
+    """
     check_patterns(folder, adapter.config, [name for name, _ in model.named_modules()])
     try:
         loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -103,7 +115,11 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool) -> Pef
         reason = " ".join(str(error).split())[:300] or type(error).__name__  # of a configuration that PEFT cannot use
         raise AdapterError(f"{folder}: PEFT cannot open it ({reason})") from None
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    missing = sorted(set(wanted) - set(adapter.file_tensors()))
+    names = ModelNames(model)
+    places = {names.located(module, names.modules) or module for module in lacking}
+    starts = tuple(f"{MODEL_PREFIX}{place}." for place in places)
+    there = set(adapter.file_tensors())
+    missing = sorted(name for name in wanted if name not in there and not (starts and name.startswith(starts)))
     if missing:
         raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
     return loaded

@@ -17,6 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of
 from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.adapters.regex_check import check_patterns
@@ -113,6 +114,11 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
         raise AdapterError(f"{weights}: {found}")
     _refuse_not_finite(weights, header)
     packed = opened if is_packed(opened.config) else None
+    if not opened.as_stored and any("names of wrappers" in note for note in opened.notes):
+        raise AdapterError(
+            f"{weights}: {opened.notes[0]}, but PEFT does not open them; write it anew by surgery convert"
+        )
+    notes = [*opened.notes, *lacking_in(opened).notes]
     changed, carried = _sorted(opened, _prefix(kind))
     _check_targets(folder, opened.config, changed, carried)
     checked = Checked(
@@ -126,6 +132,7 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
         parameters=_trainable(opened, changed, carried),
         bytes=weights.stat().st_size,
         carried=carried,
+        notes=notes,
     )
     del opened  # and with it the mapping of the file
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.system.redaction import redacted
 
-__all__ = ["check_names", "local_folder"]
+__all__ = ["cached_files", "check_names", "local_folder"]
 
 # `org/name`, a folder in it, and a revision. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(
@@ -45,6 +46,17 @@ def local_folder(name: str) -> Path:
     if isinstance(found, Path):
         return found
     return _download(name, found["repo"], found["inside"], found["revision"])
+
+
+def cached_files(name: str, files: Sequence[str]) -> dict[str, Path]:
+    """Those files of a Hub repository that are in the local cache; the Hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    match = HUB_ID.fullmatch(name)
+    if match is None or match["inside"] is not None:
+        return {}
+    found = {file: try_to_load_from_cache(match["repo"], file, revision=match["revision"]) for file in files}
+    return {file: Path(path) for file, path in found.items() if isinstance(path, str)}
 
 
 def _folder_or_id(name: str) -> Path | re.Match[str]:

@@ -75,7 +75,7 @@ def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
 CASES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None] | None, dict[str, Any], str]] = {
     "nan": (put(f"{QUERY}.lora_A.weight", float("nan")), {}, f"{QUERY}.lora_A.weight holds NaN or Inf"),
     "inf": (put(f"{QUERY}.lora_B.weight", -float("inf")), {}, f"{QUERY}.lora_B.weight holds NaN or Inf"),
-    "half": (without(f"{QUERY}.lora_B.weight"), {}, r"layers\.1\.self_attn\.q_proj: expected .*lora_B"),
+    "half": (without(f"{QUERY}.lora_A.weight"), {}, r"lacks lora_A.weight of .*layers\.1\.self_attn\.q_proj"),
     "rank": (None, {"r": 8}, "r"),
     "not-targeted": (None, {"target_modules": ["v_proj"]}, "q_proj, .* does not name as target"),
     "not-matched": (None, {"target_modules": r".*\.v_proj"}, "q_proj, .* does not name as target"),
