@@ -6,21 +6,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-from peft.tuners.tuners_utils import check_target_module_exists
+from typing import TYPE_CHECKING, Any
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.completeness import starts_otherwise
 from surgery.adapters.regex_check import check_patterns
 from surgery.adapters.types.lora import A_NAME, B_NAME
 from surgery.errors import AdapterError, CheckpointError, listing
-from surgery.models.module_names import ModelNames
 from surgery.models.sites import role_by_name
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import cached_files
 from surgery.storage.safetensors_read import TensorFiles, read_json
 from surgery.storage.safetensors_write import read_header
+
+if TYPE_CHECKING:
+    from surgery.models.module_names import ModelNames
 
 __all__ = ["Lacking", "lacking_in"]
 
@@ -170,6 +170,11 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     if config.get("target_modules") == "all-linear":
         return True
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not any(config.get(key) for key in keys[1:]):
+        return module in targets or module.endswith(tuple(f".{target}" for target in targets))  # as PEFT does
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     settings = SimpleNamespace(**{key: config.get(key) for key in keys}, target_parameters=None)
     settings.target_modules = settings.target_modules or []
     return check_target_module_exists(settings, module) is not None and bool(

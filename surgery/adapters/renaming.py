@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.types.patterns import pattern_value
+from surgery.adapters.wrapper_names import type_prefix
 from surgery.models.sites import shortest_targets
 
 __all__ = ["adapted_modules", "renamed_adapter"]
@@ -26,7 +26,7 @@ def adapted_modules(adapter: Adapter) -> list[str]:
     """The modules that have tensors of the adapter's own type, in the file's order; saved modules are none."""
     if adapter.type is not None:
         return list(dict.fromkeys(filter(None, adapter.names.owners.values())))
-    prefix = str(PEFT_TYPE_TO_PREFIX_MAPPING.get(adapter.peft_type, ""))
+    prefix = type_prefix(adapter.peft_type)
     return [
         module
         for module, tensors in adapter.modules.items()

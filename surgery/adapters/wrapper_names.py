@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
 from surgery.errors import AdapterError, listing
 
-__all__ = ["plain_config", "plain_name", "plain_names"]
+__all__ = ["plain_config", "plain_name", "plain_names", "type_prefix"]
 
 # Names of modules that wrappers put in between.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")
+# Part of PEFT's own table (PEFT_TYPE_TO_PREFIX_MAPPING): importing it takes seconds.
+PREFIXES = {
+    "ADALORA": "lora_", "HIRA": "hira_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_",
+    "RANDLORA": "randlora_", "VERA": "vera_lambda_",
+}  # fmt: skip
 PEFT_PREFIX = "base_model.model."
 # What follows the name of an adapter's part where the adapter's own name is not in between.
 ENDS = ("weight", "bias")
@@ -42,6 +45,16 @@ def plain_name(name: str) -> str:
     return name
 
 
+def type_prefix(peft_type: str) -> str:
+    """Return how PEFT begins the names of a type's own parameters; the empty text for an unknown type."""
+    known = PREFIXES.get(peft_type)
+    if known is None:
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        known = str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, ""))
+    return known
+
+
 def plain_names(tensors: Mapping[str, T], peft_type: str, who: str) -> tuple[dict[str, T], list[str]]:
     """Tensors under their plain names, and a note on what was taken out of the names.
 
@@ -54,9 +67,9 @@ def plain_names(tensors: Mapping[str, T], peft_type: str, who: str) -> tuple[dic
         AdapterError: two tensors have the same plain name, or the file holds several adapters.
     """
     short = {name: plain_name(name) for name in tensors}
-    own = _adapter_name(short.values(), str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, "")), who)
+    own = _adapter_name(short.values(), type_prefix(peft_type), who)
     if own is not None:
-        prefix = str(PEFT_TYPE_TO_PREFIX_MAPPING[peft_type])
+        prefix = type_prefix(peft_type)
         short = {name: _without_adapter(plain, prefix, own) for name, plain in short.items()}
     renamed = {name: plain for name, plain in short.items() if plain != name}
     if not renamed:

@@ -128,8 +128,13 @@ def set_verbosity(verbose: bool, quiet: bool) -> None:
         return
     import warnings
 
-    import transformers
+    import wrapt
 
+    warnings.filterwarnings("ignore")
+    # When it is imported, which takes seconds: what only looks at files does without it.
+    wrapt.register_post_import_hook(_quieten, "transformers")
+
+
+def _quieten(transformers: Any) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,13 +23,15 @@ from surgery.comparison.report import (
 )
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
-from surgery.passes.examples import Examples, batches
-from surgery.passes.fidelity import Applied, Fidelity, arguments, fidelity
-from surgery.passes.loaded_model import RunSettings, load_model, on_device, prepared
 from surgery.system.devices import resolve_device
 from surgery.system.threads import one_torch_thread
+
+if TYPE_CHECKING:
+    from surgery.models.base_model import BaseModel
+    from surgery.passes.examples import Examples
+    from surgery.passes.fidelity import Fidelity
+    from surgery.passes.loaded_model import RunSettings
 
 __all__ = ["compare"]
 
@@ -101,21 +103,23 @@ def compare(
         raise MethodError("data says something about a model's answers: give the base model with --base")
     if dtype not in DTYPES:
         raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
-    settings = RunSettings(
-        samples, batch_size, max_length, False, DTYPES[dtype], seed, resolve_device(device), chat_template=chat_template
-    )
+    where = resolve_device(device)
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 
         check_picture(Path(plot))
     opened = [each if isinstance(each, Adapter) else Adapter.open(each) for each in (a, b)]
-    where = settings.device
     pair = Pair.open(opened[0], opened[1], None if base is None else str(base), task, where, trust_remote_code)
     with torch.no_grad():
         if data is None:
             sites = _measured(pair, _from_files(pair.base, where), progress)
             found = _comparison(a, b, pair, sites)
         else:
+            from surgery.passes.loaded_model import RunSettings  # brings transformers, which files alone do not need
+
+            settings = RunSettings(
+                samples, batch_size, max_length, False, DTYPES[dtype], seed, where, chat_template=chat_template
+            )
             found = _on_data(a, b, pair, data, settings, latency, progress)
     found.device = str(where)
     if plot is not None:
@@ -130,6 +134,9 @@ def compare(
 def _on_data(
     a: Any, b: Any, pair: Pair, data: str | Path, settings: RunSettings, latency: bool, progress: Progress | None
 ) -> Comparison:
+    from surgery.passes.fidelity import Applied, fidelity
+    from surgery.passes.loaded_model import load_model, prepared
+
     base = pair.base
     assert base is not None
     notes = pair.check_answers()
@@ -344,6 +351,10 @@ def _costs(model: Any, pair: Pair, examples: Examples, settings: RunSettings) ->
 
 def _inputs(model: Any, examples: Examples, size: int) -> tuple[dict[str, Any], int]:
     """The first batch of this size without labels, and how many tokens, or samples without tokens, it has."""
+    from surgery.passes.examples import batches
+    from surgery.passes.fidelity import arguments
+    from surgery.passes.loaded_model import on_device
+
     parameter = next(model.parameters())
     batch = next(on_device(parameter.device, parameter.dtype, batches(examples, size)))
     kept = arguments(model, {name: value for name, value in batch.items() if name != "share"})

@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
-from surgery.adapters.fitting import located, sites_on_base, with_place_for
-from surgery.adapters.on_base import ChangesOnBase
 from surgery.adapters.types.lora import BIAS_NAME
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
-from surgery.models.base_model import BaseModel
-from surgery.models.heads import HEAD_TASKS, missing_modules
-from surgery.models.labels import with_labels
 from surgery.models.sites import Site, role_by_name
 from surgery.system.threads import one_torch_thread
+
+if TYPE_CHECKING:
+    from surgery.adapters.on_base import ChangesOnBase
+    from surgery.models.base_model import BaseModel
 
 __all__ = ["Layer", "Pair", "Side", "WithBias"]
 
@@ -154,6 +153,9 @@ class Pair:
                         "model: give it with --base"
                     )
             return _by_name(*sides)
+        from surgery.adapters.fitting import with_place_for  # these bring transformers, which files alone do not need
+        from surgery.models.base_model import BaseModel
+
         opened = BaseModel.open(base, task, trust_remote_code)
         opened.refuse_quantized()
         if task is None:
@@ -201,6 +203,8 @@ class Pair:
     def head(self) -> dict[str, torch.Tensor]:
         """A's head, where the model's task has one."""
         assert self.base is not None
+        from surgery.models.heads import HEAD_TASKS
+
         if self.base.task is None or self.base.task.name not in HEAD_TASKS:
             return {}
         return {name: tensor for name, tensor in self.values(self.a).items() if not name.startswith(self._body)}
@@ -229,6 +233,8 @@ class Pair:
             lent = sorted({name.rpartition(".")[0] for name in brought if name not in side.carried})
             if lent:
                 notes.append(f"{letter} brings no {listing(lent, 3)}: it answers with {other}'s")
+        from surgery.models.heads import missing_modules
+
         drawn = [name for name in missing_modules(self.base) if not any(n.startswith(f"{name}.") for n in brought)]
         if drawn:
             missing = listing(drawn, 3)
@@ -270,6 +276,10 @@ def _renaming(ours: Collection[str], theirs: Collection[str]) -> Callable[[str],
 
 
 def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
+    from surgery.adapters.fitting import sites_on_base
+    from surgery.adapters.on_base import ChangesOnBase
+    from surgery.models.labels import with_labels
+
     sites: dict[Site, None] = {}
     for side in (a, b):
         side.carried = _carried_on(base, side)
@@ -301,6 +311,8 @@ def _checked(a: Side, b: Side, base: BaseModel | None, layers: list[Layer], rela
 
 
 def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
+    from surgery.adapters.fitting import located
+
     places = {name: located(name, base.shapes, base) for name in side.contents.carried}
     lost = [name for name, place in places.items() if place is None]
     if lost:

@@ -6,23 +6,25 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
-from surgery.adapters.fitting import sites_on_base, with_place_for
 from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CONFIG_FILE
-from surgery.adapters.on_base import ChangesOnBase
 from surgery.deltas.operators import Delta
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, listing
 from surgery.inspection.report import InspectedRole, InspectedSite, Inspection
-from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site, linear_sites, role_by_name, unsupported_modules
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
+
+if TYPE_CHECKING:
+    from surgery.adapters.on_base import ChangesOnBase
+    from surgery.models.base_model import BaseModel
 
 __all__ = ["inspect"]
 
@@ -67,6 +69,8 @@ def inspect(
     else:
         if base is not None:
             raise AdapterError(f"{path}: is a base model; base belongs to an adapter")
+        from surgery.models.base_model import BaseModel  # brings transformers, which an adapter by itself does not need
+
         found = _model(str(path), BaseModel.open(folder, None, trust_remote_code), spectra)
     found.roles = _by_role(found.sites)
     if plot is not None:
@@ -130,6 +134,10 @@ class _Changes:
         self.on_base: ChangesOnBase | None = None
         if base is None:
             return
+        from surgery.adapters.fitting import sites_on_base, with_place_for
+        from surgery.adapters.on_base import ChangesOnBase
+        from surgery.models.base_model import BaseModel
+
         opened = with_place_for(BaseModel.open(base, None, trust_remote_code), adapter, contents, trust_remote_code)
         opened.refuse_quantized()
         sites = sites_on_base(adapter, opened, contents.modules)

@@ -7,12 +7,13 @@ device: only names, classes and shapes are looked at.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from surgery.errors import TargetError, listing
 
@@ -61,8 +62,9 @@ def site_of(model: nn.Module, name: str, module: nn.Module) -> Site:
     Raises:
         TargetError: `module` is neither `nn.Linear` nor `Conv1D`.
     """
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
+    if _is_conv1d(module):
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        in_features, out_features = weight.shape
     elif isinstance(module, nn.Linear):
         in_features, out_features = module.in_features, module.out_features
     else:
@@ -76,7 +78,7 @@ def site_of(model: nn.Module, name: str, module: nn.Module) -> Site:
         layer = int(parts[index])
         role = ".".join([*parts[:index], "*", *parts[index + 1 :]])
         role = role.removeprefix(f"{prefix}.") if prefix else role
-    return Site(name, key, role, layer, int(out_features), int(in_features), isinstance(module, Conv1D))
+    return Site(name, key, role, layer, int(out_features), int(in_features), _is_conv1d(module))
 
 
 def role_by_name(module: str) -> tuple[str, int | None]:
@@ -94,7 +96,7 @@ def linear_sites(model: nn.Module) -> list[Site]:
     return [
         site_of(model, name, module)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in refused
+        if _is_linear(module) and name not in refused
     ]
 
 
@@ -106,7 +108,7 @@ def unsupported_modules(model: nn.Module) -> dict[str, str]:
             refused[f"{name}.out_proj"] = "nn.MultiheadAttention never calls this layer's forward"
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
             continue
-        linear = isinstance(module, (nn.Linear, Conv1D))
+        linear = _is_linear(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 refused[f"{name}.{parameter_name}"] = "fused 3-D expert weights"
@@ -206,3 +208,13 @@ def _no_match_message(model: nn.Module, sites: Sequence[Site], target: str) -> s
     if others:
         return f"target {target!r} matches no linear layer, only {listing(others, 3)}. Available: {available}"
     return f"target {target!r} matches no module. Available: {available}"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' `Conv1D`; before transformers is imported none is."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)

@@ -16,16 +16,29 @@ from types import ModuleType
 __all__ = ["import_peft_first"]
 
 PACKAGES = ("surgery.adapters.", "surgery.methods.", "surgery.peft_types.")
-# Their modules that import neither torch nor peft: the command line reads them at its start.
+# Their modules that do not import peft, nor another module that does: who only looks at files does without it.
 LIGHT = frozenset(
     {
-        "surgery.adapters.names",
+        *(
+            f"surgery.adapters.{name}"
+            for name in (
+                "adapter", "companions", "completeness", "config_schema", "contents", "foreign_formats",
+                "format_registry", "lacking", "names", "packing", "regex_check", "types", "wrapper_names",
+            )
+        ),
+        *(
+            f"surgery.adapters.types.{name}"
+            for name in (
+                "adalora", "base", "config_rules", "dora", "hira", "ia3", "loha", "lokr", "lora", "no_change",
+                "patterns", "randlora", "refused", "registry", "tensor_checks", "vera",
+            )
+        ),
         "surgery.methods.catalogue",
         "surgery.methods.own_types",
         "surgery.methods.registry",
         "surgery.peft_types.registry",
     }
-)
+)  # fmt: skip
 
 
 class _PeftFirst(MetaPathFinder):

@@ -7,8 +7,7 @@ from typing import Any
 
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.no_change import NO_CHANGE
-from surgery.adapters.types.own import own_type
-from surgery.methods.registry import own_infos
+from surgery.methods.registry import own_infos, own_types
 from surgery.system.registry import Registry
 
 __all__ = ["ADAPTER_TYPES", "readable_types", "type_of"]
@@ -44,7 +43,11 @@ def type_of(config: Mapping[str, Any]) -> AdapterType | None:
         entry = ADAPTER_TYPES.get(name)
         if entry is not None and entry.recognises(config):
             return entry
-    return NO_CHANGE.get(peft_type) or own_type(peft_type)
+    if peft_type in NO_CHANGE or peft_type not in own_types():
+        return NO_CHANGE.get(peft_type)
+    from surgery.adapters.types.own import own_type  # brings PEFT
+
+    return own_type(peft_type)
 
 
 def readable_types() -> list[str]:
@@ -54,5 +57,7 @@ def readable_types() -> list[str]:
 
 def all_types() -> list[AdapterType]:
     """Return every type: the table's, and those of our methods."""
+    from surgery.adapters.types.own import own_type
+
     own = [own_type(info.peft_type) for info in own_infos()]
     return [*ADAPTER_TYPES, *(kind for kind in own if kind is not None)]
