@@ -30,7 +30,7 @@ LIGHT = frozenset(
             f"surgery.adapters.types.{name}"
             for name in (
                 "adalora", "base", "config_rules", "dora", "hira", "ia3", "loha", "lokr", "lora", "no_change",
-                "patterns", "randlora", "refused", "registry", "tensor_checks", "vera",
+                "patterns", "randlora", "refused", "registry", "tensor_checks",
             )
         ),
         "surgery.methods.catalogue",
