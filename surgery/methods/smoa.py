@@ -303,7 +303,9 @@ class SMoA(OwnMethod):
     def specs_for(self, config: Any) -> tuple[Spec, ...]:
         # A saved configuration without a variant is older than the variants.
         named = config.get("variant") or "components" if isinstance(config, Mapping) else config.variant
-        return VARIANTS[named].specs if named in VARIANTS else self.specs
+        if named not in VARIANTS:
+            raise AdapterError(f"adapter_config.json: SMoA has variants {', '.join(VARIANTS)}, not {named!r}")
+        return VARIANTS[named].specs
 
     def make_config(self, options: dict[str, Any], common: dict[str, Any]) -> SmoaConfig:
         ranks = options.get("branch_ranks")
