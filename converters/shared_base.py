@@ -22,6 +22,7 @@ from surgery.converters.request import Metric, Progress
 from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
+from surgery.models.loading import lacking_note
 from surgery.passes.examples import Examples, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, prepared
@@ -292,6 +293,7 @@ class Base:
                 settings.data, base, 2 * settings.samples, settings.max_length, settings.seed, labelled=False
             )
             calibration, held_out, notes = _divided(examples, settings.samples)
+            notes = [*notes, *lacking_note(base, _brought(source.adapter, source.contents, base))]
             heads = _of_other_shapes(base, _brought(source.adapter, source.contents, base))
             model = load_model(base, RunSettings(seed=settings.seed, device=self.device), heads)
             self._stack.enter_context(prepared(model, False, examples))

@@ -43,7 +43,7 @@ def targets_of(source: Source, modules: list[str]) -> dict[str, Any]:
         modules: those that have a change left.
     """
     old = source.adapter.config
-    same = set(modules) == set(source.contents.modules)
+    same = set(modules) == set(source.contents.modules) and not source.lacking.notes
     if same and old.get("target_modules") and not old.get("exclude_modules"):
         return {name: old.get(name) for name in TARGETS}
     return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}

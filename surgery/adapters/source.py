@@ -18,6 +18,7 @@ from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 from surgery.linalg.low_rank import truncated_svd
 from surgery.models.base_model import BaseModel
+from surgery.models.quantized import unquantized_name
 from surgery.models.sites import Site
 from surgery.storage.resume import Parts
 
@@ -111,7 +112,7 @@ class Source:
         if base is None and (contents.needs > enough or (contents.needs and contents.lacks_shared)):
             raise AdapterError(
                 f"{adapter.label}: the weight change of a {adapter.peft_type} adapter depends on its base model: "
-                "give it with --base"
+                f"give it with --base{base_named_by(adapter)}"
             )
         sites = sites_on_base(adapter, base, contents.modules) if base is not None else {}
         return cls(adapter, contents, base, device, sites, shapes or {}, lacking)
@@ -197,6 +198,15 @@ class Source:
                 parts.add(_unit(module), cut, {"lost": change.lost})
             found = parts.tensors(_unit(module))
             yield Change(module, found["B"], found["A"], sites.get(module), parts.facts(_unit(module))["lost"])
+
+
+def base_named_by(adapter: Adapter) -> str:
+    """Return the base that an adapter names, ready for the end of a message; unquantised where it names a copy."""
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return ""
+    original = unquantized_name(name)
+    return f" {original} (it names {name}, a quantised copy)" if original is not None else ""
 
 
 def refuse_lone_experts(source: Source, to: str) -> None:

@@ -19,7 +19,7 @@ from surgery.merging.plan import MergePlan
 from surgery.models.base_model import BaseModel
 from surgery.storage.folder_checks import check_link
 from surgery.storage.resume import Parts
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.safetensors_read import SINGLE_FILE, read_json
 from surgery.storage.safetensors_write import (
     DTYPES,
     Header,
@@ -132,7 +132,7 @@ class MergedFolder:
         if config is not None:
             _write_json(folder / "config.json", config)
         index = self.plan.base.folder / INDEX_FILE
-        if index.is_file():
+        if index.is_file() and self.weight_files != [SINGLE_FILE]:  # a stale one is not copied
             _write_json(folder / INDEX_FILE, self._index(read_json(index)))
         _write_json(folder / PROVENANCE_FILE, provenance)
         total, done = sum(len(tensors) for tensors in self._tensors.values()), 0
@@ -173,14 +173,20 @@ class MergedFolder:
         try:
             for name in self.weight_files:
                 verify_file(folder / name, self._digests[name], target)
-            self._verify_names(BaseModel.open(folder, None, trust_remote_code))
+            made = self.plan.target
+            task = made.task.name if made.task is not None and made.is_text_part else None
+            self._verify_names(BaseModel.open(folder, task, trust_remote_code))
         except OutputError:
             raise
         except SurgeryError as error:
             raise OutputError(f"{target}: what was written cannot be opened ({error})") from None
 
     def _verify_names(self, written: BaseModel) -> None:
-        if type(written.model) is not type(self.plan.target.model) or written.shapes != self.plan.target.shapes:
+        # By name: code that comes with a model is imported anew from each folder.
+        if (
+            type(written.model).__name__ != type(self.plan.target.model).__name__
+            or written.shapes != self.plan.target.shapes
+        ):
             raise CheckpointError("it opens as another model")
         before = self.plan.base.sources
         for parameter in written.shapes:
@@ -267,6 +273,8 @@ def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]
         inside = Path(parent).relative_to(folder)
         for name in sorted(names):
             path = inside / name
+            if inside == Path() and name.startswith("adapter_"):  # of an adapter that lies in the base's folder
+                continue
             if name.startswith(".") or not (Path(parent) / name).is_file() or str(path) in {INDEX_FILE, *weights}:
                 continue
             if name.lower().endswith(OTHER_WEIGHTS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -19,6 +18,8 @@ from surgery.merging.report import MergedSite
 from surgery.models.base_model import BaseModel
 from surgery.models.checkpoint_names import Source, parameter_sources
 from surgery.models.labels import raw_config, with_class, with_labels
+from surgery.models.loading import lacking_note
+from surgery.models.quantized import unquantized_name
 from surgery.models.sites import Site
 from surgery.models.tying import check_untied, tied_groups, untied_config, wants_untying
 from surgery.models.write_back import written_back
@@ -56,6 +57,7 @@ class MergePlan:
         self.adapter, self.base, self.target, self.config = contents.adapter, base, target, config
         self.sites, self.replaced, self.device = dict(sites), dict(replaced), device
         self.notes: list[str] = [*contents.adapter.notes, *lacking_in(contents.adapter, base.names).notes]
+        self.notes += lacking_note(base, self.replaced)
         self._shifts = dict(shifts)
         self._site_of = {site.parameter: site for site in sites}
         self.added = _without_own_tensor(base, target, self._changed)
@@ -103,7 +105,7 @@ class MergePlan:
         if untied:
             config = untied_config(config or raw_config(base))
         if config is not None:
-            target = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
+            target = base.with_config(base.config_from(config))
         if untied:
             check_untied(base, target, {*replaced, *adapted})
         _check_shapes(adapter, target, replaced)
@@ -329,7 +331,8 @@ def _base_note(adapter: Adapter, base: BaseModel) -> list[str]:
     named = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
     given = base.folder.resolve().name if base.folder.is_dir() and base.name == str(base.folder) else base.name
     given = given.partition("@")[0].rstrip("/").rpartition("/")[2]
-    if not named or named == given:
+    original = unquantized_name(str(adapter.config.get("base_model_name_or_path") or "")) or ""
+    if not named or given in {named, original.rpartition("/")[2]}:
         return []
     return [f"the adapter names its base {named!r}, and is merged into {given!r}"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from surgery.errors import CheckpointError, listing
 from surgery.models.checkpoint_names import Source, parameter_sources
 from surgery.models.config_limits import check_model_config, limited_modules
 from surgery.models.module_names import ModelNames
+from surgery.models.quantized import unquantized_advice
 from surgery.models.sites import Site, role_by_name, select_sites
 from surgery.models.tasks import TASK_TABLE
 from surgery.storage.folder_checks import check_files
@@ -116,6 +118,7 @@ class BaseModel:
         if labels is not None:
             _set_labels(config, labels)
         model_class, chosen = _model_class(folder, config, task, trust_remote_code)
+        config = _config_for(model_class, config)
         base = cls(str(model), folder, config, _on_meta(folder, model_class, config, files), chosen, files)
         base.labels = list(labels) if labels is not None else None
         return base
@@ -130,6 +133,19 @@ class BaseModel:
     @property
     def _body(self) -> str:
         return f"{self.model.base_model_prefix}."
+
+    @property
+    def is_text_part(self) -> bool:
+        """Whether the model is the text model of a composite one, whose configuration `config.json` is."""
+        return bool(read_json(self.folder / "config.json").get("model_type") != self.config.model_type)
+
+    def config_from(self, raw: dict[str, Any]) -> PretrainedConfig:
+        """The configuration of this model from what a `config.json` holds, which may be that of a composite one."""
+        text = raw.get("text_config")
+        if isinstance(text, dict) and raw.get("model_type") != self.config.model_type:
+            raw = {**text, **{key: raw[key] for key in ("tie_word_embeddings",) if key in raw}}
+        found: PretrainedConfig = type(self.config).from_dict(copy.deepcopy(raw))
+        return found
 
     def with_config(self, config: PretrainedConfig) -> BaseModel:
         """The same files under a changed configuration (another number of labels, untied embeddings).
@@ -200,8 +216,8 @@ class BaseModel:
             as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
             kind = as_dict.get("quant_method", "unknown")
             raise CheckpointError(
-                f"{self.folder}: the checkpoint is quantised ({kind}); this method needs the true weights: give the "
-                "unquantised model"
+                f"{self.folder}: the checkpoint is quantised ({kind}); this needs the true weights: "
+                + unquantized_advice(self.name, read_json(self.folder / "config.json"))
             )
 
     def parameter(self, name: str, check: bool = False) -> torch.Tensor:
@@ -237,6 +253,20 @@ class BaseModel:
     def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
         """The weight of `site`, `(out, in)`, float32, on `device`."""
         return self.raw_weight(site).to(device=device, dtype=torch.float32)
+
+
+def _config_for(model_class: type[Any], config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a composite configuration that a text model is made from, as transformers' auto classes take it."""
+    parts: Any = getattr(config, "sub_configs", None) or {}
+    text: Any = parts.get("text_config")
+    if text is None or getattr(model_class, "config_class", None) is not text or type(config) is text:
+        return config
+    inner: Any = config.get_text_config()
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        inner.quantization_config = quantization
+    found: PretrainedConfig = inner
+    return found
 
 
 def _set_labels(config: PretrainedConfig, labels: Sequence[int | str]) -> None:

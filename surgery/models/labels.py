@@ -64,6 +64,6 @@ def with_class(base: BaseModel, config: dict[str, Any] | None) -> dict[str, Any]
     """The configuration naming the class that the adapter is for, or as it was given where it does."""
     name = type(base.model).__name__
     current = config if config is not None else raw_config(base)
-    if (current.get("architectures") or [None])[0] == name or base.task is None:
+    if (current.get("architectures") or [None])[0] == name or base.task is None or base.is_text_part:
         return config
     return {**current, "architectures": [name]}

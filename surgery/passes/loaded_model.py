@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from surgery.errors import CheckpointError, MethodError
+from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
+from surgery.models.loading import load_from_files
 from surgery.passes.examples import Examples, read_examples
 
 __all__ = ["is_file", "load_model", "on_device", "prepared"]
@@ -103,28 +103,18 @@ def load_model(base: BaseModel, settings: RunSettings, carried: dict[str, torch.
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     device_map: Any = "auto" if settings.spread and not _fits(base, settings) else None
     if base.is_quantized and device_map is None:
         device_map = {"": settings.device}  # quantised layers are not moved once they are made
-    try:
-        # A seed for whatever transformers draws because the checkpoint lacks it.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model = type(base.model).from_pretrained(
-                base.folder,
-                config=base.config,
-                dtype=settings.dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                ignore_mismatched_sizes=bool(carried),  # of a head of other labels, which `carried` replaces
-            )
-    # Of its configurations transformers makes errors of every kind.
-    except (ImportError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{base.folder}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    # A seed for whatever transformers draws because the checkpoint lacks it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = load_from_files(
+            base,
+            dtype=settings.dtype,
+            device_map=device_map,
+            ignore_mismatched_sizes=bool(carried),  # of a head of other labels, which `carried` replaces
+        )
     model.load_state_dict(carried, strict=False)
     return model if device_map else model.to(settings.device)
 

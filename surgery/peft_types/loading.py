@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
@@ -23,7 +22,9 @@ from surgery.adapters.regex_check import check_patterns
 from surgery.errors import AdapterError, CheckpointError, SurgeryError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
+from surgery.models.loading import lacking_note, load_from_files
 from surgery.models.module_names import ModelNames
+from surgery.models.quantized import unquantized_name
 
 __all__ = ["load"]
 
@@ -71,7 +72,8 @@ def load(
         except CheckpointError as error:
             if base is not None:
                 raise
-            raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; give base=...") from None
+            advice = f"give base={unquantized_name(name) or '...'}"
+            raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; {advice}") from None
     if opened.peft_type == "FROD":
         from surgery.adapters.stock_frod import portable_frod
 
@@ -141,19 +143,17 @@ def _load_base(
     labelled = with_labels(opened, {name: value for name, value in brought.items() if name in opened.shapes})
     if labelled is not None:
         opened = opened.with_config(type(opened.config).from_dict(labelled))
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        model = type(opened.model).from_pretrained(
-            opened.folder,
-            config=opened.config,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            ignore_mismatched_sizes=labelled is not None,  # of the base's own head, which the adapter replaces
-        )
-    except (ImportError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{name}: cannot be loaded ({str(error).strip().split(chr(10))[0]})") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    return model
+    for note in lacking_note(opened, _brought(adapter, opened)):
+        logging.getLogger("surgery").warning("%s: %s", name, note)
+    return load_from_files(
+        opened,
+        dtype=dtype,
+        device_map=device_map,
+        ignore_mismatched_sizes=labelled is not None,  # of the base's own head, which the adapter replaces
+    )
+
+
+def _brought(adapter: Adapter, base: BaseModel) -> set[str]:
+    """The parameters of the base that an adapter saves whole."""
+    names = (name.removeprefix(MODEL_PREFIX) for name in adapter.tensors if name not in adapter.names.owners)
+    return {place for place in (base.names.located(name, base.shapes) for name in names) if place is not None}

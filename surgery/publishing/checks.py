@@ -24,6 +24,7 @@ from surgery.adapters.regex_check import check_patterns
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.methods.registry import method_for_type
+from surgery.storage.hub_cache import is_legacy_id
 from surgery.storage.safetensors_read import read_tensor
 from surgery.storage.safetensors_write import DTYPES, Tensor, read_header, stored_pieces
 from surgery.system.memory import release_freed
@@ -31,7 +32,7 @@ from surgery.system.memory import release_freed
 __all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter", "valid_id"]
 
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-BASE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern})(?:@(?P<revision>[\w./-]+))?")
+BASE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern}|[a-z0-9-]+)(?:@(?P<revision>[\w./-]+))?")
 # A layer of more bytes is not decomposed for the picture.
 MOST_BYTES = 1 << 26
 HEADS = {"classifier", "score"}
@@ -156,15 +157,22 @@ def base_model_id(folder: Path, config: Mapping[str, Any], given: str | None) ->
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     name = given if given is not None else str(named or "")
     match = BASE_ID.fullmatch(name)
+    if match is not None and "/" not in match["repo"] and not is_legacy_id(match["repo"]):
+        match = None
     if given is not None:
         if match is None:
             raise HubError(f"--base-model {given}: is no Hub id (ORG/NAME, or ORG/NAME@REVISION)")
-        return valid_id(match["repo"]), match["revision"]
+        return _valid_base(match["repo"]), match["revision"]
     if match is None or _is_local(folder, name):
         # The place itself stays out of the message: it may end in a log that is published.
         what = f"{Path(name).name!r} on a disk" if named else "no base model"
         raise HubError(f"{folder}: names {what}, not a Hub id; say which model it is with --base-model ORG/NAME")
-    return valid_id(match["repo"]), match["revision"] or revision
+    return _valid_base(match["repo"]), match["revision"] or revision
+
+
+def _valid_base(name: str) -> str:
+    """A base model's name: a repository's, or one that the Hub knows without an organisation."""
+    return name if is_legacy_id(name) else valid_id(name)
 
 
 def valid_id(name: str) -> str:

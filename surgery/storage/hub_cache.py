@@ -4,17 +4,91 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.system.redaction import redacted
 
-__all__ = ["cached_files", "check_names", "local_folder"]
+__all__ = ["cached_files", "check_names", "is_legacy_id", "local_folder"]
 
 # `org/name`, a folder in it, and a revision. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<inside>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?/?(?:@(?P<revision>[\w./-]+))?"
+)
+# Models that the Hub knows without an organisation, from the time before there were any; no others will be.
+LEGACY_IDS = frozenset(
+    [
+        "albert-base-v1",
+        "albert-base-v2",
+        "albert-large-v1",
+        "albert-large-v2",
+        "albert-xlarge-v1",
+        "albert-xlarge-v2",
+        "albert-xxlarge-v1",
+        "albert-xxlarge-v2",
+        "bert-base-cased",
+        "bert-base-cased-finetuned-mrpc",
+        "bert-base-chinese",
+        "bert-base-german-cased",
+        "bert-base-german-dbmdz-cased",
+        "bert-base-german-dbmdz-uncased",
+        "bert-base-multilingual-cased",
+        "bert-base-multilingual-uncased",
+        "bert-base-uncased",
+        "bert-large-cased",
+        "bert-large-cased-whole-word-masking",
+        "bert-large-cased-whole-word-masking-finetuned-squad",
+        "bert-large-uncased",
+        "bert-large-uncased-whole-word-masking",
+        "bert-large-uncased-whole-word-masking-finetuned-squad",
+        "camembert-base",
+        "ctrl",
+        "distilbert-base-cased",
+        "distilbert-base-cased-distilled-squad",
+        "distilbert-base-german-cased",
+        "distilbert-base-multilingual-cased",
+        "distilbert-base-uncased",
+        "distilbert-base-uncased-distilled-squad",
+        "distilbert-base-uncased-finetuned-sst-2-english",
+        "distilgpt2",
+        "distilroberta-base",
+        "gpt2",
+        "gpt2-large",
+        "gpt2-medium",
+        "gpt2-xl",
+        "openai-gpt",
+        "roberta-base",
+        "roberta-base-openai-detector",
+        "roberta-large",
+        "roberta-large-mnli",
+        "roberta-large-openai-detector",
+        "t5-11b",
+        "t5-3b",
+        "t5-base",
+        "t5-large",
+        "t5-small",
+        "transfo-xl-wt103",
+        "xlm-clm-ende-1024",
+        "xlm-clm-enfr-1024",
+        "xlm-mlm-100-1280",
+        "xlm-mlm-17-1280",
+        "xlm-mlm-en-2048",
+        "xlm-mlm-ende-1024",
+        "xlm-mlm-enfr-1024",
+        "xlm-mlm-enro-1024",
+        "xlm-mlm-tlm-xnli15-1024",
+        "xlm-mlm-xnli15-1024",
+        "xlm-roberta-base",
+        "xlm-roberta-large",
+        "xlm-roberta-large-finetuned-conll02-dutch",
+        "xlm-roberta-large-finetuned-conll02-spanish",
+        "xlm-roberta-large-finetuned-conll03-english",
+        "xlm-roberta-large-finetuned-conll03-german",
+        "xlnet-base-cased",
+        "xlnet-large-cased",
+    ]
 )
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
@@ -45,21 +119,44 @@ def local_folder(name: str) -> Path:
     found = _folder_or_id(name)
     if isinstance(found, Path):
         return found
-    return _download(name, found["repo"], found["inside"], found["revision"])
+    return _download(name, found.repo, found.inside, found.revision)
 
 
 def cached_files(name: str, files: Sequence[str]) -> dict[str, Path]:
     """Those files of a Hub repository that are in the local cache; the Hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
-    match = HUB_ID.fullmatch(name)
-    if match is None or match["inside"] is not None:
+    named = _hub_id(name)
+    if named is None or named.inside is not None:
         return {}
-    found = {file: try_to_load_from_cache(match["repo"], file, revision=match["revision"]) for file in files}
+    found = {file: try_to_load_from_cache(named.repo, file, revision=named.revision) for file in files}
     return {file: Path(path) for file, path in found.items() if isinstance(path, str)}
 
 
-def _folder_or_id(name: str) -> Path | re.Match[str]:
+@dataclass(frozen=True)
+class _HubId:
+    """A repository, a folder inside it, and a revision."""
+
+    repo: str
+    inside: str | None
+    revision: str | None
+
+
+def _hub_id(name: str) -> _HubId | None:
+    """The parts of a Hub id; None for a name that is none."""
+    legacy, _, revision = name.partition("@")
+    if legacy in LEGACY_IDS:
+        return _HubId(legacy, None, revision or None)
+    match = HUB_ID.fullmatch(name)
+    return _HubId(match["repo"], match["inside"], match["revision"]) if match is not None else None
+
+
+def is_legacy_id(name: str) -> bool:
+    """Return whether a name is a model that the Hub knows without an organisation, such as `gpt2`."""
+    return name in LEGACY_IDS
+
+
+def _folder_or_id(name: str) -> Path | _HubId:
     path = Path(name)
     try:
         if path.is_dir():
@@ -68,10 +165,10 @@ def _folder_or_id(name: str) -> Path | re.Match[str]:
             raise CheckpointError(f"{name}: is a file, expected a folder")
     except OSError as error:  # a name that no file system takes
         raise CheckpointError(f"{name}: no such folder ({error.strerror})") from None
-    match = HUB_ID.fullmatch(name)
-    if match is None or name.startswith((".", "/", "~")):
+    named = _hub_id(name)
+    if named is None or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder (a Hub model is named ORG/NAME)")
-    return match
+    return named
 
 
 def _download(name: str, repo: str, inside: str | None, revision: str | None) -> Path:
