@@ -293,12 +293,12 @@ def _converted(member: Member, bases: _Bases) -> BatchEntry:
     if writes:
         assert member.out is not None
         key = _key(member, folder, base, options)
-        before = _finished(member.out)
-        if before is not None and before.get(KEY) == key and convert.resume and not convert.force:
+        before = _history(member.out)
+        if before.get(KEY) == key and _is_whole(member.out, before) and convert.resume and not convert.force:
             report = _report_of(before, member)
             return BatchEntry(member.name, "skipped", report.source_type, str(member.out), report=report)
-        # An output of an earlier batch, of another source or other options, is ours to replace.
-        convert = replace(convert, force=convert.force or (before is not None and KEY in before))
+        # An output of an earlier batch, of another source or other options, or damaged, is ours to replace.
+        convert = replace(convert, force=convert.force or KEY in before)
         refuse_inputs(member.out, folder, base, called="the adapter or its base model")
         check_output(member.out, convert.force)
     adapter = member.given if isinstance(member.given, Adapter) else Adapter.open(member.given)
@@ -321,6 +321,7 @@ def _key(member: Member, folder: Path | None, base: str | None, options: BatchOp
         "base": _model_identity(base),
         "data": file_identities(Path(data.data)) if data.data is not None else None,
         "settings": [data.samples, data.batch_size, data.max_length, data.seed, options.task],
+        "template": file_identities(Path(data.chat_template)) if data.chat_template is not None else None,
         "stats": Path(data.stats).name if data.stats is not None else None,
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
@@ -343,16 +344,20 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _finished(out: Path) -> dict[str, Any] | None:
-    """The `surgery.json` of an output that is whole, or None."""
+def _history(out: Path) -> dict[str, Any]:
+    """The `surgery.json` of an output; empty where there is none that can be read."""
     with contextlib.suppress(SurgeryError, OSError):
-        history, weights = out / PROVENANCE_FILE, out / WEIGHTS_FILE
-        if history.is_file() and weights.is_file() and (out / CONFIG_FILE).is_file():
-            found = read_json(history)
-            stated = found.get("report")
-            if isinstance(stated, Mapping) and stated.get("bytes") == weights.stat().st_size:
-                return found
-    return None
+        if (out / PROVENANCE_FILE).is_file():
+            return read_json(out / PROVENANCE_FILE)
+    return {}
+
+
+def _is_whole(out: Path, history: Mapping[str, Any]) -> bool:
+    """Whether an output has its files, of the size that its history says."""
+    stated, weights = history.get("report"), out / WEIGHTS_FILE
+    if not isinstance(stated, Mapping) or not weights.is_file() or not (out / CONFIG_FILE).is_file():
+        return False
+    return stated.get("bytes") == weights.stat().st_size
 
 
 def _report_of(history: Mapping[str, Any], member: Member) -> ConvertReport:

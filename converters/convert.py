@@ -49,6 +49,7 @@ def convert(  # type: ignore[overload-overlap]  # text is a sequence of texts, t
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
+    chat_template: str | Path | None = None,
     task: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -86,6 +87,7 @@ def convert(
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
+    chat_template: str | Path | None = None,
     task: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -125,6 +127,7 @@ def convert(
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
+    chat_template: str | Path | None = None,
     task: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -176,6 +179,7 @@ def convert(
         recover: steps of distillation: the original's answers on the calibration samples are learnt, in no more bytes.
         accept_loss: write even what keeps less than half of the adapter.
         stats: a file of calibration statistics: read where it exists; what it lacks is gathered and added.
+        chat_template: a file with the chat template for data of messages, in place of the tokenizer's.
         task: what the model is for, which chooses its class.
         device: where to compute: auto, cpu, cuda.
         dtype: of the stored factors: float32, bfloat16, float16, and for lora float8_e4m3fn; default the source's.
@@ -215,7 +219,7 @@ def convert(
         force=force,
         resume=resume,
     )
-    settings = DataSettings(data, samples, batch_size, max_length, seed, stats)
+    settings = DataSettings(data, samples, batch_size, max_length, seed, stats, chat_template)
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 

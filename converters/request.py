@@ -47,6 +47,9 @@ class Budget:
                 object.__setattr__(self, "size", parse_bytes(self.size))
             except ValueError as error:
                 raise MethodError(f"size: {error}") from None
+        for name in ("energy", "max_error", "ratio"):
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, float(getattr(self, name)))
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) > 1:
             raise MethodError(f"give one of {', '.join(given)}, not several")

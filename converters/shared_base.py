@@ -45,7 +45,8 @@ class DataSettings:
         batch_size: samples run at a time.
         max_length: tokens of the longest sample.
         seed: of the drawing and of the answers drawn.
-        stats: a file of statistics: read where it exists, written where it does not.
+        stats: a file of statistics: read where it exists; what it lacks is added.
+        chat_template: a file with the chat template for data of messages; None for the tokenizer's.
     """
 
     data: str | Path | None
@@ -54,6 +55,7 @@ class DataSettings:
     max_length: int | None = None
     seed: int = 0
     stats: str | Path | None = None
+    chat_template: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
@@ -245,6 +247,7 @@ class Base:
             "class": type(self.opened.model).__name__ if self.opened is not None and self.fixed_class else None,
             "data": file_identities(*files),
             "stats": Path(settings.stats).name if settings.stats is not None else None,
+            "template": file_identities(Path(settings.chat_template)) if settings.chat_template is not None else None,
             "settings": [settings.samples, settings.batch_size, settings.max_length, settings.seed],
         }
 
@@ -290,7 +293,13 @@ class Base:
             settings = self.settings
             assert settings.data is not None
             examples = read_examples(
-                settings.data, base, 2 * settings.samples, settings.max_length, settings.seed, labelled=False
+                settings.data,
+                base,
+                2 * settings.samples,
+                settings.max_length,
+                settings.seed,
+                labelled=False,
+                chat_template=settings.chat_template,
             )
             calibration, held_out, notes = _divided(examples, settings.samples)
             notes = [*notes, *lacking_note(base, _brought(source.adapter, source.contents, base))]

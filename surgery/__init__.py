@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
     from surgery.converters.convert import convert
+    from surgery.converters.report import BatchReport, ConvertReport
     from surgery.initialization.init import init
     from surgery.initialization.report import Report
     from surgery.inspection.inspect import inspect
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "BaseModel",
+    "BatchReport",
     "Comparison",
+    "ConvertReport",
     "Inspection",
     "MergeReport",
     "PushReport",
@@ -59,7 +62,9 @@ __all__ = [
 _HOMES = {
     "Adapter": "surgery.adapters.adapter",
     "BaseModel": "surgery.models.base_model",
+    "BatchReport": "surgery.converters.report",
     "Comparison": "surgery.comparison.report",
+    "ConvertReport": "surgery.converters.report",
     "Inspection": "surgery.inspection.report",
     "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",

@@ -88,6 +88,7 @@ DTYPES = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes))
     "--recover", type=int, metavar="STEPS", help="Steps in which the result learns the original's answers on the data."
 )
 @click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter.")
+@click.option("--chat-template", metavar="FILE", help="Chat template for data of messages, in place of the model's.")
 @click.option("--stats", metavar="FILE", help="Calibration statistics: read from FILE; what it lacks is added.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of the stored factors. [default: the adapter's]")
 @task_option()
@@ -158,7 +159,8 @@ def _check_usage(adapters: tuple[str, ...], to: str, bases: tuple[str, ...], opt
         form.chosen(own)
     except MethodError as error:
         raise click.UsageError(f"--{error}") from None
-    alone = len(adapters) == 1 and (Path(adapters[0]) / "adapter_config.json").is_file()
+    folder = Path(adapters[0])
+    alone = len(adapters) == 1 and not (folder.is_dir() and not (folder / "adapter_config.json").is_file())
     if options["recover"] is not None and (options["data"] is None or not bases):
         raise click.UsageError("--recover trains on data with the base model: give --base and --data")
     if alone and not bases and (options["data"] is not None or options["stats"] is not None):

@@ -1,0 +1,238 @@
+"""`surgery.convert` of many adapters: each is tried, finished ones are skipped, what changed is made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.converters import batch as batch_module
+from surgery.converters.batch_members import adapter_folders, members_of
+from surgery.errors import AdapterError, MethodError, SurgeryError
+from tests.converters.test_convert import WEIGHTS, text_llama, trained  # noqa: F401
+from tests.helpers.models import llama_config, load_base
+from tests.helpers.texts import text_rows, write_rows
+
+
+@pytest.fixture
+def loras(llama: Path, tmp_path: Path) -> Path:
+    """A folder of three small LoRAs."""
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        trained(load_base(llama), config, tmp_path / "loras" / name, seed)
+    return tmp_path / "loras"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def states(report: surgery.BatchReport) -> dict[str, str]:
+    return {entry.adapter: entry.state for entry in report.entries}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/{WEIGHTS}")}
+
+
+def test_a_bad_member_costs_its_own_entry_alone(loras: Path, tmp_path: Path) -> None:
+    truncate(loras / "b")
+    (loras / "d").mkdir()
+    (loras / "d" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    seen = []
+    report = surgery.convert(
+        [loras], "giva", tmp_path / "out", ratio=2, on_entry=lambda entry, done, of: seen.append((done, of))
+    )
+    assert states(report) == {"a": "done", "b": "failed", "c": "done", "d": "failed"}
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)] and len(report) == 4 and len(report.failed) == 2
+    assert sorted(stamps(tmp_path / "out")) == ["a", "c"]
+    assert WEIGHTS in str(report.entries[1].error) and report.entries[3].kind == "PROMPT_TUNING"
+    alone, _ = surgery.convert(loras / "a", "giva", ratio=2)
+    assert alone.same_as(report[0][0])
+    with pytest.raises(SurgeryError, match=r"b: .*safetensors"):
+        _ = report[1]
+    told = report.to_dict()["adapters"]
+    assert [bool(each.get("error")) for each in told] == [False, True, False, True]
+    assert told[0]["weight_error"] > 0 and told[0]["sites"] and told[0]["state"] == "done"
+
+
+def test_a_second_run_makes_what_changed_and_nothing_else(loras: Path, tmp_path: Path) -> None:
+    first = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
+    before = stamps(tmp_path / "out")
+    again = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
+    assert set(states(again).values()) == {"skipped"} and stamps(tmp_path / "out") == before
+    # What a skipped member's entry says is what the first run said.
+    for old, new in zip(first, again, strict=True):
+        assert (new[1].bytes, new[1].weight_error, new[1].kept) == (old[1].bytes, old[1].weight_error, old[1].kept)
+    tensors = load_file(loras / "b" / WEIGHTS)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, loras / "b" / WEIGHTS)
+    assert states(surgery.convert([loras], "giva", tmp_path / "out", ratio=2)) == {
+        "a": "skipped", "b": "done", "c": "skipped"
+    }  # fmt: skip
+    # A file that was touched has the same bytes.
+    os.utime(loras / "a" / WEIGHTS)
+    (tmp_path / "out" / "c" / WEIGHTS).write_bytes(b"")
+    found = states(surgery.convert([loras], "giva", tmp_path / "out", ratio=2))
+    assert found == {"a": "skipped", "b": "skipped", "c": "done"}
+    assert set(states(surgery.convert([loras / "a"], "giva", tmp_path / "out", ratio=3)).values()) == {"done"}
+    assert set(states(surgery.convert([loras / "a"], "giva", tmp_path / "out", ratio=3, force=True)).values()) == {
+        "done"
+    }
+
+
+def test_an_output_that_is_not_a_batchs_is_left_alone(loras: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "notes.txt").write_text("mine")
+    report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
+    assert states(report) == {"a": "failed", "b": "done", "c": "done"}
+    assert "not empty" in str(report.entries[0].error)
+    assert (tmp_path / "out" / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_members_are_found_and_named(loras: Path, llama: Path, tmp_path: Path) -> None:
+    (loras / "logs").mkdir()
+    shutil.copytree(llama, loras / "base")
+    assert [each.name for each in adapter_folders(loras)] == ["a", "b", "c"]
+    assert adapter_folders(loras / "a") == [] and adapter_folders(Path("org/name")) == []
+    other = tmp_path / "others" / "a"
+    shutil.copytree(loras / "a", other)
+    names = [member.name for member in members_of([loras, loras / "a", other], None)]
+    assert names == ["loras-a", "b", "c", "others-a"]
+    run = tmp_path / "run"
+    for step in (9, 10):
+        shutil.copytree(loras / "a", run / f"checkpoint-{step}")
+    with pytest.raises(AdapterError, match=r"newest, .*checkpoint-10"):
+        adapter_folders(run)
+    with pytest.raises(MethodError, match="folder of 3 adapters: give it in a list"):
+        surgery.convert(loras, "giva")
+
+
+def test_members_go_to_the_base_that_they_name_or_fit(llama: Path, loras: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    transformers.LlamaForCausalLM(llama_config(hidden_size=64)).save_pretrained(wide)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trained(load_base(wide), config, loras / "w")
+    for name, base in (("a", str(llama)), ("b", ""), ("c", str(llama)), ("w", "")):
+        path = loras / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    report = surgery.convert([loras], "giva", ratio=2, base=[wide, llama])
+    assert [entry.error for entry in report.entries] == [None] * 4
+    assert [each.base for _, each in report] == [str(llama)] * 3 + [str(wide)]
+
+
+def test_statistics_grow_and_a_layer_without_gradient_is_noted(
+    loras: Path,
+    text_llama: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+    trained(load_base(text_llama), config, loras / "k")
+    data, stats = write_rows(tmp_path / "texts.jsonl", text_rows(40)), tmp_path / "base.stats"
+    options: dict[str, Any] = {"base": text_llama, "data": data, "samples": 16, "ratio": 2, "stats": stats}
+    narrow = surgery.convert(loras / "a", "giva", **options)[1]
+    size = stats.stat().st_size
+    both = surgery.convert([loras / "k", loras / "a"], "giva", **options)
+    assert stats.stat().st_size > size and not both.failed
+    assert both[1][1].output_error == narrow.output_error
+    size = stats.stat().st_size
+    surgery.convert([loras / "a", loras / "k"], "giva", **options)
+    assert stats.stat().st_size == size
+
+
+def test_processes_do_what_one_does(loras: Path, tmp_path: Path) -> None:
+    truncate(loras / "b")
+    report = surgery.convert([loras], "giva", tmp_path / "two", ratio=2, jobs=2)
+    surgery.convert([loras], "giva", tmp_path / "one", ratio=2)
+    assert states(report) == {"a": "done", "b": "failed", "c": "done"}
+    for name in "ac":
+        assert (tmp_path / "one" / name / WEIGHTS).read_bytes() == (tmp_path / "two" / name / WEIGHTS).read_bytes()
+
+
+def test_any_executor_will_do(loras: Path, tmp_path: Path) -> None:
+    class Losing(ThreadPoolExecutor):
+        """One of whose workers is lost."""
+
+        def submit(self, fn: Any, /, *args: Any, **named: Any) -> Future[Any]:
+            if args[0].name == "b":
+                lost: Future[Any] = Future()
+                lost.set_exception(RuntimeError("the worker is gone"))
+                return lost
+            return super().submit(fn, *args, **named)
+
+    with Losing(1) as executor:
+        report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, executor=executor)
+    assert states(report) == {"a": "done", "b": "failed", "c": "done"}
+    assert "the worker is gone" in str(report.entries[1].error)
+
+
+def test_a_killed_process_costs_the_member_that_it_was_at(loras: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SURGERY_TEST_KILLED", "b")
+    monkeypatch.setattr(batch_module, "_work", dying_work)
+    report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, jobs=2)
+    assert states(report) == {"a": "done", "b": "failed", "c": "done"}
+    assert report.entries[1].error == "its process was killed"
+
+
+real_work = batch_module._work
+
+
+def dying_work(member: Any, options: Any) -> Any:
+    if member.name == os.environ["SURGERY_TEST_KILLED"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_work(member, options)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interruption_says_what_is_finished(jobs: int, loras: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        shutil.copytree(loras / "a", loras / f"n{number:02}")
+    call = [sys.executable, "-m", "surgery", "convert", loras, "--to", "giva", "--ratio", "2"]
+    process = subprocess.Popen(
+        [*map(str, call), "-o", str(tmp_path / "out"), "--jobs", str(jobs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
+    until = time.monotonic() + 120
+    while len(stamps(tmp_path / "out")) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "of 43 adapters are finished and in" in told and "nothing was written" not in told
+    said = int(told.partition(" of 43 adapters")[0].split()[-1])
+    assert 1 <= said <= len(stamps(tmp_path / "out")) < 43
+    report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
+    assert not report.failed and sum(entry.state == "skipped" for entry in report.entries) >= said
+
+
+def test_the_command_prints_a_row_for_each_and_draws(loras: Path, tmp_path: Path) -> None:
+    truncate(loras / "c")
+    call = [sys.executable, "-m", "surgery", "convert", loras, "--to", "giva", "--ratio", "2", "-o", tmp_path / "out"]
+    words = [*map(str, call), "--plot", str(tmp_path / "batch.svg")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    rows = done.stdout.splitlines()
+    assert done.returncode == 1 and rows[0].split()[0] == "adapter"
+    assert [row.split()[0] for row in rows[1:4]] == ["a", "b", "c"] and "failed: " in rows[3]
+    assert rows[-1].startswith("2 done, 1 failed")
+    picture = (tmp_path / "batch.svg").read_text()
+    assert "2 adapters as giva, 1 failed" in picture and "LORA" in picture
+    told = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=False).stdout)
+    assert [each["state"] for each in told["adapters"]] == ["skipped", "skipped", "failed"]
