@@ -20,16 +20,16 @@ from surgery.adapters.names import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.converters.batch_members import Member, base_of
 from surgery.converters.conversion import ConvertOptions, convert_one
 from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
-from surgery.converters.request import Progress
 from surgery.converters.shared_base import Base, DataSettings
 from surgery.errors import SurgeryError, first_line
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.hub_cache import local_folder
+from surgery.storage.json_files import read_json
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.resume import file_identities
-from surgery.storage.safetensors_read import read_json
 from surgery.system.devices import resolve_device
 from surgery.system.memory import release_freed
+from surgery.system.progress import Progress
 
 __all__ = ["BatchOptions", "convert_batch"]
 

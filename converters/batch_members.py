@@ -17,7 +17,7 @@ from surgery.adapters.source import Source
 from surgery.errors import AdapterError, OutputError, SurgeryError
 from surgery.models.base_model import BaseModel
 from surgery.storage.hub_cache import local_folder
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.json_files import read_json
 
 __all__ = ["Member", "adapter_folders", "base_of", "members_of"]
 

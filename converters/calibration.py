@@ -15,13 +15,13 @@ from surgery.deltas.operators import LowRank
 from surgery.errors import DataError, MethodError
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches
-from surgery.passes.gradients import Progress
 from surgery.passes.hooks import applied
 from surgery.passes.loaded_model import on_device
 from surgery.passes.moments import Moments, gather_moments, moment_bytes
 from surgery.storage.atomic_file import atomic_file
 from surgery.storage.safetensors_read import read_tensor, tensor_names
 from surgery.storage.safetensors_write import write_tensors
+from surgery.system.progress import Progress
 
 __all__ = ["Calibration", "StoredMoments"]
 

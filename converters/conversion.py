@@ -27,26 +27,22 @@ from surgery.converters.kept import (
     what_is_kept,
 )
 from surgery.converters.report import ConvertReport
-from surgery.converters.request import Budget, BudgetError, Progress, Request, Result
+from surgery.converters.request import Budget, BudgetError, Request, Result
 from surgery.converters.saved_tensors import SavedTensors, saved_tensors
 from surgery.converters.shared_base import Answers, Base, Measured
 from surgery.errors import MethodError, listing
 from surgery.storage.atomic_folder import resumable_folder
 from surgery.storage.format_version import FIRST_VERSION
+from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import Parts, run_key
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.dtypes import DTYPES
 from surgery.system.memory import release_freed
+from surgery.system.progress import Progress
 from surgery.system.text import human_bytes
-from surgery.version import __version__
 
 __all__ = ["ConvertOptions", "convert_one"]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 # Keys that every PEFT configuration has, and a conversion leaves as they are.
 COMMON_KEYS = ("auto_mapping", "base_model_name_or_path", "bias", "modules_to_save", "revision", "task_type")
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -351,19 +347,17 @@ class _Conversion:
         config["inference_mode"] = True
         given = {name: value for name, value in vars(budget).items() if value is not None}
         options = {"dtype": self.options.dtype, "recover": self.options.recover, "seed": self.options.seed}
-        provenance = {
-            "format_version": config.get("format_version", FIRST_VERSION),
-            "tool": "surgery",
-            "version": __version__,
-            "command": "convert",
-            "to": form.name,
-            "options": {**given, **self.options.form_options, **options},
-            "source": {"peft_type": source.adapter.peft_type, "bytes": self.source_bytes},
-            "base": self.shared.label,
-            "data": self.shared.data_name,
-            "task": source.adapter.provenance.get("task"),
-            "labels": source.adapter.provenance.get("labels"),
-        }
+        provenance = provenance_of(
+            "convert",
+            config.get("format_version", FIRST_VERSION),
+            to=form.name,
+            options={**given, **self.options.form_options, **options},
+            source={"peft_type": source.adapter.peft_type, "bytes": self.source_bytes},
+            base=self.shared.label,
+            data=self.shared.data_name,
+            task=source.adapter.provenance.get("task"),
+            labels=source.adapter.provenance.get("labels"),
+        )
         made = Adapter(config, {**self.saved.tensors, **result.tensors}, provenance)
         made.companions = dict(source.adapter.companions)
         return made

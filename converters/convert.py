@@ -13,12 +13,13 @@ from surgery.converters.batch import BatchOptions, convert_batch
 from surgery.converters.batch_members import adapter_folders, members_of
 from surgery.converters.conversion import ConvertOptions, convert_one
 from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
-from surgery.converters.request import Budget, Progress
+from surgery.converters.request import Budget
 from surgery.converters.shared_base import Base, DataSettings
 from surgery.errors import MethodError
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.output_paths import refuse_inputs
 from surgery.system.devices import resolve_device
+from surgery.system.progress import Progress
 
 __all__ = ["convert"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BUDGETS", "FORMS", "Form", "FormOption", "form_named"]
 
 BUDGETS = ("rank", "energy", "max_error", "size", "ratio")
-DTYPES = ("float32", "bfloat16", "float16")
+STORED_IN = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Form:
     needs_base: str = ""
     options: tuple[FormOption, ...] = ()
     budgets: tuple[str, ...] = BUDGETS
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = STORED_IN
     dtype_with: tuple[str, tuple[str, ...]] | None = None
     default_budget: Mapping[str, float] = field(default_factory=dict)
 
@@ -179,7 +179,7 @@ _OWN = {
         options=(
             FormOption("per_layer_ranks", False, (), "ranks that differ by layer, which some servers misread"),
         ),
-        dtypes=(*DTYPES, "float8_e4m3fn"),
+        dtypes=(*STORED_IN, "float8_e4m3fn"),
     ),
     "frod": Form(
         name="frod",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,14 +13,13 @@ from surgery.errors import MethodError
 from surgery.passes.moments import Moments
 from surgery.storage.resume import Parts
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.progress import Progress
 from surgery.system.text import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from surgery.adapters.source import Change
 
 __all__ = ["Budget", "BudgetError", "Metric", "Request", "Result", "saved_bytes"]
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

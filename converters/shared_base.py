@@ -18,7 +18,7 @@ from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.fitting import located, with_place_for
 from surgery.adapters.source import Change, Source
 from surgery.converters.calibration import Calibration, StoredMoments, carried_in
-from surgery.converters.request import Metric, Progress
+from surgery.converters.request import Metric
 from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
@@ -27,6 +27,7 @@ from surgery.passes.examples import Examples, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, prepared
 from surgery.storage.resume import file_identities
+from surgery.system.progress import Progress
 
 __all__ = ["Base", "DataSettings", "Measured"]
 

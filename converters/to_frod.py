@@ -18,6 +18,7 @@ from surgery.methods.frod import DEFAULT_SPARSE_RATE, METHODS, column_norms, nar
 from surgery.models.base_model import BaseModel
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 __all__ = ["to_frod"]
 
@@ -26,7 +27,6 @@ REGULARIZATION = 1e-3  # of the joint decomposition, as in `surgery init`
 HIGHEST_RATE = 0.5
 STEPS = 1 << 40  # of the rate, up to the highest one
 
-Tensors = dict[str, torch.Tensor]
 Groups = Sequence[Sequence[Site]]
 
 

@@ -21,12 +21,11 @@ from surgery.linalg.spectral_scores import part_sizes
 from surgery.methods.smoa import DEFAULT_GROUPS, METHODS, VARIANTS, SmoaConfig, block_order, split_rank
 from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
+from surgery.system.tensors import Tensors
 
 __all__ = ["to_smoa"]
 
 METHOD = METHODS["smoa"]
-
-Tensors = dict[str, torch.Tensor]
 
 
 def to_smoa(source: Source, request: Request) -> Result:

@@ -21,11 +21,10 @@ from surgery.converters.type_config import own_keys, targets_of
 from surgery.converters.vera_random import random_basis
 from surgery.linalg.metric import MetricSVD
 from surgery.methods.vera import METHODS
+from surgery.system.tensors import Tensors
 from surgery.system.text import human_bytes
 
 __all__ = ["to_vera"]
-
-Tensors = dict[str, torch.Tensor]
 
 
 def to_vera(source: Source, request: Request) -> Result:

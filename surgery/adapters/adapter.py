@@ -28,8 +28,9 @@ from surgery.errors import AdapterError, CheckpointError, OutputError, listing
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
+from surgery.storage.json_files import read_json, write_json
 from surgery.storage.resume import file_identities
-from surgery.storage.safetensors_read import file_bytes, read_json
+from surgery.storage.safetensors_read import file_bytes
 from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
 from surgery.system.threads import one_torch_thread
 
@@ -255,7 +256,7 @@ class Adapter:
             OutputError: what was written is not what was meant.
         """
         weights = partial / WEIGHTS_FILE
-        _write_json(partial / CONFIG_FILE, self.config)
+        write_json(partial / CONFIG_FILE, self.config)
         try:
             digests = write_tensors(weights, self.file_tensors() if tensors is None else tensors, {"format": "pt"})
         except OSError as error:
@@ -263,7 +264,7 @@ class Adapter:
             raise OutputError(f"{target}: {WEIGHTS_FILE} cannot be written ({reason}); nothing was changed") from None
         copy_companions(self.companions, partial)
         if self.provenance:
-            _write_json(partial / PROVENANCE_FILE, self.provenance)
+            write_json(partial / PROVENANCE_FILE, self.provenance)
         if self.card is not None:
             (partial / CARD_FILE).write_text(self.card, encoding="utf-8")
         try:
@@ -291,10 +292,6 @@ def identity_of(adapter: Adapter, given: Any) -> Any:
         for piece in tensor_bytes(tensor):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_saved(config: Mapping[str, Any]) -> Any:

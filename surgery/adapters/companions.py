@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surgery.errors import CheckpointError
 from surgery.storage.folder_checks import check_link
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.json_files import read_json
 
 __all__ = ["companion_files", "copy_companions", "is_companion", "replaced_by"]
 

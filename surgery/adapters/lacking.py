@@ -16,7 +16,8 @@ from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.sites import role_by_name
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import cached_files
-from surgery.storage.safetensors_read import TensorFiles, read_json
+from surgery.storage.json_files import read_json
+from surgery.storage.safetensors_read import TensorFiles
 from surgery.storage.safetensors_write import read_header
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from surgery.codec.entropy import LARGEST
 from surgery.codec.factors import CodedFactors, decode_factors, encode_factors, grid_of
 from surgery.errors import AdapterError
+from surgery.system.tensors import Tensors
 
 __all__ = [
     "CODES",
@@ -41,7 +42,6 @@ PARTS = ("giva_A", "giva_B", "giva_s", "giva_o")
 # More numbers than any adapter has: a configuration that asks for them is damaged.
 MOST_NUMBERS = 1 << 36
 
-Tensors = dict[str, torch.Tensor]
 Shape = tuple[int, int, int]  # out, in, rank
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # B, A, s
 

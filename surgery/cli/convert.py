@@ -58,7 +58,7 @@ def default_ratios() -> str:
     return ", ".join(f"{name}: {ratio:g}" for name, ratio in found.items())
 
 
-DTYPES = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes))
+STORED_IN = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes))
 
 
 @click.command("convert")
@@ -90,7 +90,7 @@ DTYPES = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes))
 @click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter.")
 @click.option("--chat-template", metavar="FILE", help="Chat template for data of messages, in place of the model's.")
 @click.option("--stats", metavar="FILE", help="Calibration statistics: read from FILE; what it lacks is added.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the stored factors. [default: the adapter's]")
+@click.option("--dtype", type=click.Choice(STORED_IN), help="Type of the stored factors. [default: the adapter's]")
 @task_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")

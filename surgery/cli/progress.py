@@ -7,15 +7,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from surgery.cli import streams
+from surgery.system.progress import Progress
 from surgery.system.text import human_bytes, human_seconds
 
 __all__ = ["progress_bar"]
 
-# (pieces done, pieces to do, what is being done)
-Progress = Callable[[int, int, str], None]
 SECONDS_BETWEEN_LINES = 30.0
 # The width of a terminal that does not say how wide it is, as those of continuous integration and `docker -t`.
 USUAL_WIDTH, USUAL_HEIGHT = 80, 24

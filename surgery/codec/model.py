@@ -22,7 +22,7 @@ from surgery.codec.workers import Metric, Moment, Workers
 __all__ = ["Compressed", "DoesNotFit", "Goal", "Metric", "Moment", "compress"]
 
 # (layers done, layers to do)
-Progress = Callable[[int, int], None]
+LayerProgress = Callable[[int, int], None]
 
 PASSES = 6
 MOST_PASSES = 12  # where an error is searched for
@@ -102,7 +102,7 @@ def compress(
     metric: Metric | None = None,
     damping: float = 0.1,
     restored: float = 1.0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Compressed:
     """Code all layers so that a goal is reached at the least cost in error, or in bytes.
 
@@ -144,7 +144,7 @@ class _Search:
         bits: int | None,
         workers: Workers,
         restored: float,
-        progress: Progress | None,
+        progress: LayerProgress | None,
     ) -> None:
         self.layers, self.bits, self.workers = layers, bits, workers
         self.restored, self.progress = restored, progress

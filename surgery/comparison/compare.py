@@ -25,6 +25,8 @@ from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
 from surgery.models.sites import Site
 from surgery.system.devices import resolve_device
+from surgery.system.dtypes import dtype_named
+from surgery.system.progress import Progress
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -35,11 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RUN_IN = ("float32", "bfloat16")
 # Factors of fewer numbers are decomposed by one thread.
 SMALL = 1 << 20
-# (done, of how many, what)
-Progress = Callable[[int, int, str], None]
 Deltas = dict[str, Delta]
 
 
@@ -101,9 +101,9 @@ def compare(
     started = time.perf_counter()
     if data is not None and base is None:
         raise MethodError("data says something about a model's answers: give the base model with --base")
-    if dtype not in DTYPES:
-        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    run_in = dtype_named(dtype, RUN_IN)
     where = resolve_device(device)
+
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 
@@ -118,7 +118,7 @@ def compare(
             from surgery.passes.loaded_model import RunSettings  # brings transformers, which files alone do not need
 
             settings = RunSettings(
-                samples, batch_size, max_length, False, DTYPES[dtype], seed, where, chat_template=chat_template
+                samples, batch_size, max_length, False, run_in, seed, where, chat_template=chat_template
             )
             found = _on_data(a, b, pair, data, settings, latency, progress)
     found.device = str(where)

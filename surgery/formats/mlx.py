@@ -5,7 +5,6 @@ Its rule: `dW = scale (lora_a lora_b)^T`; with DoRA's `m`, `W + dW = diag(m / |W
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from surgery.adapters.names import CONFIG_FILE, MODEL_PREFIX
 from surgery.adapters.types.lora import A_NAME, B_NAME, LORA, lora_delta
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.storage.folder_checks import check_link
-from surgery.storage.safetensors_read import read_json, read_tensors
+from surgery.storage.json_files import read_json, write_json
+from surgery.storage.safetensors_read import read_tensors
 from surgery.storage.safetensors_write import verify_file, write_tensors
 
 __all__ = ["MLX"]
@@ -104,7 +104,7 @@ class MlxFormat(Format):
                 "keys": sorted({_inside_block(module) for module in factors}),
             },
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_FILE, config)
         verify_file(folder / MLX_FILE, digests, label)
         return (folder / MLX_FILE).stat().st_size
 

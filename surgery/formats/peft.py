@@ -29,7 +29,8 @@ from surgery.adapters.wrapper_names import plain_config, plain_names
 from surgery.errors import AdapterError
 from surgery.storage.folder_checks import check_link
 from surgery.storage.format_version import check_format_version
-from surgery.storage.safetensors_read import read_json, read_tensors, read_text, tensor_names
+from surgery.storage.json_files import read_json, read_text
+from surgery.storage.safetensors_read import read_tensors, tensor_names
 
 __all__ = ["PEFT", "peft_parts", "read_config"]
 

@@ -13,9 +13,10 @@ from surgery.errors import DataError
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import Site
 from surgery.passes.examples import Examples, batches
-from surgery.passes.gradients import Gradients, Loss, Parts, Progress, gradients
+from surgery.passes.gradients import Gradients, Loss, Parts, gradients
 from surgery.passes.loaded_model import RunSettings, _device_of, load_model, on_device, prepared
 from surgery.system.processes import Processes, processes
+from surgery.system.progress import Progress
 
 __all__ = ["GradientRun", "RunSettings", "gradient_run"]
 

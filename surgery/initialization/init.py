@@ -32,20 +32,17 @@ from surgery.passes.loaded_model import RunSettings, is_file
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.format_version import FIRST_VERSION
 from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import file_identities, run_key
 from surgery.storage.safetensors_read import read_tensors
 from surgery.system.devices import resolve_device, working_devices
+from surgery.system.dtypes import dtype_named
 from surgery.system.processes import Processes, processes
-from surgery.version import __version__
+from surgery.system.progress import Progress
 
 __all__ = ["init"]
 
-DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-}  # fmt: skip
-# (layers done so far, layers to do, what is being done)
-Progress = Callable[[int, int, str], None]
+STORED_IN = ("float32", "bfloat16", "float16")
 
 
 def init(
@@ -227,7 +224,7 @@ class _Plan:
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored floating-point tensors."""
-        return DTYPES[self.dtype_name]
+        return dtype_named(self.dtype_name, STORED_IN)
 
     @property
     def carried_in_file(self) -> dict[str, torch.Tensor]:
@@ -379,8 +376,7 @@ def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dic
             raise MethodError(f"method {method} takes no {name}")
     if not 0 <= seed < 2**63:
         raise MethodError(f"seed must be at least 0 and below 2^63, got {seed}")
-    if dtype not in DTYPES:
-        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    dtype_named(dtype, STORED_IN)
     return options
 
 
@@ -507,18 +503,16 @@ def _provenance(report: Report, plan: _Plan) -> dict[str, Any]:
     name = base.folder.resolve().name if base.name and Path(base.name).is_dir() else base.name
     data = plan.options.get("data")
     kept = {name: value for name, value in plan.options.items() if name not in {"data", "loss"}}
-    return {
-        "format_version": getattr(plan.config, "format_version", FIRST_VERSION),
-        "tool": "surgery",
-        "version": __version__,
-        "command": "init",
-        "method": report.method,
-        "options": {**kept, "seed": plan.seed, "dtype": plan.dtype_name},
-        "data": Path(str(data)).name if is_file(data) else None,
-        "labels": base.labels,
-        "task": base.task.name if base.task else None,
-        "base": name,
-        "modules": report.modules,
-        "trainable_parameters": report.trainable_parameters,
-        "notes": report.notes,
-    }
+    return provenance_of(
+        "init",
+        getattr(plan.config, "format_version", FIRST_VERSION),
+        method=report.method,
+        options={**kept, "seed": plan.seed, "dtype": plan.dtype_name},
+        data=Path(str(data)).name if is_file(data) else None,
+        labels=base.labels,
+        task=base.task.name if base.task else None,
+        base=name,
+        modules=report.modules,
+        trainable_parameters=report.trainable_parameters,
+        notes=report.notes,
+    )

@@ -33,12 +33,10 @@ from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors
 from surgery.system.memory import release_freed
 from surgery.system.processes import Processes
+from surgery.system.progress import Progress
 from surgery.system.tensors import Tensors
 
 __all__ = ["Sharing", "WeightStart", "file_name", "stored", "weight_start"]
-
-# (layers done so far, layers to do, what is being done)
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass

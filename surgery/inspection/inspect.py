@@ -20,7 +20,7 @@ from surgery.errors import AdapterError, listing
 from surgery.inspection.report import InspectedRole, InspectedSite, Inspection
 from surgery.models.sites import Site, linear_sites, role_by_name, unsupported_modules
 from surgery.storage.hub_cache import local_folder
-from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
+from surgery.storage.safetensors_write import DTYPE_OF_CODE, Tensor, read_header
 
 if TYPE_CHECKING:
     from surgery.adapters.on_base import ChangesOnBase
@@ -217,7 +217,7 @@ def _like(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
 
 
 def _dtype(tensor: Tensor) -> str:
-    known = DTYPES.get(tensor.dtype)
+    known = DTYPE_OF_CODE.get(tensor.dtype)
     return tensor.dtype if known is None else str(known).removeprefix("torch.")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from surgery.errors import CheckpointError, OutputError, SurgeryError, listing
 from surgery.merging.plan import MergePlan
 from surgery.models.base_model import BaseModel
 from surgery.storage.folder_checks import check_link
+from surgery.storage.json_files import read_json, write_json
 from surgery.storage.resume import Parts
-from surgery.storage.safetensors_read import SINGLE_FILE, read_json
+from surgery.storage.safetensors_read import SINGLE_FILE
 from surgery.storage.safetensors_write import (
-    DTYPES,
+    DTYPE_OF_CODE,
     Header,
     Tensor,
     read_digests,
@@ -32,6 +32,7 @@ from surgery.storage.safetensors_write import (
     write_file,
 )
 from surgery.system.memory import release_freed
+from surgery.system.progress import Progress
 from surgery.system.text import human_bytes
 
 __all__ = ["MergedFolder"]
@@ -59,7 +60,6 @@ OTHER_WEIGHTS = (
     ".mlmodel",
     ".index.json",
 )
-Progress = Callable[[int, int, str], None]
 
 
 class MergedFolder:
@@ -92,7 +92,11 @@ class MergedFolder:
         self.parameters = sum(_count(tensor) for tensor in every)
         self.dtypes: dict[str, int] = {}
         for tensor in every:
-            name = str(DTYPES[tensor.dtype]).removeprefix("torch.") if tensor.dtype in DTYPES else tensor.dtype
+            name = (
+                str(DTYPE_OF_CODE[tensor.dtype]).removeprefix("torch.")
+                if tensor.dtype in DTYPE_OF_CODE
+                else tensor.dtype
+            )
             self.dtypes[name] = self.dtypes.get(name, 0) + tensor.size
         self.copied, self.left_out = _other_files(base.folder, set(self.weight_files))
         self.companions = plan.adapter.companions
@@ -130,11 +134,11 @@ class MergedFolder:
         copy_companions(self.companions, folder)
         config = self._config()
         if config is not None:
-            _write_json(folder / "config.json", config)
+            write_json(folder / "config.json", config)
         index = self.plan.base.folder / INDEX_FILE
         if index.is_file() and self.weight_files != [SINGLE_FILE]:  # a stale one is not copied
-            _write_json(folder / INDEX_FILE, self._index(read_json(index)))
-        _write_json(folder / PROVENANCE_FILE, provenance)
+            write_json(folder / INDEX_FILE, self._index(read_json(index)))
+        write_json(folder / PROVENANCE_FILE, provenance)
         total, done = sum(len(tensors) for tensors in self._tensors.values()), 0
         for name, tensors in self._tensors.items():
             if self._is_finished(folder / name, parts):
@@ -202,7 +206,7 @@ class MergedFolder:
 
     def _as_written(self, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         cast = self.dtype is not None and tensor.dtype in FLOATS
-        dtype = self.dtype if cast else DTYPES.get(tensor.dtype)
+        dtype = self.dtype if cast else DTYPE_OF_CODE.get(tensor.dtype)
         if dtype is None or not (cast or shape):
             return tensor
         return replace(tensor, shape=shape or tensor.shape).cast(dtype)
@@ -212,7 +216,7 @@ class MergedFolder:
         sizes: dict[str, int] = {}
         for tensor in (t for header in self._sources.values() for t in header.tensors.values() if t.dtype in FLOATS):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
-        main = self.dtype or DTYPES[max(sizes, key=lambda name: sizes[name])]
+        main = self.dtype or DTYPE_OF_CODE[max(sizes, key=lambda name: sizes[name])]
         return {name: Tensor("F32", self.plan.shape_of(name), 0).cast(main) for name in self.plan.added}
 
     def _content(self, file: str, name: str) -> Iterator[Any]:
@@ -220,11 +224,11 @@ class MergedFolder:
         path = self.plan.base.folder / file
         if name in self.plan.edited or source is None:
             release_freed()
-            return tensor_bytes(self.plan.value(name, DTYPES[planned.dtype]))
+            return tensor_bytes(self.plan.value(name, DTYPE_OF_CODE[planned.dtype]))
         if planned.dtype == source.dtype:
             self.plan.base.files.check_unchanged(path)
             return stored_pieces(path, source)
-        return tensor_bytes(_finite(name, self.plan.base.files.read(name), DTYPES[planned.dtype]))
+        return tensor_bytes(_finite(name, self.plan.base.files.read(name), DTYPE_OF_CODE[planned.dtype]))
 
     def _config(self) -> dict[str, Any] | None:
         """`config.json`, where it changes."""
@@ -290,7 +294,3 @@ def _count(tensor: Tensor) -> int:
     for length in tensor.shape:
         count *= length
     return count
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

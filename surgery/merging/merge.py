@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,24 @@ import torch
 
 from surgery.adapters.adapter import Adapter, identity_of
 from surgery.adapters.contents import contents_of
-from surgery.errors import MethodError, OutputError
+from surgery.errors import OutputError
 from surgery.merging.folder import MergedFolder
 from surgery.merging.plan import MergePlan
 from surgery.merging.report import MergeReport
 from surgery.models.base_model import BaseModel
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import file_identities, run_key
 from surgery.system.devices import resolve_device
-from surgery.version import __version__
+from surgery.system.dtypes import dtype_named
+from surgery.system.progress import Progress
 
 __all__ = ["merge"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_IN = ("float32", "bfloat16", "float16")
 # Share of a layer's change that rounding may take before the user is told.
 MUCH_LOST = 0.05
-Progress = Callable[[int, int, str], None]
 
 
 def merge(
@@ -76,8 +76,7 @@ def merge(
         OutputError: the output cannot be written.
     """
     started = time.perf_counter()
-    if dtype is not None and dtype not in DTYPES:
-        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    stored = None if dtype is None else dtype_named(dtype, STORED_IN)
     if out is None and not dry_run:
         raise OutputError("merge needs an output folder")
     where = resolve_device(device)
@@ -87,7 +86,7 @@ def merge(
     if out is not None:
         _check_place(Path(out), model.folder, opened.folder, force)
     plan = MergePlan.make(opened, contents, model, where, task is None, trust_remote_code)
-    folder = MergedFolder(plan, None if dtype is None else DTYPES[dtype])
+    folder = MergedFolder(plan, stored)
     report = _report(plan, folder, where)
     if dry_run:
         plan.check_shapes()
@@ -157,15 +156,12 @@ def _change_notes(report: MergeReport) -> list[str]:
 def _provenance(report: MergeReport) -> dict[str, Any]:
     """`surgery.json`: how the model came about, without paths of the machine it was made on."""
     base = Path(report.base)
-    return {
-        "format_version": 1,
-        "tool": "surgery",
-        "version": __version__,
-        "command": "merge",
-        "peft_type": report.peft_type,
-        "base": base.resolve().name if base.is_dir() else report.base,
-        "modules": report.modules,
-        "replaced": report.replaced,
-        "added": report.added,
-        "notes": report.notes,
-    }
+    return provenance_of(
+        "merge",
+        peft_type=report.peft_type,
+        base=base.resolve().name if base.is_dir() else report.base,
+        modules=report.modules,
+        replaced=report.replaced,
+        added=report.added,
+        notes=report.notes,
+    )

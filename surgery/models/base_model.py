@@ -22,7 +22,8 @@ from surgery.models.sites import Site, role_by_name, select_sites
 from surgery.models.tasks import TASK_TABLE
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
-from surgery.storage.safetensors_read import TensorFiles, read_json
+from surgery.storage.json_files import read_json
+from surgery.storage.safetensors_read import TensorFiles
 
 __all__ = ["TASKS", "BaseModel", "Task", "task_of"]
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import xxhash
 
+from surgery.system.dtypes import DTYPES
+
 __all__ = ["Fingerprint", "matches"]
 
 ROW_STRIDE = {"float32": 1, "bfloat16": 8, "float16": 8}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOADED_IN = ("float32", "bfloat16", "float16")
 
 
 class Fingerprint:
@@ -26,7 +28,7 @@ class Fingerprint:
     def __init__(self) -> None:
         self._digests: dict[str, dict[str, str]] = {}
 
-    def add(self, key: str, weight: torch.Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> None:
+    def add(self, key: str, weight: torch.Tensor, dtypes: tuple[str, ...] = LOADED_IN) -> None:
         """Take in one weight, `(out, in)`, under a name; a name already known is skipped."""
         if key in self._digests:
             return
@@ -47,7 +49,7 @@ class Fingerprint:
     def digests(self) -> dict[str, str]:
         """One digest for each dtype, over all weights taken in."""
         result = {}
-        for dtype in DTYPES:
+        for dtype in LOADED_IN:
             lines = [f"{key} {self._digests[key].get(dtype)}" for key in sorted(self._digests)]
             if all(dtype in digests for digests in self._digests.values()):
                 result[dtype] = xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
@@ -61,7 +63,7 @@ def matches(expected: Mapping[str, str], weights: Mapping[str, torch.Tensor]) ->
         expected: as from `Fingerprint.digests`.
         weights: by the same names, in the dtype they are used in.
     """
-    found = {name for name, dtype in DTYPES.items() if any(weight.dtype == dtype for weight in weights.values())}
+    found = {name for name in LOADED_IN if any(weight.dtype == DTYPES[name] for weight in weights.values())}
     halves = found - {"float32"}
     # Some models keep a few layers in float32 when the rest is halved; and a base rounded to half precision may since
     # have been widened again.

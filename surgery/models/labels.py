@@ -9,7 +9,7 @@ import torch
 
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_TASKS
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.json_files import read_json
 
 __all__ = ["raw_config", "with_class", "with_labels"]
 

@@ -14,20 +14,18 @@ from torch.nn import functional as F
 
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError
-from surgery.passes.examples import Examples, batches
+from surgery.passes.examples import IGNORED, Examples, batches
 from surgery.passes.hooks import applied
 from surgery.passes.loaded_model import on_device, prepared
 from surgery.passes.moments import is_causal, predictions
+from surgery.system.progress import Progress
 
 __all__ = ["Applied", "Fidelity", "LayerOutput", "Scores", "arguments", "fidelity"]
 
-IGNORED = -100
 # Predictions are compared some rows at a time: this many numbers in double precision.
 ROWS_AT_A_TIME = 1 << 22
 # Models whose outputs are numbers to be met, not scores of classes of which one is right.
 NUMBERS = {"regression", "multi_label_classification"}
-# (samples done, of how many, what is done)
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

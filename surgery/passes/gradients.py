@@ -21,6 +21,7 @@ from surgery.linalg.token_products import TokenProduct, leading_svd
 from surgery.models.sites import Site
 from surgery.passes.rebuilding import is_rebuildable, rebuild
 from surgery.system.processes import Reduce
+from surgery.system.progress import Progress
 
 __all__ = ["GradientPass", "Gradients", "frozen", "gradients"]
 
@@ -28,8 +29,6 @@ __all__ = ["GradientPass", "Gradients", "frozen", "gradients"]
 Parts = Mapping[str, Sequence[int]]
 Loss = Callable[[Any, Any], torch.Tensor]
 Batch = Any
-# (layers reduced so far, layers to reduce or 0 where unknown, the layer's role)
-Progress = Callable[[int, int, str], None]
 # Between batches this many times the wanted rank is kept of the gradient so far.
 MARGIN = 4
 

@@ -20,11 +20,12 @@ from transformers.models.auto import modeling_auto
 
 from surgery.errors import MethodError
 from surgery.models.sites import Site
-from surgery.passes.gradients import GradientPass, Progress, frozen
+from surgery.passes.examples import IGNORED
+from surgery.passes.gradients import GradientPass, frozen
+from surgery.system.progress import Progress
 
 __all__ = ["Moments", "gather_moments", "moment_bytes", "sampled_loss"]
 
-IGNORED = -100
 Projections = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -26,7 +26,7 @@ from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.methods.registry import method_for_type
 from surgery.storage.hub_cache import is_legacy_id
 from surgery.storage.safetensors_read import read_tensor
-from surgery.storage.safetensors_write import DTYPES, Tensor, read_header, stored_pieces
+from surgery.storage.safetensors_write import DTYPE_OF_CODE, Tensor, read_header, stored_pieces
 from surgery.system.memory import release_freed
 
 __all__ = ["BASE_ID", "REPO_ID", "Checked", "Measured", "base_model_id", "check_adapter", "valid_id"]
@@ -211,7 +211,7 @@ def _reason(error: AdapterError) -> str:
 def _refuse_not_finite(path: Path, header: Mapping[str, Tensor]) -> None:
     """Read every number, without mapping the file: mapped pages would count as memory of this process."""
     for name, tensor in header.items():
-        dtype = DTYPES.get(tensor.dtype)
+        dtype = DTYPE_OF_CODE.get(tensor.dtype)
         if dtype is None:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which torch does not know")
         try:

@@ -13,7 +13,7 @@ from surgery.adapters.names import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIG
 from surgery.publishing.checks import Checked
 from surgery.publishing.private import machine_folders, refuse_private, without_paths
 from surgery.storage.folder_checks import check_link
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.json_files import read_json
 from surgery.storage.safetensors_write import read_header
 
 __all__ = ["PICTURES", "PlannedFile", "own_picture", "package", "refuse_private_files"]

@@ -15,7 +15,8 @@ from surgery.publishing.package import PICTURE_NAME, PlannedFile, own_picture, p
 from surgery.publishing.picture import draw_layers
 from surgery.publishing.private import quiet_logs
 from surgery.publishing.report import PushedFile, PushReport
-from surgery.publishing.upload import Progress, Published, Target, Upload
+from surgery.publishing.upload import Published, Target, Upload
+from surgery.system.progress import Progress
 
 __all__ = ["push"]
 

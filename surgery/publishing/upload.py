@@ -25,11 +25,11 @@ from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[
 
 from surgery.errors import HubError
 from surgery.publishing.package import PlannedFile
+from surgery.system.progress import Progress
 from surgery.system.redaction import redacted
 
 __all__ = ["Progress", "Published", "Target", "Upload"]
 
-Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 ATTEMPTS = 5

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from surgery.storage.safetensors_read import UNREADABLE, file_identity
-from surgery.storage.safetensors_write import DTYPES, Tensor, read_header
+from surgery.storage.safetensors_write import DTYPE_OF_CODE, Tensor, read_header
 from surgery.version import __version__
 
 __all__ = ["PartTensors", "Parts", "file_identities", "run_key"]
@@ -122,7 +122,7 @@ class Parts:
         if unit.path is None:
             return torch.empty_like(unit.waiting[tensor], device="meta")
         place = unit.places[tensor]
-        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+        return torch.empty(place.shape, dtype=DTYPE_OF_CODE[place.dtype], device="meta")
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a unit."""
@@ -214,7 +214,7 @@ def _places(path: Path, units: Iterable[_Unit]) -> list[dict[str, Tensor]]:
 
 
 def _mapped(path: Path, place: Tensor) -> torch.Tensor:
-    dtype = DTYPES[place.dtype]
+    dtype = DTYPE_OF_CODE[place.dtype]
     if not place.size:
         return torch.empty(place.shape, dtype=dtype)
     assert place.start is not None

@@ -20,7 +20,7 @@ from surgery.errors import CheckpointError, OutputError
 from surgery.storage.safetensors_read import DTYPE_CODES, file_order, tensor_names
 
 __all__ = [
-    "DTYPES",
+    "DTYPE_OF_CODE",
     "Header",
     "Tensor",
     "read_digests",
@@ -32,7 +32,7 @@ __all__ = [
     "write_tensors",
 ]
 
-DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 CHUNK = 1 << 24
 
 
@@ -206,5 +206,5 @@ def _digest_of(tensor: Tensor) -> xxhash.xxh3_128:
 
 
 def _item_size(tensor: Tensor) -> int:
-    known = DTYPES.get(tensor.dtype)
+    known = DTYPE_OF_CODE.get(tensor.dtype)
     return known.itemsize if known is not None else tensor.size // max(math.prod(tensor.shape), 1)

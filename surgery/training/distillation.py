@@ -23,13 +23,12 @@ from surgery.adapters.fitting import located
 from surgery.adapters.source import Source
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel
+from surgery.passes.examples import IGNORED
 from surgery.passes.fidelity import NUMBERS, arguments
 from surgery.passes.hooks import applied
 from surgery.passes.moments import is_causal, predictions
 
 __all__ = ["Answers", "Divergence", "Teacher", "divergence", "without_adapters"]
-
-IGNORED = -100
 
 
 @dataclass

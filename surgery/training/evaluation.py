@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from surgery.passes.examples import Examples, batches
+from surgery.passes.examples import IGNORED, Examples, batches
 from surgery.passes.fidelity import NUMBERS
 from surgery.passes.loaded_model import on_device, prepared
 from surgery.passes.moments import is_causal, predictions
@@ -20,8 +20,6 @@ from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import Interruption
 
 __all__ = ["Evaluation", "evaluate"]
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

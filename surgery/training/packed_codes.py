@@ -22,6 +22,7 @@ from surgery.adapters.names import MODEL_PREFIX
 from surgery.codec.factors import grid_of
 from surgery.deltas.operators import Delta, LowRank
 from surgery.peft_types.layer import AdapterLayer
+from surgery.system.tensors import Tensors
 from surgery.training.preparing import ACTIVE
 
 __all__ = ["RATE", "CodeTraining"]
@@ -29,8 +30,6 @@ __all__ = ["RATE", "CodeTraining"]
 # Adam's step for a number, relative to the root mean square of its column.
 RATE = 1e-2
 SEARCHED = 8
-
-Tensors = dict[str, torch.Tensor]
 
 
 class CodeTraining(nn.Module):

@@ -22,11 +22,12 @@ from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.labels import with_labels
 from surgery.passes.loaded_model import RunSettings, load_model
 from surgery.peft_types.loading import load
+from surgery.system.dtypes import dtype_name, dtype_named
 
 __all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
 
 ACTIVE = "default"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAINED_IN = ("float32", "bfloat16")
 
 
 @dataclass
@@ -116,11 +117,11 @@ def prepare(
         AdapterError: it does not fit, or the task's head is neither in the base nor in the adapter.
         CheckpointError: the base, its class for this task, or the dtype is not to be had.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"a base model is trained on in {' or '.join(DTYPES)}, not in {dtype}")
+    if dtype_name(dtype) not in TRAINED_IN:
+        raise CheckpointError(f"a base model is trained on in {' or '.join(TRAINED_IN)}, not in {dtype}")
     opened, heads = base_for(adapter, base, task, trust_remote_code)
     _refuse_untrained_head(adapter, opened)
-    model = load_model(opened, RunSettings(dtype=DTYPES[dtype], device=torch.device(device)), heads)
+    model = load_model(opened, RunSettings(dtype=dtype_named(dtype, TRAINED_IN), device=torch.device(device)), heads)
     if adapter.peft_type == "FROD":
         from surgery.adapters.stock_frod import portable_frod
 

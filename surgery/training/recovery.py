@@ -14,10 +14,10 @@ from surgery.passes.examples import Examples
 from surgery.passes.loaded_model import RunSettings, load_model
 from surgery.peft_types.loading import load
 from surgery.system.processes import Processes
+from surgery.system.progress import Progress
 from surgery.training.preparing import Prepared
 from surgery.training.run import Feed, Run
 from surgery.training.settings import TrainSettings
-from surgery.training.trainer import Progress
 
 __all__ = ["Distilled", "distil"]
 

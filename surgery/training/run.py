@@ -22,8 +22,10 @@ from surgery.methods.registry import info_for_config, training_rate
 from surgery.passes.examples import Examples, read_examples
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder
+from surgery.storage.provenance import provenance_of
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.processes import Processes
+from surgery.system.progress import Progress
 from surgery.training.curve import curve, write_curve
 from surgery.training.distillation import Teacher
 from surgery.training.evaluation import Evaluation, evaluate
@@ -39,13 +41,11 @@ from surgery.training.trainer import (
     Announce,
     Batches,
     DistillingTrainer,
-    Progress,
     Watch,
     last_checkpoint,
     random_state,
     silence,
 )
-from surgery.version import __version__
 
 __all__ = ["Feed", "Run", "default_rate"]
 
@@ -275,21 +275,22 @@ class Run:
         source = self.prepared.adapter
         tensors = {name: _stored(source, name, trained[name]) if name in trained else value
                    for name, value in source.tensors.items()}  # fmt: skip
-        provenance = {
-            **source.provenance,
-            "format_version": 1,
-            "tool": "surgery",
-            "version": __version__,
-            "command": "train",
-            "options": {"steps": report.steps, "lr": self.lr, "batch_size": report.batch_size,
-                        "seed": self.settings.seed, "schedule": self.settings.schedule},
-            "steps_done": report.steps_done,
-            "trained": report.trained,
-            "distilled": self.teacher is not None,
-            "before": asdict(report.before) if report.before is not None else None,
-            "after": asdict(report.after) if report.after is not None else None,
-            "from": source.provenance.get("command"),
-        }  # fmt: skip
+        made = provenance_of(
+            "train",
+            options={
+                "steps": report.steps,
+                "lr": self.lr,
+                "batch_size": report.batch_size,
+                "seed": self.settings.seed,
+                "schedule": self.settings.schedule,
+            },
+            steps_done=report.steps_done,
+            trained=report.trained,
+            distilled=self.teacher is not None,
+            before=asdict(report.before) if report.before is not None else None,
+            after=asdict(report.after) if report.after is not None else None,
+        )
+        provenance = {**source.provenance, **made, "from": source.provenance.get("command")}
         return Adapter(source.config, tensors, provenance, source.card)
 
     def _write(self, unfinished: Unfinished, report: TrainReport, finished: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from surgery.errors import CheckpointError, MethodError, OutputError
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import check_output, lock_folder
-from surgery.storage.safetensors_read import read_json
+from surgery.storage.json_files import read_json
 from surgery.training.trainer import last_checkpoint
 
 __all__ = ["Unfinished"]

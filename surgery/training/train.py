@@ -16,13 +16,14 @@ from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
 from surgery.system.processes import Processes, processes
+from surgery.system.progress import Progress
 from surgery.training.new_head import with_new_head
 from surgery.training.preparing import prepare
 from surgery.training.report import TrainReport
 from surgery.training.run import Feed, Run
 from surgery.training.run_folder import Unfinished
 from surgery.training.settings import CACHE, TrainSettings
-from surgery.training.trainer import Announce, Progress
+from surgery.training.trainer import Announce
 
 __all__ = ["train"]
 

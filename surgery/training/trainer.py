@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from surgery.errors import CheckpointError, MethodError, OutputError, first_line
 from surgery.passes.examples import Features, collated
 from surgery.passes.fidelity import arguments
+from surgery.system.progress import Progress
 from surgery.system.text import human_seconds
 from surgery.training.distillation import Teacher, divergence
 from surgery.training.interruption import Interruption
@@ -32,8 +33,6 @@ CHECKPOINT = "checkpoint-"
 LONGEST = 200  # characters of a reason that compiled code gives
 # Under this name a batch holds the numbers of its samples.
 SAMPLE = "sample"
-# (steps done, steps to do, what the loss is)
-Progress = Callable[[int, int, str], None]
 # Prints a line
 Announce = Callable[[str], None]
 # The first steps of a run, of which the first of all is slower: the rest is estimated from the others.

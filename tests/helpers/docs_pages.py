@@ -112,7 +112,9 @@ class Page:
         Raises:
             AssertionError: it does not do what the page says.
         """
-        if block.language in PLAIN:
+        if INCLUDE in block.text:
+            assert (ROOT / block.text.split('"')[1]).is_file(), block.text
+        elif block.language in PLAIN:
             _check_plain(block)
         elif block.language == "python":
             self._python(block)
@@ -128,9 +130,6 @@ class Page:
                     _check_output(command, output, run_command(command))
 
     def _python(self, block: Block) -> None:
-        if INCLUDE in block.text:
-            assert (ROOT / block.text.split('"')[1]).is_file(), block.text
-            return
         code = compile(block.text, f"<line {block.line}>", "exec")
         if block.why is None:
             exec(code, self._names)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from surgery.adapters.adapter import Adapter
 from surgery.errors import AdapterError, CheckpointError
-from surgery.storage.safetensors_read import TensorFiles, file_bytes, read_text
-from surgery.storage.safetensors_write import DTYPES
+from surgery.storage.json_files import read_text
+from surgery.storage.safetensors_read import TensorFiles, file_bytes
+from surgery.storage.safetensors_write import DTYPE_OF_CODE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -21,7 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 @pytest.mark.parametrize("seed", range(20))
 def test_the_size_of_a_file_is_told_before_it_is_written(seed: int, tmp_path: Path) -> None:
     """Of several dtypes of one width too: their order decides how many digits the offsets have."""
-    drawn, dtypes = torch.Generator().manual_seed(seed), list(DTYPES.values())
+    drawn, dtypes = torch.Generator().manual_seed(seed), list(DTYPE_OF_CODE.values())
 
     def number(most: int) -> int:
         return int(torch.randint(most, (), generator=drawn))

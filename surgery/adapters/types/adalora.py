@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Tensors, TensorType
+from surgery.adapters.types.base import TensorType
 from surgery.adapters.types.config_rules import A_NUMBER, A_RANK, is_table
 from surgery.adapters.types.patterns import number_of
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["ADALORA"]
 
@@ -22,7 +23,7 @@ __all__ = ["ADALORA"]
 EPSILON = 1e-5
 
 
-def _adalora(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> LowRank:
+def _adalora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> LowRank:
     """Return `s B (A * E) / (init_r + 1e-5)`."""
     A, B, E = (tensors[name].float() for name in ("lora_A", "lora_B", "lora_E"))
     if not A.shape[0] == B.shape[1] == E.shape[0] or E.shape[1] != 1:

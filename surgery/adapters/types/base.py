@@ -19,6 +19,7 @@ from surgery.adapters.types.tensor_checks import check_finite
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.models.sites import Site
+from surgery.system.tensors import TensorMap
 from surgery.system.threads import one_torch_thread
 
 __all__ = [
@@ -30,14 +31,12 @@ __all__ = [
     "Formula",
     "Needs",
     "TensorType",
-    "Tensors",
     "in_float32",
 ]
 
-Tensors = Mapping[str, torch.Tensor]
 MERGE_IN_PEFT = "merge it with PEFT (merge_and_unload)"
 # (adapter_config.json, the layer's name, its tensors in float32, its base weight in float32 or None)
-Formula = Callable[[Mapping[str, Any], str, Tensors, torch.Tensor | None], Delta]
+Formula = Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], Delta]
 
 
 class Needs(IntEnum):
@@ -165,7 +164,7 @@ class AdapterType(ABC):
         return not all(file.holders(name) for name in self.shared_names)
 
     @abstractmethod
-    def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
+    def check_layer(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> None:
         """Check the tensors of one layer, shared ones included: all there, of the right dimensions.
 
         Raises:
@@ -182,7 +181,7 @@ class AdapterType(ABC):
         """
 
     def output_bias(
-        self, config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+        self, config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None.
 
@@ -233,13 +232,13 @@ class TensorType(AdapterType):
     dimensions: Mapping[str, int] = field(default_factory=dict)
     base_needs: Needs = Needs.NOTHING
     shared: frozenset[str] = frozenset()
-    regenerated: Callable[[Mapping[str, Any], Sequence[Site]], Tensors] | None = None
+    regenerated: Callable[[Mapping[str, Any], Sequence[Site]], TensorMap] | None = None
     incomplete: str = "the file is incomplete; save the adapter again"
     thin: bool = True
     rules: Mapping[str, Rule] = field(default_factory=dict)
     when: Callable[[Mapping[str, Any]], bool] | None = None
     check: Callable[[Mapping[str, Any], str], None] | None = None
-    bias: Callable[[Mapping[str, Any], str, Tensors, torch.Tensor | None], torch.Tensor | None] | None = None
+    bias: Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], torch.Tensor | None] | None = None
     may_be_empty: bool = False
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -272,7 +271,7 @@ class TensorType(AdapterType):
     def unread(self, short: str) -> bool:
         return short in self.refused
 
-    def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
+    def check_layer(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> None:
         for name in tensors:
             if name in self.refused:
                 raise AdapterError(
@@ -298,7 +297,7 @@ class TensorType(AdapterType):
         return _TensorChanges(self, file, base)
 
     def output_bias(
-        self, config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+        self, config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         return None if self.bias is None else self.bias(config, module, tensors, bias)
 
@@ -308,7 +307,7 @@ class _TensorChanges(Changes):
 
     def __init__(self, kind: TensorType, file: AdapterFile, base: BaseWeights | None) -> None:
         self.kind, self.file = kind, file
-        self.drawn: Tensors = {}
+        self.drawn: TensorMap = {}
         if base is not None and kind.regenerated is not None and kind.lacks_shared(file):
             self.drawn = kind.regenerated(file.config, list(base.sites))
 
@@ -324,7 +323,7 @@ class _TensorChanges(Changes):
         return kind.formula(config, module, tensors, whole)
 
 
-def with_shared(kind: AdapterType, file: AdapterFile, tensors: Tensors) -> dict[str, torch.Tensor]:
+def with_shared(kind: AdapterType, file: AdapterFile, tensors: TensorMap) -> dict[str, torch.Tensor]:
     """Return a layer's tensors together with those that the file holds once for all layers."""
     if not kind.shared_names:
         return dict(tensors)
@@ -332,6 +331,6 @@ def with_shared(kind: AdapterType, file: AdapterFile, tensors: Tensors) -> dict[
     return {**{name: above[name] for name in kind.shared_names if name in above}, **tensors}
 
 
-def in_float32(tensors: Tensors, device: torch.device | str) -> dict[str, torch.Tensor]:
+def in_float32(tensors: TensorMap, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Return tensors on a device, floating-point ones in float32."""
     return {name: (t.float() if t.is_floating_point() else t).to(device) for name, t in tensors.items()}

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Needs, Tensors, TensorType
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.adapters.types.lora import A_NAME, B_NAME, EMBEDDING, LORA_RULES, lora_delta, refuse_variants
 from surgery.deltas.operators import Delta, Gain, LowRank, Sum
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["DORA"]
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def _dora(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def _dora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """Return `diag(g - 1) W + diag(g) s B A`."""
     change = lora_delta(config, module, tensors)
     magnitude = tensors[MAGNITUDE]

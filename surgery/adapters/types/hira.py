@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Needs, Tensors, TensorType
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.adapters.types.patterns import factor_pair
 from surgery.deltas.operators import Delta, Hadamard
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["HIRA"]
 
 
-def _hira(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def _hira(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """`W * (B A)`."""
     factors = factor_pair(module, tensors, "hira_B", "hira_A")
     if weight is None:

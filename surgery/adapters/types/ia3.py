@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Needs, Tensors, TensorType
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.deltas.operators import Gain
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["IA3"]
 
 
-def _ia3(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Gain:
+def _ia3(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Gain:
     """Return the gains on the rows or the columns of W."""
     if weight is None:
         raise AdapterError(f"{module}: an IA3 change is a multiple of the base weight; give it")
@@ -31,7 +32,7 @@ def _ia3(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch
 
 
 def _scaled_bias(
-    config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+    config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return `(l - 1) bias` of a layer whose outputs are scaled."""
     gains = tensors["ia3_l"].float()

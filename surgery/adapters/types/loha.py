@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Tensors, TensorType
+from surgery.adapters.types.base import TensorType
 from surgery.adapters.types.patterns import factor_pair, rank_scale
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import HadamardProduct
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["LOHA", "TUCKER"]
 
 TUCKER = "a convolution in Tucker form"
 
 
-def _loha(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def _loha(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """`s (w1_a w1_b) * (w2_a w2_b)`."""
     first = factor_pair(module, tensors, "hada_w1_a", "hada_w1_b")
     second = factor_pair(module, tensors, "hada_w2_a", "hada_w2_b")

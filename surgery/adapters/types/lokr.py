@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Tensors, TensorType
+from surgery.adapters.types.base import TensorType
 from surgery.adapters.types.loha import TUCKER
 from surgery.adapters.types.patterns import factor_pair, rank_scale
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import Kronecker, as_low_rank
+from surgery.system.tensors import TensorMap
 
 __all__ = ["LOKR"]
 
 SIDES = [[frozenset({f"lokr_w{side}"}), frozenset({f"lokr_w{side}_a", f"lokr_w{side}_b"})] for side in (1, 2)]
 
 
-def _lokr(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def _lokr(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """`s w1 ⊗ w2`, each of them whole or in two factors."""
     sides = [
         as_low_rank(tensors[name]) if name in tensors else factor_pair(module, tensors, f"{name}_a", f"{name}_b")

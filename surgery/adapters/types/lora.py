@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import MERGE_IN_PEFT, Tensors, TensorType
+from surgery.adapters.types.base import MERGE_IN_PEFT, TensorType
 from surgery.adapters.types.config_rules import A_NUMBER, A_SWITCH
 from surgery.adapters.types.patterns import pattern_value
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = [
     "A_NAME",
@@ -74,7 +75,9 @@ def refuse_variants(config: Mapping[str, Any], label: str) -> None:
         raise AdapterError(f"{label}: was made with init_lora_weights={start!r}: {RELATIVE_TO_QUANTIZED_BASE}")
 
 
-def lora_delta(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None = None) -> LowRank:
+def lora_delta(
+    config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None = None
+) -> LowRank:
     """The weight change of one layer of a stock LoRA, `(out, in)` for every kind of layer.
 
     Args:
@@ -108,7 +111,7 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def lora_output_bias(
-    config: Mapping[str, Any], module: str, tensors: Tensors, bias: torch.Tensor | None
+    config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return what the bias of B (`lora_bias`) adds to the layer's outputs, `(out,)` float32; None without one."""
     if BIAS_NAME not in tensors:

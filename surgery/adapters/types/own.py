@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs, Tensors, in_float32
+from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs, in_float32
 from surgery.adapters.types.config_rules import OWN_RULES
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, MethodError, SurgeryError, listing
@@ -17,6 +17,7 @@ from surgery.methods.base import OwnMethod, Role
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.methods.registry import method_for_type
 from surgery.models.sites import Site
+from surgery.system.tensors import TensorMap
 
 __all__ = ["OwnAdapterType", "own_delta", "own_type"]
 
@@ -48,7 +49,7 @@ class OwnAdapterType(AdapterType):
         module, _, last = stem.rpartition(".")
         return (module, last) if last.startswith(self.method.prefix) else None
 
-    def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
+    def check_layer(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> None:
         roles = (Role.TRAINABLE, Role.KEPT) if config.get("store_bases") is False else STORED
         wanted = [f"{self.method.prefix}{name}" for name in self.method.names(*roles, shared=False, config=config)]
         missing = [name for name in wanted if name not in tensors]
@@ -73,7 +74,7 @@ class _OwnChanges(Changes):
         self.kind, self.method, self.file, self.base = kind, kind.method, file, base
         self.config = _own_config(file, kind.method)
         self._shared: dict[str, dict[str, torch.Tensor]] = {}
-        self._regenerated_by_site: dict[Site, Tensors] = {}
+        self._regenerated_by_site: dict[Site, TensorMap] = {}
         if base is not None and self.method.needs_base(self.config):
             check_base(self.method, self.config, _RawByKey(base), who=file.label)
 
@@ -97,14 +98,14 @@ class _OwnChanges(Changes):
         needed = whole if self.method.needs_base(self.config) or self.base is None else None
         return own_delta(self.method, self.config, tensors, needed, site.module if site is not None else module)
 
-    def _short_names(self, parts: Tensors, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    def _short_names(self, parts: TensorMap, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         return in_float32({name.removeprefix(self.method.prefix): tensor for name, tensor in parts.items()}, device)
 
     def _group(self, site: Site) -> list[Site]:
         assert self.base is not None
         return [other for other in self.base.sites if self.method.group_key(other) == self.method.group_key(site)]
 
-    def _regenerated(self, site: Site) -> Tensors:
+    def _regenerated(self, site: Site) -> TensorMap:
         assert self.base is not None
         if site in self._regenerated_by_site:
             return self._regenerated_by_site[site]
@@ -117,7 +118,7 @@ class _OwnChanges(Changes):
             self._regenerated_by_site.update(zip(group, found, strict=True))
         return found[group.index(site)]
 
-    def _shared_by_group(self, module: str, site: Site | None, device: torch.device) -> Tensors:
+    def _shared_by_group(self, module: str, site: Site | None, device: torch.device) -> TensorMap:
         """Return what the layers of a group share, with what is derived from it."""
         owner = self._owner(module) if site is None or self.base is None else self._owner_of_group(site)
         if owner not in self._shared:

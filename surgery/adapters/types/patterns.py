@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.adapters.types.base import Tensors
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["factor_pair", "number_of", "pattern_value", "rank_scale"]
 
@@ -38,7 +38,7 @@ def _matching_key(patterns: Mapping[str, Any], module: str) -> str:
     return get_pattern_key(list(patterns), module)
 
 
-def factor_pair(module: str, tensors: Tensors, B_name: str, A_name: str) -> LowRank:
+def factor_pair(module: str, tensors: TensorMap, B_name: str, A_name: str) -> LowRank:
     """Return `B A` of two tensors of a layer.
 
     Raises:

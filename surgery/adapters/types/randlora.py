@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Needs, Tensors, TensorType
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.adapters.types.config_rules import A_NUMBER, A_SEED, A_SWITCH
 from surgery.adapters.types.patterns import number_of
 from surgery.deltas.operators import Delta, LowRank
 from surgery.errors import AdapterError
 from surgery.models.sites import Site
+from surgery.system.tensors import TensorMap
 
 __all__ = ["RANDLORA"]
 
@@ -23,7 +24,7 @@ VECTORS = frozenset({"randlora_lambda", "randlora_gamma"})
 BASES = frozenset({"randlora_A", "randlora_B"})
 
 
-def _randlora(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> Delta:
+def _randlora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """`s B A'` with `A' = lambda A gamma` over all bases and ranks, transposed where the layer is wider than high.
 
     PEFT lists the rows of A' by (rank, base) and the columns of B by (base, rank), so that ranks of different bases

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs, Tensors
+from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 __all__ = ["RefusedType"]
 
@@ -37,7 +38,7 @@ class RefusedType(AdapterType):
     def short_name(self, stem: str) -> tuple[str, str] | None:
         return None
 
-    def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
+    def check_layer(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> None:
         raise AdapterError(f"{module}: {self.reason}")
 
     def changes(self, file: AdapterFile, base: BaseWeights | None) -> Changes:

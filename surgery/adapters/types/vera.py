@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs, Tensors, in_float32
+from surgery.adapters.types.base import AdapterFile, AdapterType, BaseWeights, Changes, Needs, in_float32
 from surgery.adapters.types.config_rules import A_SEED, A_SWITCH
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
 from surgery.methods.registry import method_named
 from surgery.methods.vera import projections
 from surgery.models.sites import Site
+from surgery.system.tensors import TensorMap
 
 __all__ = ["VERA"]
 
@@ -43,7 +44,7 @@ class VeraType(AdapterType):
     def shared_names(self) -> frozenset[str]:
         return frozenset({"vera_A", "vera_B"})
 
-    def check_layer(self, config: Mapping[str, Any], module: str, tensors: Tensors) -> None:
+    def check_layer(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> None:
         own = set(tensors) - self.shared_names
         if own != LAYER_NAMES:
             raise AdapterError(f"{module}: expected {listing(sorted(LAYER_NAMES))}, found {listing(sorted(own))}")
@@ -66,7 +67,7 @@ class _VeraChanges(Changes):
             raise AdapterError(f"{module}: a VeRA file does not say how wide the layer is; give its base weight")
         return self.method.delta(None, in_float32({**parts, **self.projections}, weight.device), weight)
 
-    def _projections(self, base: BaseWeights | None) -> Tensors:
+    def _projections(self, base: BaseWeights | None) -> TensorMap:
         stored = self.file.layer("")
         if "vera_A" in stored:
             return stored
