@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from surgery.deltas.sparse import Pattern, sampled_outer, sparse_product
+from surgery.deltas.sparse import Pattern
+from surgery.deltas.sparse_autograd import mixed_product
 
 __all__ = ["Delta", "Gain", "Hadamard", "InputMap", "LowRank", "Sum"]
 
@@ -245,8 +245,7 @@ class InputMap(Delta):
         """`K z`, or `(I + K) z`."""
         diagonal = self.gain * self.diagonal + float(identity)
         values = self.gain[self.pattern.rows()] * self.values
-        mixed: torch.Tensor = _Mixed.apply(z, diagonal, values, *self.pattern)
-        return mixed
+        return mixed_product(self.pattern, z, diagonal, values)
 
     def _weight(self) -> torch.Tensor:
         if self.weight is None:
@@ -254,41 +253,23 @@ class InputMap(Delta):
         return self.weight
 
 
-class _Mixed(torch.autograd.Function):
-    """`(diag(d) + S) z`, differentiable in z, d and the entries of S."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: torch.Tensor,
-        diagonal: torch.Tensor,
-        values: torch.Tensor,
-        starts: torch.Tensor,
-        columns: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(z, diagonal, values, starts, columns)
-        return sparse_product(Pattern(starts, columns), values, z).addcmul_(z, diagonal[:, None].to(z.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        z, diagonal, values, *places = ctx.saved_tensors
-        # The sparse products take rows: of columns, as a linear's gradient comes, they are ten times slower.
-        pattern, grad = Pattern(*places), grad.to(z.dtype).contiguous()
-        grad_z = grad_diagonal = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_z = sparse_product(pattern, values, grad, transposed=True)
-            grad_z = grad_z.addcmul_(grad, diagonal[:, None].to(z.dtype))
-        if ctx.needs_input_grad[1]:
-            grad_diagonal = torch.linalg.vecdot(grad, z, dim=1).to(diagonal.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_values = sampled_outer(pattern, grad, z).to(values.dtype)
-        return grad_z, grad_diagonal, grad_values, None, None
-
-
 def _product(x: torch.Tensor, whole: Callable[[], torch.Tensor], bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x whole()^T + bias`, where the matrix is as large as the weight: rebuilt in the backward pass, not kept."""
-    if not torch.is_grad_enabled():
+    """Return `x whole()^T + bias`, where the matrix is as large as the weight: rebuilt in the backward pass, not kept.
+
+    Transforms, forward-mode differentiation and tracing go through the plain operations; so does a pass without
+    gradients.
+    """
+    if not torch.is_grad_enabled() or _is_transformed(x):
         return F.linear(x, whole(), bias)
     result: torch.Tensor = checkpoint(lambda: F.linear(x, whole(), bias), use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def _is_transformed(x: torch.Tensor) -> bool:
+    """Return whether torch.func, forward-mode differentiation, torch.export or torch.jit.trace is at work."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
+    )

@@ -20,7 +20,7 @@ from surgery.models.fingerprint import Fingerprint
 from surgery.models.sites import Site
 from surgery.system.tensors import Tensors
 
-__all__ = ["AdaptedLayer", "Attachment"]
+__all__ = ["AdaptedLayer", "Attachment", "missing_value"]
 
 
 class AdaptedLayer(Protocol):
@@ -94,6 +94,25 @@ class Attachment:
     def loaded(self) -> bool:
         """Whether every stored tensor has received its values."""
         return all(_arrived(tensor) for layer in self.layers.values() for tensor in layer.stored(self.name).values())
+
+    def copy_from(self, other: Attachment) -> None:
+        """Take all stored tensors from another adapter of the same configuration on the same layers.
+
+        Trainers make a frozen reference so: they add an adapter with the configuration of the one that they train, and
+        copy its trained tensors alone.
+        """
+        with torch.no_grad():
+            for site, layer in self.layers.items():
+                layer.set_stored(self.name, other.layers[site].stored(other.name))
+        self._ready = False
+
+    def forget(self) -> None:
+        """Mark all stored tensors as not loaded."""
+        for layer in self.layers.values():
+            for tensor in layer.stored(self.name).values():
+                if tensor.device.type != "meta":
+                    tensor.data.fill_(missing_value(tensor.dtype))
+        self._ready = False
 
     def invalidate(self) -> None:
         """Note that stored tensors are about to change: what was derived from them is out of date."""
@@ -202,6 +221,11 @@ class _LiveWeights:
         return map(self, sites)
 
 
+def missing_value(dtype: torch.dtype) -> float | int:
+    """Return the value that marks a tensor as not loaded."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
 def _arrived(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "meta":
         return False
@@ -210,4 +234,4 @@ def _arrived(tensor: torch.Tensor) -> bool:
     first = tensor.reshape(-1)[0]
     if tensor.is_floating_point():
         return not bool(torch.isnan(first))
-    return bool(first != torch.iinfo(tensor.dtype).min)
+    return bool(first != missing_value(tensor.dtype))

@@ -15,7 +15,7 @@ from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
 from surgery.methods.base import CHECK, OwnMethod, Role
 from surgery.models.sites import Site
-from surgery.peft_types.attachment import Attachment
+from surgery.peft_types.attachment import Attachment, missing_value
 from surgery.system.tensors import Tensors
 
 __all__ = ["AdapterLayer"]
@@ -76,8 +76,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         trainable = self.method.names(Role.TRAINABLE)
         for name in self.method.stored(config, owner):
             dtype = self.method.dtype(name, self.site)
-            missing = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-            tensor = torch.full(shapes[name], missing, dtype=dtype, device=device)
+            tensor = torch.full(shapes[name], missing_value(dtype), dtype=dtype, device=device)
             if name in trainable:
                 self._dict(name)[adapter_name] = nn.Parameter(tensor)
             else:
@@ -120,7 +119,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def pristine_weight(self) -> torch.Tensor:
         """The base weight without any merged adapter, `(out, in)`, in its own dtype."""
-        weight = self.linear.weight.data
+        weight: torch.Tensor = self.linear.weight.detach()
+        if weight.is_meta:
+            raise AdapterError(_offloaded(self.site.module, "the base weight"))
         if self._weight_before_merge is not None:
             weight = self._weight_before_merge.to(weight)
         return weight.T if self.fan_in_fan_out else weight
@@ -129,6 +130,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The weight change of one adapter, as a structured operator; with what the method holds while it trains."""
         attachment = self.attachments[adapter_name]
         tensors = attachment.tensors(self.site)
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise AdapterError(_offloaded(self.site.module, f"adapter {adapter_name!r}"))
         if in_training:
             tensors = {**tensors, **self._holding(adapter_name, tensors)}
         weight = self.pristine_weight() if self._needs_weight(attachment) else None
@@ -179,6 +182,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if (
             not (self.training and self.method.trains_as_one)
             or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
             or type(linear) not in {nn.Linear, Conv1D}
             or self.is_quantized
         ):
@@ -316,6 +320,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"surgery.{self.method.info.title}{super().__repr__().removeprefix(type(self).__name__)}"
+
+
+def _offloaded(module: str, what: str) -> str:
+    return (
+        f"{module}: {what} is on the meta device, moved away by accelerate (cpu_offload, or a device_map with cpu or "
+        "disk); surgery's adapters compute with tensors that stay on a device: load the model without offloading, or "
+        "merge the adapter first (surgery merge)"
+    )
 
 
 def _is_watched(linear: nn.Module) -> bool:

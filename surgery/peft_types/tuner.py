@@ -35,8 +35,25 @@ class AdapterModel(BaseTuner):
         self._attachment = Attachment(adapter_name, self.method, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         on_meta = any(p.device.type == "meta" for layer in self._attachment.layers.values() for p in layer.parameters())
-        if config.init_weights and not on_meta:
+        if on_meta:
+            return
+        if config.init_weights:
             self._attachment.start()
+            return
+        twin = self._twin(self._attachment)
+        if twin is not None:
+            self._attachment.copy_from(twin)
+
+    def _twin(self, attachment: Attachment) -> Attachment | None:
+        """Return a loaded adapter with the configuration and the layers of one that is new, or None."""
+        wanted = _settings(attachment.config)
+        for name, config in self.peft_config.items():
+            other = attachment_of(self.model, name) if name != attachment.name else None
+            if other is None or _settings(config) != wanted or other.layers.keys() != attachment.layers.keys():
+                continue
+            if other.loaded:
+                return other
+        return None
 
     def _create_and_replace(
         self,
@@ -122,7 +139,7 @@ class AdapterModel(BaseTuner):
         )
         if attachment is None:
             return remapped
-        attachment.invalidate()
+        attachment.forget()
         names = {id(module): name for name, module in model.named_modules()}
         prefix = cls.method.prefix
         missing = [
@@ -157,6 +174,10 @@ def tuner_class(method: OwnMethod) -> type[AdapterModel]:
         globals()[name] = made
     found: type[AdapterModel] = globals()[name]
     return found
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "inference_mode"}
 
 
 def _linear(target: Any) -> nn.Module:
