@@ -10,6 +10,7 @@ import click
 
 from surgery.cli.options import (
     chat_template_option,
+    check_early,
     common_options,
     compute_options,
     output_options,
@@ -162,10 +163,12 @@ def command(
         raise click.UsageError(f"method {method} starts from the gradient of a loss: give its data with --data FILE")
     check_names(model)
     set_verbosity(verbose, quiet)
-    from surgery.initialization.init import init
-
     name = Path(model).resolve() if os.path.isdir(model) else Path(model.partition("@")[0])
     folder = out or f"{name.name}-{method}"
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one writes
+        check_early(folder, options["force"], options["rank"])
+    from surgery.initialization.init import init
+
     with progress_bar(f"init {method}", wanted=not quiet) as progress:
         _, report = init(model, method, folder, progress=progress, **options)
     if int(os.environ.get("RANK", "0")) > 0:  # of torchrun's processes the first one speaks

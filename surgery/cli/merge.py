@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
+from surgery.cli.options import check_early, common_options, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
 from surgery.storage.hub_cache import check_names
@@ -48,9 +48,10 @@ def command(
     """
     check_names(adapter, base)
     set_verbosity(verbose, quiet)
+    folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-merged"
+    check_early(folder, options["force"])
     from surgery.merging.merge import merge
 
-    folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-merged"
     with progress_bar("merge", wanted=not quiet) as progress:
         report = merge(adapter, base, folder, progress=progress, **options)
     if as_json:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from surgery.errors import OptionError
 from surgery.methods.registry import method_info
 from surgery.models.tasks import TASK_TABLE
+from surgery.storage.output_paths import check_output
 
 __all__ = [
     "chat_template_option",
+    "check_early",
     "common_options",
     "compute_options",
     "output_options",
@@ -117,6 +121,18 @@ def refuse_idle_options(method: str, flags: dict[str, str], given: dict[str, Any
         if given[name] is not None and name not in taken:
             others = ", ".join(sorted(flags[option] for option in taken if option in flags)) or "none of its own"
             raise click.UsageError(f"method {method} takes no {flag}; its options are: {others}")
+
+
+def check_early(out: str, force: bool, rank: int | None = None) -> None:
+    """Refuse an occupied output and a wrong rank before anything heavy is imported; the library does so again.
+
+    Raises:
+        OutputError: the output may not be written.
+        OptionError: the rank is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise OptionError(f"rank must be at least 1, got {rank}")
+    check_output(Path(out), force)
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:

@@ -89,6 +89,7 @@ def _show_plan(report: PushReport, dry_run: bool) -> None:
     if dry_run:
         lines.append(("dry run", "nothing sent"))
     files = [[file.path, human_bytes(file.bytes)] for file in report.files]
+    files.append([f"total, {len(files)} files", human_bytes(sum(file.bytes for file in report.files))])
     show(f"{summary(lines)}\n\n{table(['file', 'size'], files, right=(1,))}\n", err=not dry_run)
     if dry_run:
         show("README.md:\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.main import INTERRUPTED, TERMINATED, Stopped
-from surgery.cli.options import chat_template_option, common_options, set_verbosity, task_option
+from surgery.cli.options import chat_template_option, check_early, common_options, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.storage.hub_cache import check_names
 from surgery.system.text import human_bytes
@@ -84,10 +84,12 @@ def command(
         raise click.UsageError("--hidden-weight and --cache-teacher belong to a training with --teacher")
     check_names(adapter, teacher, options["base"])
     set_verbosity(verbose, quiet)
+    folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-trained"
+    if not options["resume"] and os.environ.get("RANK", "0") == "0":
+        check_early(folder, options["force"])
     from surgery.training.interruption import TrainingInterrupted
     from surgery.training.train import train
 
-    folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-trained"
     given: dict[str, Any] = {**options, "cache_teacher": cache_teacher}
     if hidden_weight is not None:
         given["hidden_weight"] = hidden_weight

@@ -26,10 +26,10 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     else:  # A changes nothing that errors could be relative to
         grids = [_grid("|dW_A - dW_B|", sites, rows, roles, lambda site: site.difference, short_number)]
     if any(site.output_error is not None for site in sites):
-        title = "the same of what is added to the outputs (%)"
+        title = "|dW_A x - dW_B x| / |dW_A x|, at the outputs (%)"
         grids.append(_grid(title, sites, rows, roles, lambda site: _percent(site.output_error), short_number))
     names = [Path(name).name or name for name in (comparison.a, comparison.b)]
-    draw_grids(grids, rows, short_roles(roles), f"{names[1]} beside {names[0]}", path)
+    draw_grids(grids, rows, short_roles(roles), f"A = {names[0]}, B = {names[1]}", path)
 
 
 def _percent(error: float | None) -> float | None:

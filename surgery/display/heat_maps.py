@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from surgery.errors import MethodError, OutputError
+from surgery.errors import MethodError, OptionError, OutputError
 from surgery.storage.atomic_file import atomic_file
+from surgery.system.extras import extra_package
 
 __all__ = ["Grid", "check_picture", "draw_grids", "short_number", "short_roles"]
 
@@ -57,6 +58,7 @@ def check_picture(path: Path) -> None:
         MethodError: its name has an ending that is not a picture's.
         OutputError: there is a folder of that name, none to hold it, or one that may not be written.
     """
+    extra_package("matplotlib.figure", f"{path}: a picture", OptionError)
     if path.suffix.lower() not in ENDINGS:
         raise MethodError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
     try:
@@ -82,6 +84,7 @@ def draw_grids(grids: Sequence[Grid], rows: Sequence[str], columns: Sequence[str
     Raises:
         OutputError: it cannot be written.
     """
+    extra_package("matplotlib.figure", f"{path}: a picture", OptionError)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,12 +134,17 @@ def _grid(
 def _draw(figure: Any, axes: Any, grid: Grid, rows: Sequence[str], columns: Sequence[str], numbers: bool) -> None:
     import matplotlib
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     values = np.array([[np.nan if v is None else v for v in row] for row in grid.values], dtype=float)
     colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.92")
     low, high = grid.limits or (min(0.0, float(np.nanmin(values))), float(np.nanmax(values)))
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high if high > low else low + 1)
-    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+    whole = all(number is None or float(number).is_integer() for row in grid.values for number in row)
+    ticks = MaxNLocator(integer=True) if whole else None
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, ticks=ticks)
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label(grid.title, fontsize=8)
     axes.set_title(grid.title, fontsize=9)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     step = 1 if numbers else -(-len(rows) // 20)

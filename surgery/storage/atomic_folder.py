@@ -18,6 +18,7 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 from surgery.storage.atomic_file import flush, named_errors
+from surgery.storage.output_paths import check_output
 from surgery.storage.resume import Parts
 
 __all__ = ["PartialFolder", "atomic_folder", "check_output", "lock_folder", "resumable_folder"]
@@ -25,35 +26,6 @@ __all__ = ["PartialFolder", "atomic_folder", "check_output", "lock_folder", "res
 PARTIAL = ".partial"
 # Inside it: the finished parts, and what says whose they are.
 PARTS, KEY = ".parts", "key"
-
-
-def check_output(target: Path, force: bool = False) -> None:
-    """Check that an output folder may be written, before any work is done.
-
-    Raises:
-        OutputError: the target is a file, or a folder that is not empty and `force` is not set; or the folder that
-            is to hold it cannot be written.
-    """
-    try:
-        _check_output(target, force)
-    except OSError as error:  # a name that no file system takes, a folder that may not be looked into
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
-
-
-def _check_output(target: Path, force: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target}: exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise OutputError(
-            f"{target}: exists and is not empty; choose another output with -o, or replace it with --force"
-        )
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise OutputError(f"{target}: holds the working directory; choose another output with -o")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{target}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{target}: no permission to write in {parent}")
 
 
 class PartialFolder:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import OptionError
+from surgery.system.extras import extra_package
+
 __all__ = ["COLUMNS", "CURVE_FILE", "PICTURE_FILE", "curve", "write_curve"]
 
 CURVE_FILE, PICTURE_FILE = "loss.jsonl", "loss.png"
@@ -20,8 +23,8 @@ def curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [{name: row[name] for name in COLUMNS if name in row} for row in history if "loss" in row]
 
 
-def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -> None:
-    """Write `loss.jsonl`, a row for each step that was logged, and `loss.png`.
+def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -> str | None:
+    """Write `loss.jsonl`, a row for each step that was logged, and `loss.png`; returns why there is no picture.
 
     Args:
         rows: step, loss, learning_rate and so on.
@@ -29,6 +32,10 @@ def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -
         title: of the picture.
     """
     (folder / CURVE_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        extra_package("matplotlib.figure", f"{PICTURE_FILE}, the picture of the loss,", OptionError)
+    except OptionError as missing:
+        return str(missing)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -51,6 +58,7 @@ def write_curve(rows: Sequence[Mapping[str, float]], folder: Path, title: str) -
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / PICTURE_FILE, format="png")
+    return None
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:

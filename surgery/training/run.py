@@ -388,6 +388,8 @@ def _save(adapter: Adapter, out: Path, report: TrainReport) -> int:
         for path in sorted((partial / "adapter").iterdir()):
             shutil.move(path, partial / path.name)
         (partial / "adapter").rmdir()
-        write_curve(report.loss, partial, f"{out.name}: {report.method}, {report.steps_done} steps")
+        missing = write_curve(report.loss, partial, f"{out.name}: {report.method}, {report.steps_done} steps")
+    if missing is not None:
+        report.notes.append(missing)
     assert (out / CONFIG_FILE).is_file() and (out / WEIGHTS_FILE).is_file()
     return size
