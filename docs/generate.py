@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' reading of 
 from docs.drawing import drawing
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
+from surgery.converters.forms import FORMS
 from surgery.methods.catalogue import MethodInfo
 from surgery.methods.registry import METHODS
 
@@ -103,6 +104,17 @@ def _own_help(text: str, infos: list[MethodInfo]) -> str:
     return own[0] if own else text
 
 
+def form_table() -> str:
+    """The forms of `surgery convert`, with what each holds, its default and its options."""
+    cells = []
+    for form in FORMS:
+        default = " ".join(f"`--{name} {value:g}`" for name, value in form.default_budget.items()) or "all is kept"
+        budgets = ", ".join(f"`--{name.replace('_', '-')}`" for name in form.budgets)
+        options = ", ".join(f"`{option.flag}`" for option in form.options) or "-"
+        cells.append([f"`{form.name}`", form.title, form.holds, default, budgets, options])
+    return rows(["form", "", "holds exactly", "without a budget", "budgets", "own options"], cells)
+
+
 def filled(text: str, parts: Mapping[str, str]) -> str:
     """A page with its generated parts in place."""
     for name, part in parts.items():
@@ -116,6 +128,7 @@ def generated() -> dict[Path, str]:
     """File -> what it should hold."""
     parts = {
         DOCS / "cli.md": {"commands": command_reference()},
+        DOCS / "converting.md": {"forms": form_table()},
         DOCS / "methods" / "index.md": {"methods": method_table()},
     }
     for page in dict.fromkeys(map(page_of, our_methods())):
