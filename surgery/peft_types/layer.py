@@ -150,11 +150,41 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return dense.T if self.fan_in_fan_out else dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output with the active adapters, or with one adapter for each sample.
+
+        Args:
+            x: `(..., in)`; with `adapter_names` its first axis is the batch.
+            args: for the base layer.
+            kwargs: for the base layer, and `adapter_names`: an adapter's name, or `__base__`, for each sample.
+        """
+        each = kwargs.pop("adapter_names", None)
+        if each is not None and not self.disable_adapters:
+            return self._mixed_batch(x, list(each), args, kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    def _mixed_batch(self, x: torch.Tensor, each: list[str], args: Any, kwargs: Any) -> torch.Tensor:
+        if len(each) != len(x):
+            raise ValueError(f"adapter_names has {len(each)} names for a batch of {len(x)}: give one for each sample")
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter first")
+        result: torch.Tensor | None = None
+        for name in dict.fromkeys(each):
+            rows = torch.tensor([index for index, other in enumerate(each) if other == name], device=x.device)
+            part = self._with([name] if name in self.attachments else [], x[rows], *args, **kwargs)
+            result = part.new_empty((len(x), *part.shape[1:])) if result is None else result
+            result = result.index_copy(0, rows, part)
+        assert result is not None
+        return result
+
+    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self._active() if name in self.attachments]
+        return self._with([name for name in self._active() if name in self.attachments], x, *args, **kwargs)
+
+    def _with(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output with these adapters."""
         as_one = len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x)
         deltas = [self.delta(name, in_training=True) if as_one else self.delta(name) for name in names]
         adapted = deltas[0].adapted(x, self.linear.bias) if as_one else None

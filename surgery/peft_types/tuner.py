@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
@@ -83,10 +85,48 @@ class AdapterModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by PEFT around every forward pass."""
-        if kwargs.get("adapter_names") is not None:
-            raise AdapterError(f"{self.method.info.title} adapters do not mix within a batch: leave out adapter_names")
-        yield
+        """Called by PEFT around every forward pass: hands `adapter_names`, one for each sample, to the layers.
+
+        Raises:
+            ValueError: the model is in training, or has no adapter of a name.
+        """
+        each = kwargs.get("adapter_names")
+        if each is None:
+            yield
+            return
+        each = _for_each_beam(list(each), kwargs.get("num_beams"))
+        self._check_adapter_names(each)
+        handles = [
+            module.register_forward_pre_hook(functools.partial(_add_adapter_names, each), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, each: list[str]) -> None:
+        if self.training:
+            raise ValueError("adapter_names cannot be used while the model is in training: call eval() first")
+        unknown = sorted(set(each) - {"__base__", *self.peft_config})
+        if unknown:
+            raise ValueError(
+                f"adapter_names: the model has no adapter {listing(unknown)}, it has {listing(self.peft_config)}"
+            )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse by name what PEFT offers for LoRA alone.
+
+        Raises:
+            AdapterError: always.
+        """
+        title = self.method.info.title
+        raise AdapterError(
+            f"add_weighted_adapter: a sum of {title} adapters is in general no {title} adapter; activate several "
+            "at once (base_model.set_adapter([...])), or add LoRAs made of them by surgery convert --to lora"
+        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Called by PEFT after creating and after loading an adapter.
@@ -156,6 +196,15 @@ class AdapterModel(BaseTuner):
                 "made for another model class (bare or with a head) opens with surgery.load"
             )
         return remapped
+
+
+def _for_each_beam(each: list[str], beams: Any) -> list[str]:
+    """Return the names as `generate` repeats the samples: each as often as there are beams."""
+    return [name for name in each for _ in range(beams)] if isinstance(beams, int) and beams > 1 else each
+
+
+def _add_adapter_names(each: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": each}
 
 
 def attachment_of(model: nn.Module, adapter_name: str) -> Attachment | None:

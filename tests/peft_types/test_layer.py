@@ -420,12 +420,6 @@ def test_types_do_not_mix_in_one_model(model_folder, tmp_path: Path) -> None:
         base.load_adapter(str(tmp_path / "inilora"), adapter_name="second")
 
 
-def test_adapters_do_not_mix_within_a_batch(model_folder) -> None:
-    model = get_peft_model(load_base(model_folder("llama")), config_for("inilora")).eval()
-    with pytest.raises(surgery.errors.AdapterError, match="adapter_names"):
-        model(**model_inputs("llama"), adapter_names=["default", "default"])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_biases_train_and_are_saved(method: str, model_folder, tmp_path: Path) -> None:
     folder = model_folder("bert")

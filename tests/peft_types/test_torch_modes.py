@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import surgery
@@ -258,3 +259,58 @@ def test_offloaded_tensors_are_refused_or_right(model) -> None:
         assert "moved away by accelerate" in str(error)
     else:
         assert torch.equal(found, expected)
+
+
+def test_each_sample_has_its_adapter(model, tmp_path: Path) -> None:
+    live = opened_again(model, tmp_path)
+    live.add_adapter("other", live.peft_config["default"])
+    with torch.no_grad():
+        for name, tensor in live.named_parameters():
+            if ".other" in name and "base_layer" not in name:
+                tensor.mul_(1.5)
+    expected = []
+    for name in ("default", "other"):
+        live.set_adapter(name)
+        expected.append(live(X).detach())
+    with live.disable_adapter():
+        expected.append(live(X).detach())
+    assert all(not torch.allclose(expected[a], expected[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    live.set_adapter("default")
+    found = live(torch.cat([X, X]), adapter_names=["other", "__base__", "default", "default", "other", "__base__"])
+    order = [(1, 0), (2, 1), (0, 2), (0, 0), (1, 1), (2, 2)]
+    close(found, torch.stack([expected[which][row] for which, row in order]))
+    close(live(X), expected[0])
+
+
+def test_misused_adapter_names_are_refused(model) -> None:
+    with pytest.raises(ValueError, match="2 names for a batch of 3"):
+        model(X, adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="no adapter nope, it has default"):
+        model(X, adapter_names=["nope"] * 3)
+    with pytest.raises(ValueError, match=r"call eval\(\) first"):
+        model.train()(X, adapter_names=["default"] * 3)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter first"):
+        model(X, adapter_names=["default"] * 3)
+
+
+def test_what_other_types_do_is_refused_by_name(model, tmp_path: Path) -> None:
+    title = model.base_model.method.info.title
+    with pytest.raises(AdapterError, match=f"a sum of {title} adapters"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match=f"'{model.active_peft_config.peft_type.value}' is not compatible"):
+        peft.get_peft_model(Two(), model.active_peft_config, mixed=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"only.*{model.active_peft_config.peft_type.value} was passed"):
+        hotswap_adapter(model, str(tmp_path), "default")
+
+
+def test_a_saved_configuration_alone_says_how_to_start(model, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"PeftModel.from_pretrained, or start afresh with init_weights=True"):
+        peft.get_peft_model(Two(), config)(X)
+    if model.active_peft_config.peft_type != "GIVA":  # whose start needs data
+        config.init_weights = True
+        base = Two()
+        torch.testing.assert_close(peft.get_peft_model(copy.deepcopy(base), config)(X), base(X))
