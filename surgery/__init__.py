@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from surgery.comparison.report import Comparison
     from surgery.converters.convert import convert
     from surgery.converters.report import BatchReport, ConvertReport
+    from surgery.exporting.export import export
+    from surgery.exporting.report import ExportReport
     from surgery.initialization.init import init
     from surgery.initialization.report import Report
     from surgery.inspection.inspect import inspect
@@ -41,6 +43,7 @@ __all__ = [
     "BatchReport",
     "Comparison",
     "ConvertReport",
+    "ExportReport",
     "Inspection",
     "MergeReport",
     "PushReport",
@@ -50,6 +53,7 @@ __all__ = [
     "compare",
     "convert",
     "errors",
+    "export",
     "init",
     "inspect",
     "load",
@@ -65,6 +69,7 @@ _HOMES = {
     "BatchReport": "surgery.converters.report",
     "Comparison": "surgery.comparison.report",
     "ConvertReport": "surgery.converters.report",
+    "ExportReport": "surgery.exporting.report",
     "Inspection": "surgery.inspection.report",
     "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",
@@ -73,6 +78,7 @@ _HOMES = {
     "compare": "surgery.comparison.compare",
     "convert": "surgery.converters.convert",
     "errors": "surgery.errors",
+    "export": "surgery.exporting.export",
     "init": "surgery.initialization.init",
     "inspect": "surgery.inspection.inspect",
     "load": "surgery.peft_types.loading",

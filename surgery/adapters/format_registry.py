@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.errors import AdapterError, OutputError
 from surgery.system.registry import Registry
+
+if TYPE_CHECKING:
+    from surgery.models.base_model import BaseModel
 
 __all__ = ["FORMATS", "AdapterParts", "Format", "format_of"]
 
@@ -29,6 +32,9 @@ class AdapterParts:
         notes: what the user should know about the reading.
         as_stored: whether PEFT opens the folder as this adapter: its format is PEFT's, its names are those of the file.
         companions: files that belong to it (tokenizer, chat templates, processors) and go where it goes: name -> path.
+        base: the base model, where a format is to be written that needs to know it.
+        dtype: the type of the numbers in a file that is to be written, by its name in that format; None for the
+            tensors' own.
     """
 
     config: Mapping[str, Any]
@@ -39,6 +45,8 @@ class AdapterParts:
     notes: list[str] = field(default_factory=list)
     as_stored: bool = False
     companions: Mapping[str, Path] = field(default_factory=dict)
+    base: BaseModel | None = None
+    dtype: str | None = None
 
 
 class Format(ABC):
@@ -96,6 +104,12 @@ FORMATS: Registry[Format] = Registry(
         "peft": "surgery.formats.peft:PEFT",
         "pickle": "surgery.formats.pickle:PICKLE",
         "mlx": "surgery.formats.mlx:MLX",
+        "vllm": "surgery.formats.vllm:VLLM",
+        "sglang": "surgery.formats.sglang:SGLANG",
+        "llama.cpp": "surgery.formats.gguf:LLAMA_CPP",
+        "ollama": "surgery.formats.ollama:OLLAMA",
+        "diffusers": "surgery.formats.diffusion:DIFFUSERS",
+        "kohya": "surgery.formats.diffusion:KOHYA",
     },
 )
 

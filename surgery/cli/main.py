@@ -24,6 +24,7 @@ __all__ = ["INTERRUPTED", "TERMINATED", "Stopped", "cli", "main"]
 COMMANDS = {
     "compare": "surgery.cli.compare",
     "convert": "surgery.cli.convert",
+    "export": "surgery.cli.export",
     "init": "surgery.cli.init",
     "inspect": "surgery.cli.inspect",
     "merge": "surgery.cli.merge",

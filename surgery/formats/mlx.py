@@ -5,6 +5,7 @@ Its rule: `dW = scale (lora_a lora_b)^T`; with DoRA's `m`, `W + dW = diag(m / |W
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 from surgery.adapters.companions import companion_files
-from surgery.adapters.format_registry import AdapterParts, Format
+from surgery.adapters.format_registry import AdapterParts
 from surgery.adapters.names import CONFIG_FILE, MODEL_PREFIX
-from surgery.adapters.types.lora import A_NAME, B_NAME, LORA, lora_delta
+from surgery.adapters.types.lora import A_NAME, B_NAME
 from surgery.errors import AdapterError, CheckpointError, listing
+from surgery.formats.server import FLOAT_TYPES, ServerFormat, base_name, factors_of, saved_modules
 from surgery.storage.folder_checks import check_link
 from surgery.storage.json_files import read_json, write_json
 from surgery.storage.safetensors_read import read_tensors
@@ -24,10 +26,12 @@ from surgery.storage.safetensors_write import verify_file, write_tensors
 __all__ = ["MLX"]
 
 MLX_FILE = "adapters.safetensors"
+# Layers that mlx-lm has under the names of transformers: those of Llama and of the models shaped like it.
+KNOWN = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+|lm_head")
 NAMES = {"lora_a": A_NAME, "lora_b": B_NAME, "m": "lora_magnitude_vector"}
 
 
-class MlxFormat(Format):
+class MlxFormat(ServerFormat):
     """Adapters of mlx-lm."""
 
     title = "MLX (mlx-lm)"
@@ -80,12 +84,24 @@ class MlxFormat(Format):
             companions=companion_files(folder),
         )
 
+    def refusals(self, parts: AdapterParts) -> list[str]:
+        found = [f"{name} is saved whole, and mlx-lm reads factors alone" for name in saved_modules(parts)]
+        odd = [module for module in factors_of(parts) if not KNOWN.fullmatch(module)]
+        return [*found, *(f"{module} is a layer that mlx-lm may have under another name" for module in odd)]
+
+    def commands(self, parts: AdapterParts, out: str) -> list[str]:
+        return [f"mlx_lm.generate --model {base_name(parts)} --adapter-path {out} --prompt ..."]
+
     def write(self, parts: AdapterParts, folder: Path, label: str) -> int:
-        factors = {module: lora_delta(parts.config, module, own).factors() for module, own in _layers(parts)}
+        factors = self.stored(parts) if parts.dtype is not None else factors_of(parts)
+        lost = saved_modules(parts)
+        if lost:
+            raise AdapterError(f"{label}: {lost[0]} is saved whole, and mlx-lm reads factors alone")
+        dtype = FLOAT_TYPES[parts.dtype or "float32"]
         tensors = {}
         for module, (B, A) in factors.items():  # the scale is in B
-            tensors[f"{module}.lora_a"] = A.T.contiguous()
-            tensors[f"{module}.lora_b"] = B.T.contiguous()
+            tensors[f"{module}.lora_a"] = A.T.to(dtype).contiguous()
+            tensors[f"{module}.lora_b"] = B.T.to(dtype).contiguous()
         ranks = {int(A.shape[0]) for _, A in factors.values()}
         if len(ranks) != 1:
             raise AdapterError(
@@ -96,7 +112,7 @@ class MlxFormat(Format):
         config = {
             "fine_tune_type": "lora",
             "model": parts.config.get("base_model_name_or_path"),
-            "num_layers": len({part for module in factors for part in module.split(".") if part.isdigit()}),
+            "num_layers": -1,  # all blocks: a number counts from the last one, and weights of others are dropped
             "lora_parameters": {
                 "rank": ranks.pop(),
                 "scale": 1.0,
@@ -147,17 +163,6 @@ def _with_factors(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         {name.removeprefix(MODEL_PREFIX).removesuffix(end) for name in tensors if name.endswith(end)} for end in ends
     )
     return sorted(first & second)
-
-
-def _layers(parts: AdapterParts) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yield the factors of a plain LoRA by module, refusing whatever else is in it."""
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in parts.tensors.items():
-        split = LORA.short_name(name.removeprefix(MODEL_PREFIX))
-        if split is None or split[1] not in {A_NAME, B_NAME}:
-            raise AdapterError(f"{name}: mlx-lm has no place for it; it reads lora_A and lora_B of linear layers alone")
-        layers.setdefault(split[0], {})[split[1]] = tensor
-    return iter(layers.items())
 
 
 def _inside_block(module: str) -> str:

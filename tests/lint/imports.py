@@ -32,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publishing",),
     ("training",),
     ("converters",),
+    ("exporting",),
+    ("serving",),
     ("cli",),
     ("",),  # surgery/__init__.py and __main__.py
 )

@@ -1,0 +1,1 @@
+"""The verb `export`: an adapter in the form that a server reads, checked by that server's own rule."""
