@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,28 @@ from surgery.adapters.contents import refuse_output_biases
 from surgery.adapters.format_registry import FORMATS, AdapterParts
 from surgery.adapters.source import Source
 from surgery.deltas.operators import LowRank
-from surgery.errors import AdapterError, MethodError, OutputError, listing
+from surgery.errors import AdapterError, OptionError, OutputError, listing
 from surgery.exporting.one_rank import OneRank, lora_tensors, one_rank
 from surgery.exporting.report import ExportedSite, ExportReport
-from surgery.formats.server import Factors, ServerFormat, factors_of
+from surgery.formats.server import FLOAT_TYPES, Factors, ServerFormat, factors_of
 from surgery.models.base_model import BaseModel
 from surgery.storage.atomic_folder import atomic_folder, check_output
 from surgery.storage.output_paths import refuse_inputs
+from surgery.storage.provenance import provenance_of
 from surgery.system.devices import resolve_device
+from surgery.system.dtypes import dtype_name
+from surgery.system.progress import Progress
 from surgery.system.text import human_bytes
 from surgery.system.threads import one_torch_thread
-from surgery.version import __version__
 
 __all__ = ["export", "export_targets", "plain_parts", "target_format"]
 
-Progress = Callable[[int, int, str], None]
 # Relative difference between dW as the server computes it and as the rounded factors give it: float32 sums.
 READ_BACK = 1e-5
 # The share of a layer's change that rounding to the file's type may take.
 MOST_ROUNDING = 0.05
 # The first part of a module's name that only a model without its head has.
 BARE = re.compile(r"(layers|h|blocks)\.\d+\.")
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def export_targets() -> list[str]:
@@ -86,7 +85,7 @@ def export(
 
     Raises:
         AdapterError: the adapter cannot be read exactly, or the target cannot hold it.
-        MethodError: the target or an option is unknown.
+        OptionError: the target or an option is unknown.
         OutputError: the output cannot be written, or the target would compute something else from it.
     """
     started = time.perf_counter()
@@ -118,13 +117,13 @@ def target_format(to: str) -> ServerFormat:
     """Return the format of a target.
 
     Raises:
-        MethodError: there is none of this name, or it is not written yet.
+        OptionError: there is none of this name, or it is not written yet.
     """
     target = FORMATS.get(to) if to in FORMATS else None
     if not isinstance(target, ServerFormat):
-        raise MethodError(f"unknown target {to!r}: use {', '.join(export_targets())}")
+        raise OptionError(f"unknown target {to!r}: use {', '.join(export_targets())}")
     if target.planned is not None:
-        raise MethodError(f"{to}: {target.planned}")
+        raise OptionError(f"{to}: {target.planned}")
     return target
 
 
@@ -142,12 +141,12 @@ def plain_parts(
 
     Raises:
         AdapterError: the adapter cannot be read exactly, or the target cannot hold it.
-        MethodError: an option does not fit the target.
+        OptionError: an option does not fit the target.
     """
     if dtype is not None and dtype not in target.dtypes:
-        raise MethodError(f"{target.title} reads no dtype {dtype!r}: use {', '.join(target.dtypes)}")
+        raise OptionError(f"{target.title} reads no dtype {dtype!r}: use {', '.join(target.dtypes)}")
     if target.needs_base is not None and base is None:
-        raise MethodError(f"{target.title} needs the base model, because {target.needs_base}: give it with --base")
+        raise OptionError(f"{target.title} needs the base model, because {target.needs_base}: give it with --base")
     model = BaseModel.open(base) if base is not None else None
     source = Source.open(adapter, model, resolve_device(device))
     refuse_output_biases(source.contents)
@@ -190,17 +189,11 @@ def _parts(source: Source, lora: OneRank, dtype: str) -> AdapterParts:
         "use_dora": False,
         "inference_mode": True,
     }
-    provenance = {
-        "format_version": 1,
-        "tool": "surgery",
-        "version": __version__,
-        "command": "export",
-        "source": {"peft_type": adapter.peft_type, "bytes": adapter.file_size},
-    }
+    source_facts = {"peft_type": adapter.peft_type, "bytes": adapter.file_size}
     return AdapterParts(
         config,
         {**source.carried, **lora_tensors(lora)},
-        provenance=provenance,
+        provenance=provenance_of("export", source=source_facts),
         companions=adapter.companions,
         base=source.base,
         dtype=dtype,
@@ -221,7 +214,8 @@ def _own_dtype(source: Source) -> str:
         for name, tensor in source.adapter.tensors.items()
         if name not in source.contents.carried.values() and tensor.is_floating_point()
     }
-    return DTYPE_NAMES.get(found.pop(), "float32") if len(found) == 1 else "float32"
+    name = dtype_name(found.pop()) if len(found) == 1 else "float32"
+    return name if name in FLOAT_TYPES else "float32"
 
 
 def _number(value: float) -> float | int:

@@ -10,7 +10,7 @@ import torch
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
 from surgery.adapters.types.lora import A_NAME, B_NAME, LORA
-from surgery.errors import AdapterError, MethodError
+from surgery.errors import AdapterError, OptionError
 from surgery.linalg.low_rank import svd_of_product
 from surgery.linalg.metric import energy_rank
 from surgery.system.threads import one_torch_thread
@@ -54,7 +54,7 @@ def one_rank(source: Source, rank: int | None = None, energy: float | None = Non
 
     Raises:
         AdapterError: a change has no thin factors, and neither rank nor energy is given.
-        MethodError: rank or energy is out of range, or both are given.
+        OptionError: rank or energy is out of range, or both are given.
     """
     _check(rank, energy)
     scale, changes = _scaled(source, source.changes(rank, energy, seed))
@@ -76,11 +76,11 @@ def one_rank(source: Source, rank: int | None = None, energy: float | None = Non
 
 def _check(rank: int | None, energy: float | None) -> None:
     if rank is not None and energy is not None:
-        raise MethodError("give one of rank and energy, not both")
+        raise OptionError("give one of rank and energy, not both")
     if rank is not None and rank < 1:
-        raise MethodError(f"rank must be at least 1, got {rank}")
+        raise OptionError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise MethodError(f"energy is a share between 0 and 1, got {energy}")
+        raise OptionError(f"energy is a share between 0 and 1, got {energy}")
 
 
 def _scaled(source: Source, changes: Iterable[Change]) -> tuple[float, list[Change]]:

@@ -18,8 +18,9 @@ import torch
 
 from surgery.adapters.companions import copy_companions
 from surgery.adapters.format_registry import AdapterParts
-from surgery.errors import AdapterError, MethodError, OutputError, first_line
+from surgery.errors import AdapterError, MethodError, OptionError, OutputError, first_line
 from surgery.formats.server import Factors, Place, ServerFormat, factors_of, saved_modules
+from surgery.system.extras import extra_package
 
 __all__ = ["GGUF_FILE", "LLAMA_CPP", "GgufFormat"]
 
@@ -157,12 +158,7 @@ def _package() -> Any:
     Raises:
         MethodError: it is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise MethodError(
-            "GGUF files are written with the gguf package, which is not installed: pip install 'adapter-surgery[gguf]'"
-        ) from None
+    gguf = extra_package("gguf", "a GGUF file", MethodError)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     return gguf
 
@@ -205,7 +201,7 @@ def _types(dtype: str | None, pair: Factors) -> list[Any]:
     """Return gguf's types of B and A: rows that q8_0 cannot divide into blocks are left in half precision."""
     kinds = _package().GGMLQuantizationType
     if dtype is not None and dtype not in TYPES:
-        raise MethodError(f"unknown dtype {dtype!r}: use {', '.join(TYPES)}")
+        raise OptionError(f"unknown dtype {dtype!r}: use {', '.join(TYPES)}")
     name = TYPES[dtype or "float32"]
     return [kinds[name if name != "Q8_0" or factor.shape[1] % BLOCK == 0 else "F16"] for factor in pair]
 

@@ -12,7 +12,9 @@ import torch
 from surgery.adapters.format_registry import AdapterParts, Format
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.types.lora import A_NAME, B_NAME, LORA, lora_delta
-from surgery.errors import AdapterError, MethodError
+from surgery.errors import AdapterError, OptionError
+from surgery.system.dtypes import DTYPES
+from surgery.system.tensors import TensorMap, Tensors
 
 __all__ = [
     "FLOAT_TYPES",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r) with the scale in it, A (r, in)
-FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT_TYPES = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ def with_factors(parts: AdapterParts, added: Mapping[str, Factors]) -> AdapterPa
     return replace(parts, config={**parts.config, "target_modules": targets}, tensors=tensors)
 
 
-def cast(parts: AdapterParts) -> dict[str, torch.Tensor]:
+def cast(parts: AdapterParts) -> Tensors:
     """Return the tensors in the file's type; those that are saved whole stay as they are.
 
     Raises:
-        MethodError: the type is not known.
+        OptionError: the type is not known.
     """
     if parts.dtype is not None and parts.dtype not in FLOAT_TYPES:
-        raise MethodError(f"unknown dtype {parts.dtype!r}: use {', '.join(FLOAT_TYPES)}")
+        raise OptionError(f"unknown dtype {parts.dtype!r}: use {', '.join(FLOAT_TYPES)}")
     wanted = FLOAT_TYPES.get(parts.dtype or "")
     return {
         name: tensor.to(wanted) if wanted is not None and _split(name) is not None else tensor
@@ -146,8 +148,8 @@ def _split(name: str) -> tuple[str, str] | None:
     return LORA.short_name(name.removeprefix(MODEL_PREFIX))
 
 
-def _layers(parts: AdapterParts) -> dict[str, dict[str, torch.Tensor]]:
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+def _layers(parts: AdapterParts) -> dict[str, Tensors]:
+    layers: dict[str, Tensors] = {}
     for name, tensor in parts.tensors.items():
         found = _split(name)
         if found is not None:
@@ -158,7 +160,7 @@ def _layers(parts: AdapterParts) -> dict[str, dict[str, torch.Tensor]]:
     return layers
 
 
-def read_factors(tensors: Mapping[str, torch.Tensor], where: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def read_factors(tensors: TensorMap, where: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield the layers of a file in PEFT's names as a server sees them: name, B and A, both dense and 2-D.
 
     Raises:

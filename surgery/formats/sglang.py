@@ -17,7 +17,8 @@ from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.errors import AdapterError
 from surgery.formats.server import Factors, base_name, factors_of, read_factors, saved_modules, with_factors
 from surgery.formats.vllm import PeftServerFormat
-from surgery.storage.safetensors_read import read_json, read_tensors
+from surgery.storage.json_files import read_json
+from surgery.storage.safetensors_read import read_tensors
 
 __all__ = ["SGLANG"]
 

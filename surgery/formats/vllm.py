@@ -19,7 +19,8 @@ from surgery.adapters.format_registry import AdapterParts
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.errors import AdapterError
 from surgery.formats.server import Factors, ServerFormat, base_name, cast, factors_of, read_factors, saved_modules
-from surgery.storage.safetensors_read import read_json, read_tensors
+from surgery.storage.json_files import read_json
+from surgery.storage.safetensors_read import read_tensors
 
 __all__ = ["VLLM", "PeftServerFormat"]
 

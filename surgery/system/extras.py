@@ -11,7 +11,7 @@ __all__ = ["DISTRIBUTION", "extra_package"]
 
 DISTRIBUTION = "adapter-surgery"
 # Package -> the extra that brings it.
-EXTRAS = {"datasets": "train", "matplotlib": "plot", "PIL": "train"}
+EXTRAS = {"datasets": "train", "gguf": "gguf", "matplotlib": "plot", "PIL": "train"}
 
 
 def extra_package(module: str, purpose: str, error: type[SurgeryError]) -> Any:

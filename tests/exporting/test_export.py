@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.adapters.format_registry import FORMATS, AdapterParts
-from surgery.errors import AdapterError, MethodError, OutputError
+from surgery.errors import AdapterError, OptionError, OutputError
 from surgery.exporting.export import export_targets, plain_parts, target_format
 from tests.helpers.adapters import make_adapter, weight_changes
 from tests.helpers.models import load_base
@@ -207,7 +207,7 @@ def test_options_that_make_no_sense(
     to: str, options: dict[str, Any], message: str, llama: Path, tmp_path: Path
 ) -> None:
     folder = make_adapter(llama, tmp_path / "adapter", lora())
-    with pytest.raises(MethodError, match=message):
+    with pytest.raises(OptionError, match=message):
         surgery.export(folder, to, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
