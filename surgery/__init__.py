@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from surgery.comparison.report import Comparison
     from surgery.converters.convert import convert
     from surgery.converters.report import BatchReport, ConvertReport
+    from surgery.errors import (
+        AdapterError,
+        CheckpointError,
+        DataError,
+        HubError,
+        MethodError,
+        NumericsError,
+        OptionError,
+        OutputError,
+        SurgeryError,
+        TargetError,
+        WrongBaseError,
+    )
     from surgery.exporting.export import export
     from surgery.exporting.report import ExportReport
     from surgery.initialization.init import init
@@ -39,16 +52,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "AdapterError",
     "BaseModel",
     "BatchReport",
+    "CheckpointError",
     "Comparison",
     "ConvertReport",
+    "DataError",
     "ExportReport",
+    "HubError",
     "Inspection",
     "MergeReport",
+    "MethodError",
+    "NumericsError",
+    "OptionError",
+    "OutputError",
     "PushReport",
     "Report",
+    "SurgeryError",
+    "TargetError",
     "TrainReport",
+    "WrongBaseError",
     "__version__",
     "compare",
     "convert",
@@ -64,6 +88,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdapterError": "surgery.errors",
+    "CheckpointError": "surgery.errors",
+    "DataError": "surgery.errors",
+    "HubError": "surgery.errors",
+    "MethodError": "surgery.errors",
+    "NumericsError": "surgery.errors",
+    "OptionError": "surgery.errors",
+    "OutputError": "surgery.errors",
+    "SurgeryError": "surgery.errors",
+    "TargetError": "surgery.errors",
+    "WrongBaseError": "surgery.errors",
     "Adapter": "surgery.adapters.adapter",
     "BaseModel": "surgery.models.base_model",
     "BatchReport": "surgery.converters.report",

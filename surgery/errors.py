@@ -47,16 +47,17 @@ class TargetError(SurgeryError):
     """No module, or no module that can be adapted, matches what was asked for."""
 
 
-class OptionError(SurgeryError, ValueError):
+class MethodError(SurgeryError):
+    """An adapter method cannot do what was asked of it, or does not take an option."""
+
+
+# Both are method errors as well: 0.1.0 raised that for everything, and callers catch it.
+class OptionError(MethodError, ValueError):
     """An option is out of range, unknown, or does not go with another one."""
 
 
-class NumericsError(SurgeryError):
+class NumericsError(MethodError):
     """A result is not finite: an overflow, or values that were not finite to begin with."""
-
-
-class MethodError(SurgeryError):
-    """An adapter method cannot do what was asked of it, or does not take an option."""
 
 
 class DataError(SurgeryError):

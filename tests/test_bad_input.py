@@ -65,12 +65,12 @@ def check_refused(
     out: Path | None = None,
     **options: Any,
 ) -> None:
-    """The library raises exactly `error`, the command line prints it in one line, and nothing in `place` changes."""
+    """The library raises `error`, the command line prints it in one line, and nothing in `place` changes."""
     before = contents(place)
     out = out or place / "out"
     with pytest.raises(error) as caught:
         surgery.init(model, method, out, **options)
-    assert type(caught.value) is error
+    assert isinstance(caught.value, error)
     assert contents(place) == before
     result = invoke("init", model, "--method", method, "-o", out, *flags(**options))
     assert result.exit_code == 1
@@ -1256,5 +1256,5 @@ def test_broken_adapter_folder(edit: Edit, error, words: tuple[str, ...], llama:
     edit(tmp_path / "out")
     with pytest.raises(SurgeryError) as caught:
         surgery.Adapter.open(tmp_path / "out")
-    assert type(caught.value) is error
+    assert isinstance(caught.value, error)
     check_words(("PLACE/out", *words), str(caught.value), tmp_path)

@@ -140,7 +140,8 @@ def _answers(found: Comparison) -> list[tuple[str, str]]:
     if found.squared_error is not None:
         lines.append(("squared error", f"{found.squared_error:.3g} between the outputs of A and B, mean"))
     if found.cosine is not None:
-        lines.append(("cosine", f"{found.cosine:.6f} between the embeddings (mean over tokens) of A and B, mean"))
+        text = f"{found.cosine:.6f} (a loss of {found.cosine_loss:.2e}) between the embeddings (mean over tokens)"
+        lines.append(("cosine", f"{text} of A and B, mean"))
     if found.scores is not None:
         scores = found.scores
         base = "" if scores.base is None else f", the base {_score(scores.name, scores.base)}"

@@ -131,7 +131,7 @@ def check_early(out: str, force: bool, rank: int | None = None) -> None:
         OptionError: the rank is below 1.
     """
     if rank is not None and rank < 1:
-        raise OptionError(f"rank must be at least 1, got {rank}")
+        raise OptionError(f"rank must be a whole number of at least 1, got {rank}")
     check_output(Path(out), force)
 
 

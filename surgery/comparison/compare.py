@@ -22,7 +22,7 @@ from surgery.comparison.report import (
     TaskScores,
 )
 from surgery.deltas.operators import Delta
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 from surgery.models.sites import Site
 from surgery.system.devices import resolve_device
 from surgery.system.dtypes import dtype_named
@@ -100,7 +100,7 @@ def compare(
     """
     started = time.perf_counter()
     if data is not None and base is None:
-        raise MethodError("data says something about a model's answers: give the base model with --base")
+        raise OptionError("data says something about a model's answers: give the base model with --base")
     run_in = dtype_named(dtype, RUN_IN)
     where = resolve_device(device)
 
@@ -326,6 +326,7 @@ def _relative(first: torch.Tensor, second: torch.Tensor) -> float | None:
 def _add_answers(found: Comparison, result: Fidelity) -> None:
     found.kl, found.agreement = result.kl, result.agreement
     found.squared_error, found.cosine = result.squared_error, result.cosine
+    found.cosine_loss = None if result.cosine is None else 1 - result.cosine
     found.items, found.unit = result.items, result.unit
     if result.scores is not None:
         scores = result.scores

@@ -151,6 +151,7 @@ class Comparison:
         agreement: share of items for which A and B find the same class most probable; None likewise.
         squared_error: mean squared difference of the outputs, for a model whose output is numbers.
         cosine: mean cosine similarity of the embeddings, for a model without a head.
+        cosine_loss: 1 - cosine, which stays readable where B is close to A.
         items: how many answers were compared; 0 without data.
         unit: what an item is, `token` or `sample`.
         scores: against the labels, where the data has any that the model understands.
@@ -183,6 +184,7 @@ class Comparison:
     agreement: float | None = None
     squared_error: float | None = None
     cosine: float | None = None
+    cosine_loss: float | None = None
     items: int = 0
     unit: str | None = None
     scores: TaskScores | None = None

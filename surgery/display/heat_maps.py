@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from surgery.errors import MethodError, OptionError, OutputError
+from surgery.errors import OptionError, OutputError
 from surgery.storage.atomic_file import atomic_file
 from surgery.system.extras import extra_package
 
@@ -60,7 +60,7 @@ def check_picture(path: Path) -> None:
     """
     extra_package("matplotlib.figure", f"{path}: a picture", OptionError)
     if path.suffix.lower() not in ENDINGS:
-        raise MethodError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
+        raise OptionError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
     try:
         is_folder, has_folder = path.is_dir(), path.absolute().parent.is_dir()
     except OSError as error:

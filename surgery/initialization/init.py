@@ -375,7 +375,7 @@ def _checked(method: str, options: dict[str, Any], seed: int, dtype: str) -> dic
         if name not in method_info(method).options:
             raise MethodError(f"method {method} takes no {name}")
     if not 0 <= seed < 2**63:
-        raise MethodError(f"seed must be at least 0 and below 2^63, got {seed}")
+        raise OptionError(f"seed must be at least 0 and below 2^63, got {seed}")
     dtype_named(dtype, STORED_IN)
     return options
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
-from surgery.errors import MethodError, OutputError, SurgeryError
+from surgery.errors import NumericsError, OutputError, SurgeryError
 from surgery.methods.base import Method, OwnMethod
 from surgery.models.base_model import BaseModel
 from surgery.models.fingerprint import Fingerprint
@@ -381,5 +381,7 @@ def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor
     cast = tensor.to(dtype)
     if tensor.device.type != "meta" and not torch.isfinite(cast).all():
-        raise MethodError(f"{name} is not finite in {dtype}: the weights, or alpha, are too large or too small for it")
+        raise NumericsError(
+            f"{name} is not finite in {dtype}: the weights, or alpha, are too large or too small for it"
+        )
     return cast

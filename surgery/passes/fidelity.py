@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from surgery.deltas.operators import Delta
-from surgery.errors import MethodError
+from surgery.errors import MethodError, NumericsError
 from surgery.passes.examples import IGNORED, Examples, batches
 from surgery.passes.hooks import applied
 from surgery.passes.loaded_model import on_device, prepared
@@ -277,7 +277,7 @@ class _Tally:
             MethodError: they are not finite.
         """
         if not all(math.isfinite(value) for value in [*self.sums.values(), *self.scores]):
-            raise MethodError("the model's answers on the data are not finite: compute in float32 (--dtype float32)")
+            raise NumericsError("the model's answers on the data are not finite: compute in float32 (--dtype float32)")
         mean = {name: value / max(self.items, 1) for name, value in self.sums.items()}
         classes = self.kind == "classes"
         return Fidelity(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.errors import MethodError
+from surgery.errors import MethodError, NumericsError
 from surgery.linalg.low_rank import TruncatedSVD
 from surgery.linalg.token_products import TokenProduct, leading_svd
 from surgery.models.sites import Site
@@ -160,7 +160,7 @@ class GradientPass:
         self._check_calls()
         number_found = float(value.detach())
         if not math.isfinite(number_found):
-            raise MethodError(f"the loss is {number_found} on batch {number}: check the data, or try float32")
+            raise NumericsError(f"the loss is {number_found} on batch {number}: check the data, or try float32")
         if not value.requires_grad:
             raise MethodError("the loss does not depend on any of the adapted layers")
         value.backward()

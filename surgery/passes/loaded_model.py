@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 from surgery.models.base_model import BaseModel
 from surgery.models.loading import load_from_files
 from surgery.passes.examples import Examples, read_examples
@@ -52,9 +52,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
-                raise MethodError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in {torch.float32, torch.bfloat16}:
-            raise MethodError(
+            raise OptionError(
                 f"gradients are computed in float32 or bfloat16, not in {self.dtype}: they would underflow"
             )
 
@@ -160,7 +160,7 @@ def _checkpointing(model: Any) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise MethodError(f"{type(model).__name__} does not support gradient checkpointing")
+        raise OptionError(f"{type(model).__name__} does not support gradient checkpointing")
     before = [(layer.gradient_checkpointing, getattr(layer, "_gradient_checkpointing_func", None)) for layer in layers]
     try:
         for layer in layers:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.auto import modeling_auto
 
-from surgery.errors import MethodError
+from surgery.errors import NumericsError
 from surgery.models.sites import Site
 from surgery.passes.examples import IGNORED
 from surgery.passes.gradients import GradientPass, frozen
@@ -109,7 +109,7 @@ def sampled_loss(model: Any, batch: Mapping[str, Any], generator: torch.Generato
     rows = predictions(logits, features, causal=is_causal(model))
     log_probs = F.log_softmax(rows.float(), -1)
     if not bool(torch.isfinite(log_probs).all()):
-        raise MethodError("the model's predictions are not finite on this data: check its weights, or try float32")
+        raise NumericsError("the model's predictions are not finite on this data: check its weights, or try float32")
     drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(rows.device)
     return -log_probs.gather(1, drawn).sum(), int(rows.shape[0])
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 
 __all__ = ["resolve_device", "working_devices"]
 
@@ -32,11 +32,11 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MethodError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+        raise OptionError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type == "mps":
-        raise MethodError("device mps has no double precision, which the decompositions need: use --device cpu")
+        raise OptionError("device mps has no double precision, which the decompositions need: use --device cpu")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise MethodError(f"device {name} is not available here: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise OptionError(f"device {name} is not available here: torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type not in {"cpu", "cuda"}:
-        raise MethodError(f"device {name} is not supported: use auto, cpu, cuda or cuda:N")
+        raise OptionError(f"device {name} is not supported: use auto, cpu, cuda or cuda:N")
     return device

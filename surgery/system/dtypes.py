@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 
 __all__ = ["DTYPES", "dtype_name", "dtype_named"]
 
@@ -37,5 +37,5 @@ def dtype_named(dtype: str | torch.dtype, allowed: Sequence[str]) -> torch.dtype
     """
     name = dtype_name(dtype)
     if name not in allowed:
-        raise MethodError(f"unknown dtype {str(dtype)!r}: use {', '.join(allowed)}")
+        raise OptionError(f"unknown dtype {str(dtype)!r}: use {', '.join(allowed)}")
     return DTYPES[name]

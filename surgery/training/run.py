@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 from surgery.methods.registry import info_for_config, training_rate
 from surgery.passes.examples import Examples, read_examples
 from surgery.storage.atomic_file import named_errors
@@ -261,7 +261,7 @@ class Run:
         try:
             return TrainingArguments(**{**given, **settings.arguments})
         except (TypeError, ValueError) as error:
-            raise MethodError(f"transformers' TrainingArguments: {error}") from None
+            raise OptionError(f"transformers' TrainingArguments: {error}") from None
 
     def _tensors(self, trainer: AdapterTrainer, report: TrainReport) -> dict[str, torch.Tensor]:
         """What was trained, by name in the file; codes in no more bytes than they were."""

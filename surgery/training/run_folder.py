@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, MethodError, OutputError
+from surgery.errors import CheckpointError, OptionError, OutputError
 from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import check_output, lock_folder
 from surgery.storage.json_files import read_json
@@ -84,7 +84,7 @@ class Unfinished:
             changed = [name for name, value in options.items() if noted["options"].get(name) != value]
             if changed:
                 was = ", ".join(f"{name} {noted['options'].get(name)!r}, now {options[name]!r}" for name in changed)
-                raise MethodError(f"{self.out}: the training that is to go on had other options ({was})")
+                raise OptionError(f"{self.out}: the training that is to go on had other options ({was})")
         if not noted:
             for left in self.folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 from surgery.system.processes import Processes
 
 __all__ = ["CACHE", "TrainSettings"]
@@ -50,17 +50,17 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
-                raise MethodError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.save_every is not None and self.save_every < 1:
-            raise MethodError(f"save_every must be at least 1, got {self.save_every}")
+            raise OptionError(f"save_every must be at least 1, got {self.save_every}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise MethodError(f"lr must be positive and finite, got {self.lr}")
+            raise OptionError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.warmup < 1:
-            raise MethodError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
+            raise OptionError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
         if not self.hidden_weight >= 0:
-            raise MethodError(f"hidden_weight must not be negative, got {self.hidden_weight}")
+            raise OptionError(f"hidden_weight must not be negative, got {self.hidden_weight}")
         if not 0 <= self.seed < 2**32:
-            raise MethodError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+            raise OptionError(f"seed must be at least 0 and below 2^32, got {self.seed}")
 
     def described(self, lr: float, chosen: bool, samples: int) -> str:
         """Return learning rate, schedule and steps in a line.
@@ -88,7 +88,7 @@ class TrainSettings:
         """
         parts = group.count * self.accumulate
         if self.batch_size % parts:
-            raise MethodError(
+            raise OptionError(
                 f"batch_size {self.batch_size} does not divide into {group.count} processes times {self.accumulate} "
                 "parts"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.errors import MethodError
+from surgery.errors import OptionError
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.safetensors_read import file_bytes
 from surgery.system.devices import resolve_device
@@ -118,7 +118,7 @@ def train(
         gradient_checkpointing, seed, dict(arguments or {}),
     )  # fmt: skip
     if cache_teacher and teacher is None:
-        raise MethodError("cache_teacher belongs to a training with a teacher")
+        raise OptionError("cache_teacher belongs to a training with a teacher")
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     taught_by = teacher if isinstance(teacher, Adapter) or teacher is None else Adapter.open(teacher)
     unfinished = Unfinished(Path(out)) if out is not None and not dry_run else None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from surgery.errors import CheckpointError, MethodError, OutputError, first_line
+from surgery.errors import CheckpointError, NumericsError, OutputError, first_line
 from surgery.passes.examples import Features, collated
 from surgery.passes.fidelity import arguments
 from surgery.system.progress import Progress
@@ -200,7 +200,7 @@ class Watch(TrainerCallback):
             broken = _broken_weight(kwargs["model"])
             if broken is not None:
                 raise CheckpointError(f"the loss is {loss}: the base model's {broken} holds values that are not finite")
-            raise MethodError(
+            raise NumericsError(
                 f"the loss is {loss} at step {state.global_step}: the learning rate {self.lr:g} is too high for this "
                 "adapter and data; nothing was written"
             )

@@ -548,6 +548,7 @@ def test_embeddings(model_folder, tmp_path: Path) -> None:
             rows = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in read_texts(data)]
         means.append(torch.stack(rows).double())
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(*means).mean()), abs=1e-6)
+    assert found.cosine_loss == 1 - found.cosine
     assert found.cosine < 0.99 and found.kl is None and found.scores is None
 
 
