@@ -68,7 +68,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return weight is None or hasattr(weight, "quant_state") or not weight.is_floating_point()
 
     def update_layer(self, adapter_name: str, config: Any, attachment: Attachment, inference_mode: bool) -> None:
-        """Allocate an adapter's tensors, to be filled by its start or by loading."""
+        """Allocate an adapter's tensors, to be filled by its start or by loading.
+
+        Raises:
+            AdapterError: accelerate has moved the base weight away.
+        """
+        if self.device.type == "meta" and hasattr(self.linear, "_hf_hook"):
+            raise AdapterError(_offloaded(self.site.module, "the base weight"))
         self.attachments[adapter_name] = attachment
         owner = attachment.add(self.site, self)
         shapes = self.method.shapes(config, self.site)

@@ -314,3 +314,11 @@ def test_a_saved_configuration_alone_says_how_to_start(model, tmp_path: Path) ->
         config.init_weights = True
         base = Two()
         torch.testing.assert_close(peft.get_peft_model(copy.deepcopy(base), config)(X), base(X))
+
+
+def test_an_offloaded_base_is_refused(model, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model.save_pretrained(tmp_path)
+    base = accelerate.cpu_offload(Two(), execution_device=torch.device("cpu"))
+    with pytest.raises(AdapterError, match="the base weight is on the meta device, moved away by accelerate"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
