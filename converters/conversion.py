@@ -15,7 +15,7 @@ from surgery.adapters.adapter import Adapter, identity_of
 from surgery.adapters.contents import refuse_output_biases
 from surgery.adapters.fitting import old_names_note
 from surgery.adapters.packing import is_packed
-from surgery.adapters.source import Source, refuse_lone_experts
+from surgery.adapters.source import Source, refuse_lone_experts, refuse_other_kinds
 from surgery.converters.figures import converted_sites, largest_difference, overall
 from surgery.converters.forms import Form, form_named
 from surgery.converters.kept import (
@@ -199,6 +199,8 @@ class _Conversion:
         refuse_output_biases(source.contents)
         if not options.form.single_experts:
             refuse_lone_experts(source, options.to)
+        if not options.form.every_kind:
+            refuse_other_kinds(source, options.to)
         saved, measured = saved_tensors(source), shared.measured(source)
         return cls(source, measured, saved, shared, options, device, progress, source.adapter.file_size)
 

@@ -73,6 +73,7 @@ class Form:
         converter: `module:function` of the function that makes it, or the function: `(Source, Request) -> Result`.
         lossy: whether it is likely to lose most of an adapter, whatever its size.
         single_experts: whether its layers may be single experts of a fused parameter.
+        every_kind: whether its layers may be embeddings, convolutions and experts, not linears alone.
         needs_base: why it needs the base model; empty where it does not.
         options: those that it takes and others do not.
         budgets: the kinds of budget that it takes.
@@ -87,6 +88,7 @@ class Form:
     converter: str | Callable[[Source, Request], Result]
     lossy: bool = False
     single_experts: bool = False
+    every_kind: bool = False
     needs_base: str = ""
     options: tuple[FormOption, ...] = ()
     budgets: tuple[str, ...] = BUDGETS
@@ -155,6 +157,7 @@ _OWN = {
         title="packed GiVA: integer factors of few bits",
         holds="any change of low rank, within the rounding of its bits; with `--energy 1` all of it",
         converter="surgery.converters.to_giva:to_giva",
+        every_kind=True,
         options=(
             FormOption("bits", "auto", ("auto", "32", "16", "8", "4", "3", "2"), "bits of a number"),
         ),
@@ -176,6 +179,7 @@ _OWN = {
         holds="any change of low rank",
         converter="surgery.converters.to_lora:to_lora",
         single_experts=True,
+        every_kind=True,
         options=(
             FormOption("per_layer_ranks", False, (), "ranks that differ by layer, which some servers misread"),
         ),

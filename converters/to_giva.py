@@ -13,6 +13,8 @@ from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.errors import MethodError
+from surgery.models.sites import LINEAR
+from surgery.storage.format_version import KINDS_VERSION
 
 __all__ = ["to_giva"]
 
@@ -51,7 +53,12 @@ def to_giva(source: Source, request: Request) -> Result:
             sizes[change.module] = round(spent / 8)
     if not parts:
         raise MethodError("nothing is kept of any layer: the adapter changes nothing, or the budget is too small")
-    return _result(parts, bits, mean_bits, sizes)
+    return _result(parts, _kinds(changes), bits, mean_bits, sizes)
+
+
+def _kinds(changes: list[Change]) -> dict[str, str]:
+    """The kinds of the layers that are no linears, as the configuration says them."""
+    return {change.module: str(change.form) for change in changes if change.form.kind != LINEAR}
 
 
 def _coded(request: Request, changes: list[Change], bits: int | None) -> Compressed:
@@ -104,7 +111,7 @@ def _plain(request: Request, changes: list[Change], bits: int) -> Result:
             B, A = svds[change.module].cut(change.B, change.A, rank)
             parts[change.module] = _floats(B, A, PLAIN[bits])
     sizes = {module: costs[module] * len(s) for module, (*_, s) in parts.items()}
-    return _result(parts, bits, dict.fromkeys(parts, float(bits)), sizes)
+    return _result(parts, _kinds(changes), bits, dict.fromkeys(parts, float(bits)), sizes)
 
 
 def _floats(B: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,6 +122,7 @@ def _floats(B: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> tuple[torch
 
 def _result(
     factors: Parts,
+    kinds: Mapping[str, str],
     bits: int | str,
     mean_bits: dict[str, float],
     sizes: dict[str, int],
@@ -126,4 +134,8 @@ def _result(
     shapes = {module: (B.shape[0], A.shape[1], A.shape[0]) for module, (B, A, _) in factors.items()}
     ranks = {module: rank for module, (*_, rank) in shapes.items()}
     trainable = sum(height + rank for height, _, rank in shapes.values())
-    return Result(packed_config(shapes, bits), tensors, ranks, trainable, mean_bits, sizes)
+    config = packed_config(shapes, bits)
+    kept = {module: kind for module, kind in kinds.items() if module in shapes}
+    if kept:
+        config |= {"kinds": kept, "format_version": KINDS_VERSION}
+    return Result(config, tensors, ranks, trainable, mean_bits, sizes)

@@ -10,6 +10,7 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
+from surgery.adapters.types.lora import lora_tensors
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.system.text import human_bytes
@@ -57,11 +58,13 @@ def to_lora(source: Source, request: Request) -> Result:
     scale = _fp8_scale(factors) if dtype == FP8 else 1.0
     stored = dict.fromkeys(kept, max(kept.values())) if alike else kept
     tensors = {}
+    forms = {change.module: change.form for change in changes}
     for module, (B, A) in factors.items():
-        B_name, A_name = _names(module)
         missing = stored[module] - kept[module]
-        tensors[B_name] = (torch.nn.functional.pad(B, (0, missing)) / scale).to(dtype)
-        tensors[A_name] = (torch.nn.functional.pad(A, (0, 0, 0, missing)) / scale).to(dtype)
+        wider_B = (torch.nn.functional.pad(B, (0, missing)) / scale).to(dtype)
+        wider_A = (torch.nn.functional.pad(A, (0, 0, 0, missing)) / scale).to(dtype)
+        named = lora_tensors(forms[module], wider_A, wider_B)
+        tensors.update({f"{MODEL_PREFIX}{module}.{short}": tensor for short, tensor in named.items()})
     trainable = sum(tensor.numel() for tensor in tensors.values())
     shapes = {change.module: change.shape for change in changes}
     padding = sum((stored[m] - kept[m]) * sum(shapes[m]) for m in kept) * dtype.itemsize
@@ -76,10 +79,6 @@ def balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return B * ratio, A / ratio[:, None]
 
 
-def _names(module: str) -> tuple[str, str]:
-    return f"{MODEL_PREFIX}{module}.lora_B.weight", f"{MODEL_PREFIX}{module}.lora_A.weight"
-
-
 def _planned(
     changes: list[Change], ranks: Mapping[str, int], dtype: torch.dtype, alike: bool
 ) -> dict[str, torch.Tensor]:
@@ -89,9 +88,10 @@ def _planned(
         rank = highest if alike and ranks[change.module] else ranks[change.module]
         if rank:
             out_features, in_features = change.shape
-            B_name, A_name = _names(change.module)
-            planned[B_name] = torch.empty(out_features, rank, dtype=dtype, device="meta")
-            planned[A_name] = torch.empty(rank, in_features, dtype=dtype, device="meta")
+            B = torch.empty(out_features, rank, dtype=dtype, device="meta")
+            A = torch.empty(rank, in_features, dtype=dtype, device="meta")
+            stored = lora_tensors(change.form, A, B)
+            planned.update({f"{MODEL_PREFIX}{change.module}.{short}": tensor for short, tensor in stored.items()})
     return planned
 
 

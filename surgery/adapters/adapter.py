@@ -25,6 +25,7 @@ from surgery.adapters.packing import is_packed, packed
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.registry import readable_types, type_of
 from surgery.errors import AdapterError, CheckpointError, OutputError, listing
+from surgery.models.sites import Form
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.folder_checks import check_files
 from surgery.storage.hub_cache import local_folder
@@ -168,6 +169,11 @@ class Adapter:
     def file_size(self) -> int:
         """Bytes of the file that its tensors were read from, or that they would take as they are."""
         return self.weights.stat().st_size if self.weights is not None else file_bytes(self.file_tensors())
+
+    def form(self, module: str) -> Form:
+        """How the weight of one layer is stored, as far as the adapter's own files say."""
+        kind = self.type
+        return Form() if kind is None else kind.form(self.config, module, self.layer(module))
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
         """Return the weight change of one layer, float32, `(out, in)` whatever the orientation of the layer's weight.

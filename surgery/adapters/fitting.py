@@ -14,7 +14,7 @@ from surgery.adapters.types.lora import LORA
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.module_names import FusedPart, ModelNames
-from surgery.models.sites import Site, linear_sites, unsupported_modules
+from surgery.models.sites import LINEAR, PARAMETER, Site, adaptable_sites, unsupported_modules
 from surgery.models.tasks import TASK_TABLE
 
 __all__ = [
@@ -61,7 +61,7 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
         AdapterError: the model has no such layer, or one that cannot be changed.
         CheckpointError: the checkpoint has no weight for it.
     """
-    linears = {site.module: site for site in linear_sites(base.model)}
+    linears = {site.module: site for site in adaptable_sites(base.model)}
     found: dict[str, str] = {}
     for name in modules:
         module = located(name, linears, base)
@@ -71,6 +71,7 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
                 raise AdapterError(f"{adapter.label}: {_no_linear(base, name)}")
             module = site.module
             linears[module] = site
+        _check_form(adapter, name, linears[module])
         if module in found:
             raise AdapterError(f"{adapter.label}: changes {found[module]} and {name}, which are one layer of the base")
         found[module] = name
@@ -78,6 +79,17 @@ def sites_on_base(adapter: Adapter, base: BaseModel, modules: Iterable[str]) -> 
     if absent:
         raise CheckpointError(f"{base.folder}: no weights for {listing(absent, 3)} in the checkpoint")
     return {site: found[module] for module, site in linears.items() if module in found}
+
+
+def _check_form(adapter: Adapter, name: str, site: Site) -> None:
+    """Check that the base has a layer of the kind that the adapter's tensors are for."""
+    form = adapter.form(name)
+    same_kind = form.kind == site.form.kind or {form.kind, site.form.kind} == {LINEAR, PARAMETER}
+    if not same_kind or form.kernel != site.form.kernel:
+        raise AdapterError(
+            f"{adapter.label}: changes {name} as the weight of a layer of the kind {form}, the base has one of the "
+            f"kind {site.form} there: it is for another base model"
+        )
 
 
 def _site_in_files(base: BaseModel, module: str) -> Site | None:

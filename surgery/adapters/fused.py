@@ -17,7 +17,15 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.renaming import adapted_modules
-from surgery.adapters.types.lora import A_NAME, B_NAME, BIAS_NAME, scaling_of
+from surgery.adapters.types.lora import (
+    A_NAME,
+    B_NAME,
+    BIAS_NAME,
+    EMBEDDING_NAMES,
+    factor_names,
+    lora_tensors,
+    scaling_of,
+)
 from surgery.errors import AdapterError
 from surgery.models.module_names import FusedPart, ModelNames
 
@@ -77,7 +85,8 @@ def as_lora(adapter: Adapter) -> Adapter:
         if factors is None:
             raise AdapterError(f"{module}: the change of a {adapter.peft_type} adapter has full rank")
         B, A = (factor.detach().float().contiguous() for factor in factors)
-        tensors[f"{MODEL_PREFIX}{module}.{B_NAME}"], tensors[f"{MODEL_PREFIX}{module}.{A_NAME}"] = B, A
+        stored = lora_tensors(adapter.form(module), A, B)
+        tensors.update({f"{MODEL_PREFIX}{module}.{short}": tensor for short, tensor in stored.items()})
         ranks[module] = int(A.shape[0])
     mine = {f"{MODEL_PREFIX}{module}.{short}" for module in adapted for short in adapter.modules[module]}
     saved = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith(MODEL_PREFIX)}
@@ -111,7 +120,8 @@ def with_fused(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPar
         return adapter
     taken = {f"{MODEL_PREFIX}{module}.{short}" for module in done for short in adapter.modules[module]}
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if name not in taken}
-    config = _plain_config(adapter, [module for module in adapter.holders(A_NAME) if module not in done])
+    others = [module for name in (A_NAME, EMBEDDING_NAMES[0]) for module in adapter.holders(name)]
+    config = _plain_config(adapter, [module for module in others if module not in done])
     for target, change in sorted(targets.items()):
         _write(target, change, targets, names, tensors, config)
     return adapter.like(config, tensors)
@@ -218,7 +228,7 @@ def _wrapper(target: str, targets: Mapping[str, _Target], names: ModelNames) -> 
 def _plain_config(adapter: Adapter, kept: list[str]) -> dict[str, Any]:
     """The configuration with the layers' own ranks and scales spelled out, ready for more targets."""
     config = dict(adapter.config)
-    ranks = {module: int(adapter.layer(module)[A_NAME].shape[0]) for module in kept}
+    ranks = {module: _rank_of(adapter, module) for module in kept}
     scales = {module: scaling_of(config, module, rank) for module, rank in ranks.items()}
     config.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
     config.update({"use_rslora": False, "target_modules": list(kept), "lora_dropout": 0.0})
@@ -226,6 +236,11 @@ def _plain_config(adapter: Adapter, kept: list[str]) -> dict[str, Any]:
     config["rank_pattern"] = ranks
     config["alpha_pattern"] = {module: _whole(scales[module] * rank) for module, rank in ranks.items()}
     return config
+
+
+def _rank_of(adapter: Adapter, module: str) -> int:
+    A_name, _ = factor_names(adapter.form(module))
+    return int(adapter.layer(module)[A_name].shape[0])
 
 
 def _whole(number: float) -> float | int:

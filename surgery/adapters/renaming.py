@@ -58,8 +58,9 @@ def _config(adapter: Adapter, names: Mapping[str, str], model: nn.Module) -> dic
         if config.get(key):
             default = next((config[setting] for setting in settings if config.get(setting) is not None), DEFAULT)
             config[key] = _pattern(adapter, key, default, names, adapted)
-    if config.get("packed"):
-        config["packed"] = {names.get(module, module): shape for module, shape in config["packed"].items()}
+    for key in ("packed", "kinds"):
+        if config.get(key):
+            config[key] = {names.get(module, module): value for module, value in config[key].items()}
     return config
 
 

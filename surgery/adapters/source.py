@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -19,10 +20,10 @@ from surgery.errors import AdapterError
 from surgery.linalg.low_rank import truncated_svd
 from surgery.models.base_model import BaseModel
 from surgery.models.quantized import unquantized_name
-from surgery.models.sites import Site
+from surgery.models.sites import LINEAR, PARAMETER, PLAIN, Form, Site
 from surgery.storage.resume import Parts
 
-__all__ = ["Change", "Source", "refuse_lone_experts"]
+__all__ = ["Change", "Source", "refuse_lone_experts", "refuse_other_kinds"]
 
 # One expert of several, by its name.
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -38,6 +39,7 @@ class Change:
         A: `(k, in)`, float32.
         site: the layer in the base, where there is one.
         lost: Frobenius norm of what these factors lack of the change, over the change's; 0 where they are exact.
+        form: how the layer's weight is stored.
     """
 
     module: str
@@ -45,6 +47,7 @@ class Change:
     A: torch.Tensor
     site: Site | None = None
     lost: float = 0.0
+    form: Form = PLAIN
 
     @classmethod
     def none(cls, module: str, site: Site) -> Change:
@@ -186,7 +189,7 @@ class Source:
                 factors = delta.factors()
                 if factors is not None:
                     B, A = (factor.detach().float().cpu() for factor in factors)
-                    yield Change(module, B, A, site)
+                    yield Change(module, B, A, site, form=self.form(module))
                     continue
                 if rank is None and energy is None:
                     raise AdapterError(
@@ -197,7 +200,18 @@ class Source:
                 cut = {"B": change.B.contiguous(), "A": change.A.contiguous()}
                 parts.add(_unit(module), cut, {"lost": change.lost})
             found = parts.tensors(_unit(module))
-            yield Change(module, found["B"], found["A"], sites.get(module), parts.facts(_unit(module))["lost"])
+            lost = parts.facts(_unit(module))["lost"]
+            yield Change(module, found["B"], found["A"], sites.get(module), lost, self.form(module))
+
+    def form(self, module: str) -> Form:
+        """How the weight of a layer is stored: as the base says, otherwise as the adapter's own files do."""
+        own = self.adapter.form(module)
+        site = self._site_of.get(module) if own.kind == LINEAR else None
+        return own if site is None else site.form
+
+    @cached_property
+    def _site_of(self) -> dict[str, Site]:
+        return {module: site for site, module in self.sites.items()}
 
 
 def base_named_by(adapter: Adapter) -> str:
@@ -221,6 +235,21 @@ def refuse_lone_experts(source: Source, to: str) -> None:
             f"{source.adapter.label}: changes {expert}, one expert by itself, which transformers 5 joins with the "
             f"others in most models, where PEFT would leave it out of a {to} adapter: give the model with --base"
         )
+
+
+def refuse_other_kinds(source: Source, to: str) -> None:
+    """Refuse layers that are no linears, in a form that holds linears only.
+
+    Raises:
+        AdapterError: a layer is an embedding, a convolution or an expert of a fused parameter.
+    """
+    for module in source.contents.modules:
+        form = source.form(module)
+        if form.kind not in {LINEAR, PARAMETER}:
+            raise AdapterError(
+                f"{source.adapter.label}: changes {module}, which is of the kind {form}, and {to} holds linear layers "
+                "only; use --to giva or --to lora"
+            )
 
 
 def _unit(module: str) -> str:

@@ -65,7 +65,7 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
         inverse = right_inverse_transposed(V)
         for site in group:
             weight = model.get_submodule(site.module).weight.detach()
-            weight = weight.T if site.transposed else weight
+            weight = site.matrix(weight)
             fingerprint.add(site.key, weight)
             parts = adapter.modules[site.module]
             own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverse)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.adapters.adapter import Adapter, bits_equal
-from surgery.comparison.pair import Layer, Pair, Side, WithBias
+from surgery.comparison.pair import Layer, Pair, Side
 from surgery.comparison.report import (
     CarriedTensor,
     ComparedAdapter,
@@ -21,7 +21,7 @@ from surgery.comparison.report import (
     Costs,
     TaskScores,
 )
-from surgery.deltas.operators import Delta
+from surgery.deltas.operators import Delta, WithBias
 from surgery.errors import OptionError
 from surgery.models.sites import Site
 from surgery.system.devices import resolve_device
@@ -173,8 +173,7 @@ def _from_files(base: BaseModel | None, device: torch.device) -> Callable[[Site]
 
 def _live_weight(model: Any, site: Site) -> torch.Tensor:
     """The weight of a loaded layer, `(out, in)`; no copy where the model is float32."""
-    weight = model.get_submodule(site.module).weight.detach()
-    return (weight.T if site.transposed else weight).float()
+    return site.matrix(model.get_parameter(site.parameter).detach()).float()
 
 
 def _measured(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from surgery.adapters.on_base import ChangesOnBase
     from surgery.models.base_model import BaseModel
 
-__all__ = ["Layer", "Pair", "Side", "WithBias"]
+__all__ = ["Layer", "Pair", "Side"]
 
 # A layer's base weight `(out, in)`, float32, on the device of the work.
 WeightOf = Callable[[Site], torch.Tensor]
@@ -82,20 +82,6 @@ class Side:
         own = f"{layer.module}.bias"
         known = self.base is not None and own in self.base.sources
         return self.contents.output_bias(name, self.base.parameter(own) if known and self.base is not None else None)
-
-
-class WithBias(Delta):
-    """A weight change with a constant that is added to the layer's output."""
-
-    def __init__(self, change: Delta, bias: torch.Tensor) -> None:
-        self.change, self.bias = change, bias
-        self.shape = change.shape
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.change.apply(x) + self.bias.to(x.device)
-
-    def dense(self) -> torch.Tensor:
-        return self.change.dense()
 
 
 class Pair:

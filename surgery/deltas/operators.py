@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from surgery.deltas.sparse import Pattern
 from surgery.deltas.sparse_autograd import mixed_product
 
-__all__ = ["Delta", "Gain", "Hadamard", "InputMap", "LowRank", "Sum"]
+__all__ = ["Delta", "Gain", "Hadamard", "InputMap", "LowRank", "Sum", "WithBias"]
 
 
 class Delta(ABC):
@@ -32,6 +32,10 @@ class Delta(ABC):
     @abstractmethod
     def dense(self) -> torch.Tensor:
         """`dW` itself, `(out, in)`."""
+
+    def looked_up(self, index: torch.Tensor) -> torch.Tensor:
+        """Columns of `dW`, `(..., out)` for an index `(...)`: what changes where an embedding is looked up."""
+        return F.embedding(index, self.dense().T)
 
     def adapted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         """`x (W + dW)^T + bias` in fewer products than base and change apart; None where there is no such form."""
@@ -78,6 +82,9 @@ class LowRank(Delta):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x, self.A), self.B) * self.scale
 
+    def looked_up(self, index: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.embedding(index, self.A.T), self.B) * self.scale
+
     def dense(self) -> torch.Tensor:
         return (self.B @ self.A) * self.scale
 
@@ -113,6 +120,23 @@ class Sum(Delta):
         if len(found) < len(pairs):
             return None
         return torch.cat([w * B for w, B, _ in found], 1), torch.cat([A for _, _, A in found], 0)
+
+
+class WithBias(Delta):
+    """A weight change beside one of the layer's bias, which `surgery.deltas.on_layers.added_output` adds."""
+
+    def __init__(self, change: Delta, bias: torch.Tensor) -> None:
+        self.change, self.bias = change, bias
+        self.shape = change.shape
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change.apply(x)
+
+    def looked_up(self, index: torch.Tensor) -> torch.Tensor:
+        return self.change.looked_up(index)
+
+    def dense(self) -> torch.Tensor:
+        return self.change.dense()
 
 
 class Gain(Delta):

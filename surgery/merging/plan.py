@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,9 @@ class MergePlan:
         self.notes: list[str] = [*contents.adapter.notes, *lacking_in(contents.adapter, base.names).notes]
         self.notes += lacking_note(base, self.replaced)
         self._shifts = dict(shifts)
-        self._site_of = {site.parameter: site for site in sites}
+        self._sites_of: dict[str, list[Site]] = {}
+        for site in sites:
+            self._sites_of.setdefault(site.parameter, []).append(site)
         self.added = _without_own_tensor(base, target, self._changed)
         self._edited = self._edits()
         self._changes = ChangesOnBase(contents, base, sites, device)
@@ -184,7 +186,7 @@ class MergePlan:
 
     @property
     def _changed(self) -> list[str]:
-        return list(dict.fromkeys([*self._site_of, *self.replaced, *self._shifts]))
+        return list(dict.fromkeys([*self._sites_of, *self.replaced, *self._shifts]))
 
     @property
     def _own_changes(self) -> list[str]:
@@ -200,14 +202,13 @@ class MergePlan:
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The new value of one parameter on the CPU, in the model's orientation."""
         old = self.replaced[name] if name in self.replaced else self.base.parameter(name)
-        site = self._site_of.get(name)
+        sites = self._sites_of.get(name)
         if not old.is_floating_point():
-            if site is not None:
+            if sites:
                 raise CheckpointError(f"{self.base.folder}: {name} is {old.dtype}, not floating point")
             return old
-        if site is not None:
-            value, finite = self._merged(site, old.T if site.transposed else old, dtype)
-            value = value.T if site.transposed else value
+        if sites:
+            value, finite = self._changed_weight(sites, old, dtype)
         else:
             shift = self._shifts.get(name)
             value = (old if shift is None else old.float() + shift).to(dtype)
@@ -219,6 +220,20 @@ class MergePlan:
                 f"{name}: the merged values are not finite in {dtype}; use --dtype bfloat16 or float32"
             )
         return value.cpu()
+
+    def _changed_weight(
+        self, sites: Sequence[Site], old: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, bool]:
+        """The new value of a parameter that is the weight of one layer, or of several experts, and if it is finite."""
+        if sites[0].expert is None:
+            value, finite = self._merged(sites[0], sites[0].matrix(old), dtype)
+            return sites[0].stored(value), finite
+        whole, finite = old.to(dtype, copy=True), True
+        for site in sites:
+            value, sound = self._merged(site, site.matrix(old), dtype)
+            whole[site.expert] = site.stored(value)
+            finite = finite and sound
+        return whole, finite
 
     def _merged(self, site: Site, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
         """`W + dW (out, in)`, summed in float32 and rounded once, and whether the norms say that it is finite."""

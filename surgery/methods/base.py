@@ -102,6 +102,8 @@ class OwnConfig(PeftConfig):
     """
 
     info: ClassVar[MethodInfo]
+    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds"})
+
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
     )
@@ -142,6 +144,11 @@ class OwnConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` is given without `layers_to_transform`")
         check_format_version(self.format_version, "adapter_config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration; what only some files use is left out of the others, which older readers open."""
+        found: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in found.items() if value is not None or key not in self.only_where_used}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, saying that the start is in the file and need not be computed again."""

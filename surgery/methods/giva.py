@@ -51,6 +51,7 @@ class GivaConfig(OwnConfig):
             that belong to A, `vru2r` the r after these.
         packed: of an adapter that was compressed from another, by module: `[out, in, rank]`. A and B are integers,
             which the file holds as codes of few bits; s is their scale, and o is 1 until it is trained.
+        kinds: of a packed adapter: what its layers are that are no linears, by module.
         bits: of a packed adapter: 16 or 32 where A and B are plain floats, else the most bits of a code, or `auto`.
         split: fused weights that hold several matrices one above the other: the end of the module's name -> their
             heights.
@@ -61,6 +62,9 @@ class GivaConfig(OwnConfig):
     variant: str = field(default="vr", metadata={"help": f"What B is: {', '.join(VARIANTS)}."})
     packed: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "[out, in, rank] of layers whose factors are integers, stored as codes."}
+    )
+    kinds: dict[str, str] | None = field(
+        default=None, metadata={"help": "Of packed layers that are no linears: embedding, convolution 3x3, expert."}
     )
     bits: int | str | None = field(
         default=None,

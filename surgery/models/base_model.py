@@ -249,7 +249,7 @@ class BaseModel:
         tensor = self.parameter(site.parameter, check)
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.folder}: {site.parameter} is {tensor.dtype}, not floating point")
-        return tensor.T if site.transposed else tensor
+        return site.matrix(tensor)
 
     def weight(self, site: Site, device: torch.device | str = "cpu") -> torch.Tensor:
         """The weight of `site`, `(out, in)`, float32, on `device`."""

@@ -1,30 +1,81 @@
-"""Which linear layers of a model are adapted, and what each is called.
+"""Which layers of a model are adapted, what each is called, and how its weight is a matrix `(out, in)`.
 
-A `Site` is one adapted linear. Sites are read off the modules of a model, whose parameters may live on the meta
-device: only names, classes and shapes are looked at.
+A `Site` is one adapted layer: a linear, an embedding, a convolution, a matrix that a module of another class holds, or
+one expert of a parameter of three dimensions. Sites are read off the modules of a model, whose parameters may live on
+the meta device: only names, classes and shapes are looked at.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from surgery.errors import TargetError, listing
 
-__all__ = ["Site", "linear_sites", "role_by_name", "select_sites", "site_of", "target_modules", "unsupported_modules"]
+__all__ = [
+    "CONVOLUTION",
+    "EMBEDDING",
+    "EXPERT",
+    "LINEAR",
+    "PARAMETER",
+    "PLAIN",
+    "Form",
+    "Site",
+    "adaptable_sites",
+    "expert_sites",
+    "linear_sites",
+    "role_by_name",
+    "select_sites",
+    "site_of",
+    "target_modules",
+    "unsupported_modules",
+]
 
 ALL_LINEAR = "all-linear"
+# Kinds of layers.
+LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
+# A matrix, or one of several in a parameter of three dimensions, that a module of another class holds.
+PARAMETER, EXPERT = "parameter", "expert"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the weight of a layer is stored, as far as an adapter's file has to know.
+
+    Attributes:
+        kind: `linear`, `embedding`, `convolution`, `parameter`, `expert`.
+        kernel: sizes of a convolution's kernel; empty for the others.
+    """
+
+    kind: str = LINEAR
+    kernel: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.kind + (f" {'x'.join(map(str, self.kernel))}" if self.kernel else "")
+
+    @classmethod
+    def parsed(cls, text: str) -> Form | None:
+        """Return the form that `str` gives this text; None for no such text."""
+        kind, _, sizes = text.partition(" ")
+        if kind == CONVOLUTION and re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", sizes):
+            return cls(kind, tuple(int(size) for size in sizes.split("x")))
+        return cls(kind) if kind in {LINEAR, EMBEDDING, PARAMETER, EXPERT} and not sizes else None
+
+
+PLAIN = Form()
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer that an adapter can change.
+    """One layer that an adapter can change.
 
     Attributes:
         module: the module's name in the model, `bert.encoder.layer.0.attention.self.query`.
@@ -34,7 +85,10 @@ class Site:
         layer: index of the repeated block, or None outside the repeated blocks.
         out_features: rows of the weight in `(out, in)` orientation.
         in_features: columns of the weight in `(out, in)` orientation.
-        transposed: the checkpoint stores `(in, out)`, as `Conv1D` does.
+        transposed: the checkpoint stores `(in, out)`, as `Conv1D` and embeddings do.
+        form: its kind, and what else an adapter's file has to know of how the weight is stored.
+        expert: which matrix of a parameter of three dimensions it is; None for a layer with a weight of its own.
+        held_as: name of the parameter that is or holds the weight, where that is not the module's `weight`.
     """
 
     module: str
@@ -44,11 +98,27 @@ class Site:
     out_features: int
     in_features: int
     transposed: bool = False
+    form: Form = PLAIN
+    expert: int | None = None
+    held_as: str | None = None
 
     @property
     def parameter(self) -> str:
-        """Name of the weight in the model's state dict."""
-        return f"{self.module}.weight"
+        """Name of the weight in the model's state dict; experts share one."""
+        return f"{self.module}.weight" if self.held_as is None else self.held_as
+
+    def matrix(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return the layer's matrix `(out, in)` in a tensor of the parameter's shape: a view of it."""
+        own = stored if self.expert is None else stored[self.expert]
+        if self.form.kernel:
+            return own.flatten(1)
+        return own.T if self.transposed else own
+
+    def stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return a matrix `(out, in)` in the shape of the layer's weight, or of one expert's."""
+        if self.form.kernel:
+            return matrix.reshape(matrix.shape[0], -1, *self.form.kernel)
+        return matrix.T if self.transposed else matrix
 
     @property
     def max_rank(self) -> int:
@@ -57,28 +127,61 @@ class Site:
 
 
 def site_of(model: nn.Module, name: str, module: nn.Module) -> Site:
-    """Describe the linear `module`, called `name` inside `model`.
+    """Describe the layer `module`, called `name` inside `model`.
 
     Raises:
-        TargetError: `module` is neither `nn.Linear` nor `Conv1D`.
+        TargetError: `module` is no linear layer, embedding or convolution.
     """
+    form, transposed = Form(), False
     if _is_conv1d(module):
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        in_features, out_features = weight.shape
+        (in_features, out_features), transposed = weight.shape, True
     elif isinstance(module, nn.Linear):
         in_features, out_features = module.in_features, module.out_features
+    elif isinstance(module, nn.Embedding):
+        in_features, out_features = module.num_embeddings, module.embedding_dim
+        form, transposed = Form(EMBEDDING), True
+    elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        out_features, in_features = module.weight.shape[0], math.prod(module.weight.shape[1:])
+        form = Form(CONVOLUTION, tuple(module.kernel_size))
     else:
         raise TargetError(f"{name}: {type(module).__name__} is not a linear layer (nn.Linear or Conv1D)")
+    return Site(name, *_described(model, name), int(out_features), int(in_features), transposed, form)
+
+
+def expert_sites(model: nn.Module, name: str, parameter: torch.Tensor) -> list[Site]:
+    """Describe a parameter of a module that is no linear layer: one matrix, or one for each expert.
+
+    Args:
+        model: the model.
+        name: the parameter's name in it.
+        parameter: of two dimensions, or of three with the experts first.
+    """
+    owner, _, short = name.rpartition(".")
+    if parameter.ndim == 2:
+        module = owner if short == "weight" else name
+        out_features, in_features = parameter.shape
+        return [Site(module, *_described(model, module), out_features, in_features, False, Form(PARAMETER), None, name)]
+    transposed = bool(getattr(model.get_submodule(owner), "is_transposed", False))
+    count, height, width = parameter.shape
+    sizes = (width, height) if transposed else (height, width)
+    key, role, layer = _described(model, name)
+    return [
+        Site(f"{name}.{i}", f"{key}.{i}", f"{role}.*", layer, *sizes, transposed, Form(EXPERT), i, name)
+        for i in range(count)
+    ]
+
+
+def _described(model: nn.Module, name: str) -> tuple[str, str, int | None]:
+    """Return the name without the prefix of a class with a head, the role, and the index of the block."""
     prefix = getattr(model, "base_model_prefix", "")
     key = name.removeprefix(f"{prefix}.") if prefix else name
     index = _block_index(model, name)
-    role, layer = key, None
-    if index is not None:
-        parts = name.split(".")
-        layer = int(parts[index])
-        role = ".".join([*parts[:index], "*", *parts[index + 1 :]])
-        role = role.removeprefix(f"{prefix}.") if prefix else role
-    return Site(name, key, role, layer, int(out_features), int(in_features), _is_conv1d(module))
+    if index is None:
+        return key, key, None
+    parts = name.split(".")
+    role = ".".join([*parts[:index], "*", *parts[index + 1 :]])
+    return key, role.removeprefix(f"{prefix}.") if prefix else role, int(parts[index])
 
 
 def role_by_name(module: str) -> tuple[str, int | None]:
@@ -98,6 +201,30 @@ def linear_sites(model: nn.Module) -> list[Site]:
         for name, module in model.named_modules()
         if _is_linear(module) and name not in refused
     ]
+
+
+def adaptable_sites(model: nn.Module) -> list[Site]:
+    """Every layer of `model` whose weight an adapter can change, of every kind, in the model's own order."""
+    never_called = {
+        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    return [
+        site
+        for name, module in model.named_modules()
+        if name not in never_called
+        for site in _sites(model, name, module)
+    ]
+
+
+def _sites(model: nn.Module, name: str, module: nn.Module) -> Iterator[Site]:
+    """Yield the layers that one module is or holds."""
+    if _is_conv1d(module) or isinstance(module, (nn.Linear, nn.Embedding, _ConvNd)):
+        if not isinstance(module, _ConvTransposeNd):
+            yield site_of(model, name, module)
+        return
+    for short, parameter in module.named_parameters(recurse=False):
+        if name and parameter.ndim in {2, 3} and min(parameter.shape) > 1:
+            yield from expert_sites(model, f"{name}.{short}", parameter)
 
 
 def unsupported_modules(model: nn.Module) -> dict[str, str]:

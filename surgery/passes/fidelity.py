@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
+from surgery.deltas.on_layers import added_output
 from surgery.deltas.operators import Delta
 from surgery.errors import MethodError, NumericsError
 from surgery.passes.examples import IGNORED, Examples, batches
@@ -337,10 +339,10 @@ class _Watch:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = self._tokens.only(module, args[0] if args else next(iter(named.values()))).float()
+            x = self._tokens.only(module, args[0] if args else next(iter(named.values())))
             old, new = self.first.get(name), self.second.get(name)
-            ours = old.apply(x) if old is not None else None
-            theirs = ours if new is old else (new.apply(x) if new is not None else None)
+            ours = added_output(module, old, x) if old is not None else None
+            theirs = ours if new is old else (added_output(module, new, x) if new is not None else None)
             energy = ours.square().sum(dtype=torch.float64) if ours is not None else 0.0
             if ours is not None and theirs is not None:
                 lost: Any = (ours - theirs).square().sum(dtype=torch.float64)
@@ -375,8 +377,13 @@ class _Tokens:
                 handle.remove()
 
     def only(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The rows `(tokens, in)`; all of them where the mask does not speak of them (poolers, routed experts)."""
-        rows = x.reshape(-1, x.shape[-1])
+        """The rows `(tokens, in)`, float32; all where the mask does not speak of them (poolers, routed experts).
+
+        Of an embedding the tokens `(tokens,)`; the input of a convolution as it is.
+        """
+        if isinstance(module, _ConvNd):
+            return x.float()
+        rows = x.reshape(-1) if isinstance(module, nn.Embedding) else x.float().reshape(-1, x.shape[-1])
         mask = self._given
         if self.encoder is not None and module not in self._inside and x.data_ptr() != self._encoded:
             mask = self._answered

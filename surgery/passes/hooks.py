@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.deltas.on_layers import added_output
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
 
@@ -26,7 +27,7 @@ def applied(
 
     Args:
         model: the base model.
-        deltas: by the name of a linear in the model, the change that is added to its output.
+        deltas: by the name of a layer in the model, the change of its weight `(out, in)`, and of its bias.
         carried: by the name of a parameter or buffer in the model, the values that take its place (heads, biases).
 
     Raises:
@@ -68,6 +69,7 @@ def _adding(delta: Delta) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = args[0] if args else next(iter(named.values()))
         # Adapters compute in float32 beside a base in half precision, as PEFT's do.
-        return output + delta.apply(x.float()).to(output.dtype)
+        wide = x.float() if x.is_floating_point() else x
+        return output + added_output(module, delta, wide).to(output.dtype)
 
     return hook

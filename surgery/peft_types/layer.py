@@ -1,4 +1,4 @@
-"""The layer that replaces an adapted linear, for all our PEFT types."""
+"""The layer that replaces an adapted one (linear, embedding, convolution), for all our PEFT types."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from surgery.deltas.on_layers import added_output
 from surgery.deltas.operators import Delta, InputMap
 from surgery.errors import AdapterError
 from surgery.methods.base import CHECK, OwnMethod, Role
@@ -130,7 +131,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise AdapterError(_offloaded(self.site.module, "the base weight"))
         if self._weight_before_merge is not None:
             weight = self._weight_before_merge.to(weight)
-        return weight.T if self.fan_in_fan_out else weight
+        return self.site.matrix(weight)
 
     def delta(self, adapter_name: str, in_training: bool = False) -> Delta:
         """The weight change of one adapter, as a structured operator; with what the method holds while it trains."""
@@ -153,7 +154,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             }
             weight = self.pristine_weight().float() if self._needs_weight(attachment) else None
             dense = self.method.delta(attachment.config, tensors, weight, self.site.module).dense()
-        return dense.T if self.fan_in_fan_out else dense
+        return self.site.stored(dense)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output with the active adapters, or with one adapter for each sample.
@@ -199,12 +200,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         shift: torch.Tensor | None = None
         added: torch.Tensor | None = None
         for name, delta in zip(names, deltas, strict=True):
-            h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
+            # Tokens of an embedding are neither cast nor dropped.
+            h = x
+            if x.is_floating_point():
+                h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
             if isinstance(delta, InputMap):
                 part = delta.input_shift(h)
                 shift = part if shift is None else shift + part
             else:
-                part = delta.apply(h)
+                part = added_output(self.linear, delta, h)
                 added = part if added is None else added + part
         result = self.base_layer(x if shift is None else x + shift.to(x.dtype), *args, **kwargs)
         return result if added is None else result + added.to(result.dtype)

@@ -16,7 +16,7 @@ from torch import nn
 from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
-from surgery.models.sites import site_of
+from surgery.models.sites import LINEAR, site_of
 from surgery.peft_types.attachment import Attachment
 from surgery.peft_types.layer import AdapterLayer
 
@@ -77,7 +77,13 @@ class AdapterModel(BaseTuner):
                 raise AdapterError(f"{current_key}: carries an adapter of type {carried}; one type to a model")
             target.update_layer(adapter_name, config, self._attachment, config.inference_mode)
             return
-        layer = AdapterLayer(target, self.method, site_of(self.model, current_key, _linear(target)))
+        site = site_of(self.model, current_key, _linear(target))
+        if site.form.kind != LINEAR and not is_packed(config.to_dict()):
+            raise TargetError(
+                f"{current_key}: {type(target).__name__} is not a linear layer (nn.Linear or Conv1D); only a packed "
+                "GiVA adapter changes others"
+            )
+        layer = AdapterLayer(target, self.method, site)
         layer.update_layer(adapter_name, config, self._attachment, config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -172,7 +172,6 @@ REFUSED: dict[str, tuple[peft.PeftConfig, str, str]] = {
         "BD-LoRA",
     ),
     "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "q_proj", "KaSA"),
-    "embedding": (peft.LoraConfig(), "embed_tokens", "LoRA on an embedding"),
     "tokens": (peft.LoraConfig(trainable_token_indices=[1, 2]), "q_proj", "single tokens"),
     "pissa": (peft.LoraConfig(init_lora_weights="pissa"), "q_proj", "path_initial_model_for_weight_conversion"),
     "pissa fast": (peft.LoraConfig(init_lora_weights="pissa_niter_2"), "q_proj", "pissa_niter_2.*base weight"),
@@ -261,10 +260,7 @@ def test_what_a_configuration_leaves_out_has_pefts_default(llama: Path, tmp_path
     check_all(llama, tmp_path / "out")
 
 
-def test_convolutions_and_expert_parameters_are_refused(model_folder, tmp_path: Path) -> None:
-    saved(model_folder("vit"), peft.LoraConfig(target_modules=["projection"]), tmp_path / "conv")
-    with pytest.raises(AdapterError, match=r"projection: is a convolution .*\(8, 3, 4, 4\)"):
-        contents_of(surgery.Adapter.open(tmp_path / "conv"))
+def test_expert_parameters_are_refused(model_folder, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
     saved(model_folder("mixtral"), config, tmp_path / "experts")
     with pytest.raises(AdapterError, match="target_parameters"):

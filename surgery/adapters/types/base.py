@@ -18,7 +18,7 @@ from surgery.adapters.types.config_rules import Rule
 from surgery.adapters.types.tensor_checks import check_finite
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
-from surgery.models.sites import Site
+from surgery.models.sites import LINEAR, Form, Site
 from surgery.system.tensors import TensorMap
 from surgery.system.threads import one_torch_thread
 
@@ -180,6 +180,10 @@ class AdapterType(ABC):
             WrongBaseError: it was made from other base weights.
         """
 
+    def form(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> Form:
+        """Return how the weight of a layer is stored, as far as the adapter's own file says; a linear by default."""
+        return Form()
+
     def output_bias(
         self, config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
@@ -212,6 +216,7 @@ class TensorType(AdapterType):
         formula: its weight change.
         refused: tensors' names that make a layer something that is not read here -> what it is then.
         dimensions: of the tensors that are not matrices.
+        forms: how the weight of a layer is stored, from its tensors; where there is none, every layer is linear.
         base_needs: what the formula needs of the base weight.
         shared: names of tensors that may stand once above the model instead of with each layer.
         regenerated: draws the shared tensors of a file that lacks them, at the shapes of its layers.
@@ -240,6 +245,7 @@ class TensorType(AdapterType):
     check: Callable[[Mapping[str, Any], str], None] | None = None
     bias: Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], torch.Tensor | None] | None = None
     may_be_empty: bool = False
+    forms: Callable[[Mapping[str, Any], str, TensorMap], Form] | None = None
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return self.when is None or self.when(config)
@@ -282,9 +288,12 @@ class TensorType(AdapterType):
             raise AdapterError(
                 f"{module}: expected {listing(sorted(wanted))}, found {listing(sorted(tensors))}; {self.incomplete}"
             )
+        form = self.form(config, module, tensors)
         for name, tensor in tensors.items():
             expected = self.dimensions.get(name, 2)
-            if tensor.ndim != expected or (0 in tensor.shape and not self.may_be_empty):
+            # What a form other than a linear's asks of the dimensions, the formula checks.
+            wrong = tensor.ndim != expected and form.kind == LINEAR
+            if wrong or (0 in tensor.shape and not self.may_be_empty):
                 kind = "is a convolution" if tensor.ndim > expected else "is no matrix"
                 raise AdapterError(
                     f"{module}: {kind} ({name} has shape {tuple(tensor.shape)}), only linear layers are read; save the "
@@ -292,6 +301,9 @@ class TensorType(AdapterType):
                 )
         if self.base_needs is Needs.NOTHING:
             self.formula(config, module, tensors, None)  # the shapes fit, the scale is known
+
+    def form(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> Form:
+        return Form() if self.forms is None else self.forms(config, module, tensors)
 
     def changes(self, file: AdapterFile, base: BaseWeights | None) -> Changes:
         return _TensorChanges(self, file, base)

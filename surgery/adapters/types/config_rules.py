@@ -55,6 +55,10 @@ def are_numbers(value: Any) -> bool:
     return is_table(value) and all(is_number(each) and each is not None for each in (value or {}).values())
 
 
+def are_texts(value: Any) -> bool:
+    return is_table(value) and all(is_text(each) for each in (value or {}).values())
+
+
 def are_heights(value: Any) -> bool:
     return is_table(value) and all(
         isinstance(each, list) and all(is_rank(height) and height for height in each) for each in (value or {}).values()
@@ -105,5 +109,6 @@ OWN_RULES: dict[str, Rule] = {
     "sparse_rate": A_NUMBER,
     "store_bases": A_SWITCH,
     "packed": (is_table, "an object of shapes"),
+    "kinds": (are_texts, "an object of kinds of layers"),
     "base_fingerprint": (is_table, "an object of digests"),
 }

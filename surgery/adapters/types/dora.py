@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from surgery.adapters.types.base import Needs, TensorType
-from surgery.adapters.types.lora import A_NAME, B_NAME, EMBEDDING, LORA_RULES, lora_delta, refuse_variants
+from surgery.adapters.types.lora import (
+    A_NAME,
+    B_NAME,
+    EMBEDDING_NAMES,
+    LORA_RULES,
+    lora_delta,
+    lora_form,
+    refuse_variants,
+)
 from surgery.deltas.operators import Delta, Gain, LowRank, Sum
 from surgery.errors import AdapterError
 from surgery.system.tensors import TensorMap
@@ -25,7 +33,7 @@ MAGNITUDE = "lora_magnitude_vector"
 def _dora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """Return `diag(g - 1) W + diag(g) s B A`."""
     change = lora_delta(config, module, tensors)
-    magnitude = tensors[MAGNITUDE]
+    magnitude = tensors[MAGNITUDE].reshape(-1)  # (1, out, 1, 1) on a convolution
     if weight is None:
         raise AdapterError(f"{module}: a DoRA change depends on the norms of the base weight's rows; give it")
     if change.shape != tuple(weight.shape) or magnitude.shape != weight.shape[:1]:
@@ -43,15 +51,15 @@ def _dora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: to
 DORA = TensorType(
     "LORA",
     "DoRA",
-    layouts=(frozenset({A_NAME, B_NAME, MAGNITUDE}),),
+    layouts=(frozenset({A_NAME, B_NAME, MAGNITUDE}), frozenset({*EMBEDDING_NAMES, MAGNITUDE})),
     formula=_dora,
     paper="arXiv 2402.09353",
     change="diag(g - 1) W + diag(g) s B A",
-    refused={name: what.replace("LoRA", "DoRA") for name, what in EMBEDDING.items()},
     dimensions={MAGNITUDE: 1},
     base_needs=Needs.VALUES,
     thin=False,
     rules=LORA_RULES,
     when=lambda config: bool(config.get("use_dora")),
     check=refuse_variants,
+    forms=lora_form,
 )

@@ -1,6 +1,8 @@
 """LoRA (arXiv 2106.09685), PEFT's own type: `dW = s B A`.
 
-The file holds A `(r, in)` and B `(out, r)` whatever the orientation of the layer's weight, Conv1D included.
+The file holds A `(r, in)` and B `(out, r)` whatever the orientation of the layer's weight, Conv1D included. Of an
+embedding `(num, dim)` it is the transpose that is changed: A `(r, num)`, B `(dim, r)`. Of a convolution A is
+`(r, in, *kernel)` and B `(out, r, 1, ...)`, factors of its weight as a matrix `(out, in * kernel)`.
 """
 
 from __future__ import annotations
@@ -15,21 +17,27 @@ from surgery.adapters.types.config_rules import A_NUMBER, A_SWITCH
 from surgery.adapters.types.patterns import pattern_value
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.models.sites import CONVOLUTION, EMBEDDING, Form
 from surgery.system.tensors import TensorMap
 
 __all__ = [
     "A_NAME",
     "BIAS_NAME",
     "B_NAME",
-    "EMBEDDING",
+    "EMBEDDING_NAMES",
     "LORA",
     "LORA_RULES",
+    "factor_names",
+    "factors_of",
     "lora_delta",
+    "lora_form",
     "lora_output_bias",
+    "lora_tensors",
     "refuse_variants",
 ]
 
 A_NAME, B_NAME, BIAS_NAME = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+EMBEDDING_NAMES = ("lora_embedding_A", "lora_embedding_B")
 # Settings under which a layer computes something else than W x + s B A x.
 VARIANTS = {
     "alora_invocation_tokens": "aLoRA, which acts on the tokens after its invocation only: no weight change does that",
@@ -88,10 +96,52 @@ def lora_delta(
     Raises:
         AdapterError: the factors are no pair, or of another rank than the configuration says.
     """
-    A, B = tensors[A_NAME], tensors[B_NAME]
-    if A.shape[0] != B.shape[1]:
-        raise AdapterError(f"{module}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors")
+    A, B = factors_of(module, tensors)
     return LowRank(B.float(), A.float(), scaling_of(config, module, int(A.shape[0])))
+
+
+def factors_of(module: str, tensors: TensorMap) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A `(r, in)` and B `(out, r)` of a layer of any kind, in the dtype of the file.
+
+    Raises:
+        AdapterError: they are no pair of factors of a weight.
+    """
+    A_name, B_name = EMBEDDING_NAMES if EMBEDDING_NAMES[0] in tensors else (A_NAME, B_NAME)
+    A, B = tensors[A_name], tensors[B_name]
+    found = f"{A_name.removesuffix('.weight')} {tuple(A.shape)} and {B_name.removesuffix('.weight')} {tuple(B.shape)}"
+    if A.ndim != B.ndim or not 2 <= A.ndim <= 5 or any(size != 1 for size in B.shape[2:]):
+        raise AdapterError(f"{module}: {found} are no pair of factors")
+    if A.ndim > 2 and B.shape[1] and A.shape[0] != B.shape[1] and A.shape[0] % B.shape[1] == 0:
+        raise AdapterError(
+            f"{module}: {found} are of a convolution in {A.shape[0] // B.shape[1]} groups, where PEFT's LoRA mixes the "
+            "groups: no change of the weight does that; use it with PEFT as it is, or train without that layer"
+        )
+    if A.shape[0] != B.shape[1]:
+        raise AdapterError(f"{module}: {found} are no pair of factors")
+    return A.flatten(1), B.flatten(1)
+
+
+def lora_form(config: Mapping[str, Any], module: str, tensors: TensorMap) -> Form:
+    """Return what kind of layer a LoRA's tensors are for."""
+    if any(name in tensors for name in EMBEDDING_NAMES):
+        return Form(EMBEDDING)
+    A = tensors.get(A_NAME)
+    if A is not None and A.ndim in {3, 4, 5}:
+        return Form(CONVOLUTION, tuple(int(size) for size in A.shape[2:]))
+    return Form()
+
+
+def factor_names(form: Form) -> tuple[str, str]:
+    """Return the short names of A and B in a LoRA on a layer of this form."""
+    return EMBEDDING_NAMES if form.kind == EMBEDDING else (A_NAME, B_NAME)
+
+
+def lora_tensors(form: Form, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of a LoRA of A `(r, in)` and B `(out, r)` by short name, as PEFT has them in such a layer."""
+    A_name, B_name = factor_names(form)
+    if form.kernel:
+        A, B = A.reshape(A.shape[0], -1, *form.kernel), B.reshape(*B.shape, *(1 for _ in form.kernel))
+    return {B_name: B, A_name: A}
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -119,19 +169,19 @@ def lora_output_bias(
     return tensors[BIAS_NAME].float() * scaling_of(config, module, int(tensors[A_NAME].shape[0]))
 
 
-EMBEDDING = {"lora_embedding_A": "a LoRA on an embedding", "lora_embedding_B": "a LoRA on an embedding"}
 LORA_RULES = {"lora_alpha": A_NUMBER, "use_rslora": A_SWITCH, "use_dora": A_SWITCH}
 
 LORA = TensorType(
     "LORA",
     "LoRA",
-    layouts=(frozenset({A_NAME, B_NAME}), frozenset({A_NAME, B_NAME, BIAS_NAME})),
+    layouts=(frozenset({A_NAME, B_NAME}), frozenset({A_NAME, B_NAME, BIAS_NAME}), frozenset(EMBEDDING_NAMES)),
     formula=lora_delta,
     paper="arXiv 2106.09685",
     change="s B A",
-    refused={**EMBEDDING, "lora_magnitude_vector": "a DoRA layer, though its configuration says use_dora=false"},
+    refused={"lora_magnitude_vector": "a DoRA layer, though its configuration says use_dora=false"},
     dimensions={BIAS_NAME: 1},
     rules=LORA_RULES,
     check=refuse_variants,
     bias=lora_output_bias,
+    forms=lora_form,
 )

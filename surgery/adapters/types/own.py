@@ -16,7 +16,7 @@ from surgery.errors import AdapterError, MethodError, SurgeryError, listing
 from surgery.methods.base import OwnMethod, Role
 from surgery.methods.regeneration import check_base, leaves_out_bases, regenerate
 from surgery.methods.registry import method_for_type
-from surgery.models.sites import Site
+from surgery.models.sites import Form, Site
 from surgery.system.tensors import TensorMap
 
 __all__ = ["OwnAdapterType", "own_delta", "own_type"]
@@ -55,6 +55,13 @@ class OwnAdapterType(AdapterType):
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise AdapterError(f"{module}: the file lacks {listing(missing)}; save the adapter again")
+
+    def form(self, config: Mapping[str, Any], module: str, tensors: TensorMap) -> Form:
+        text = (config.get("kinds") or {}).get(module)
+        form = Form() if text is None else Form.parsed(text)
+        if form is None:
+            raise AdapterError(f"{module}: adapter_config.json gives it the kind {text!r:.80}, which is not known")
+        return form
 
     def changes(self, file: AdapterFile, base: BaseWeights | None) -> Changes:
         return _OwnChanges(self, file, base)
