@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "convolution 3x3": ("resnet", r".*layers\.\d\.layer\.1\.convolution", {"r": 3}),
     "convolution 1-D": ("wav2vec2", r".*conv_layers\.\d\.conv|.*q_proj", {}),
     "convolution 3-D": ("videomae", ["projection", "query"], {}),
-    "patches and Linear": ("vit", ["projection", "query", "classifier"], {}),
+    "patches and Linear": ("vit", ["projection", "fc1", "classifier"], {}),
     "DoRA of an embedding": ("llama", ["embed_tokens", "q_proj"], {"use_dora": True}),
     "DoRA of convolutions": ("resnet", r".*layers\.\d\.layer\.[01]\.convolution", {"use_dora": True}),
     "DoRA 1-D": ("wav2vec2", r".*conv_layers\.1\.conv|.*v_proj", {"use_dora": True}),
@@ -85,7 +85,7 @@ def test_what_no_weight_change_does_is_refused_by_name(tmp_path: Path) -> None:
         surgery.merge(tmp_path / "made", base, tmp_path / "merged")
     base = base_of("llama", tmp_path / "llama")
     trained(base, tmp_path / "embedding", peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
-    for form, options in (("vera", {"rank": 2}), ("frod", {"base": base}), ("smoa", {"rank": 2})):
+    for form, options in (("vera", {"rank": 2}), ("frod", {"base": base}), ("smoa", {"rank": 2, "base": base})):
         with pytest.raises(AdapterError, match=r"embed_tokens, which is of the kind embedding, and .* linear layers"):
             surgery.convert(tmp_path / "embedding", form, **options)
 
