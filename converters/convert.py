@@ -206,12 +206,12 @@ def convert(
         DataError: the data cannot be used.
         OutputError: the output cannot be written.
     """
-    own = {**(form_options or {}), "bits": bits, "basis": basis, "variant": variant}
-    own["per_layer_ranks"] = per_layer_ranks or None
+    own = {"bits": bits, "basis": basis, "variant": variant, "per_layer_ranks": per_layer_ranks or None}
+    own = {name: value for name, value in own.items() if value is not None}
     options = ConvertOptions(
         to=to,
         budget=Budget(rank, energy, max_error, size, ratio),  # type: ignore[arg-type]
-        form_options={name: value for name, value in own.items() if value is not None},
+        form_options={**(form_options or {}), **own},
         dtype=dtype,
         recover=recover,
         accept_loss=accept_loss,

@@ -38,9 +38,6 @@ EQUIVALENT: dict[str, str] = {
     ),
     "surgery/linalg/low_rank.py::svd_of_map: torch.linalg.svd(dense, full_matrices=False)": "cut to the same triplets",
     "converters/frod_fit.py::Problem.left: 3 * rows": "which of two roads is taken",
-    "converters/to_vera.py::_filled: size(first(middle)) <= limit -> (size(first(middle)) <": (
-        "the direction after those is tried again"
-    ),
     "surgery/adapters/source.py::Change.none: torch.empty(": "only its name and shape count",
     "converters/frod_fit.py::_row_blocks: RIDGE": "how fast an iteration converges",
     "converters/frod_fit.py::_row_blocks: counts <= LONGEST_BLOCK": "how fast an iteration converges",
