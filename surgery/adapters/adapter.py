@@ -12,6 +12,7 @@ import xxhash
 
 from surgery.adapters.companions import copy_companions
 from surgery.adapters.format_registry import AdapterParts, format_of
+from surgery.adapters.inner_folders import inner_adapter
 from surgery.adapters.names import (
     CARD_FILE,
     CONFIG_FILE,
@@ -89,7 +90,7 @@ class Adapter:
             AdapterError: a file is missing, broken, or holds code.
             CheckpointError: there is no such folder or repository.
         """
-        folder = local_folder(str(adapter))
+        folder = inner_adapter(local_folder(str(adapter)))
         try:
             check_files(folder)
             read = cls.from_parts(format_of(folder).read(folder), folder)
@@ -168,7 +169,9 @@ class Adapter:
     @property
     def file_size(self) -> int:
         """Bytes of the file that its tensors were read from, or that they would take as they are."""
-        return self.weights.stat().st_size if self.weights is not None else file_bytes(self.file_tensors())
+        if self.weights is None or self.weights.suffix == ".json":  # the index of several files
+            return file_bytes(self.file_tensors())
+        return self.weights.stat().st_size
 
     def form(self, module: str) -> Form:
         """How the weight of one layer is stored, as far as the adapter's own files say."""

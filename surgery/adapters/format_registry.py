@@ -102,6 +102,7 @@ FORMATS: Registry[Format] = Registry(
     Format,
     {
         "peft": "surgery.formats.peft:PEFT",
+        "sharded": "surgery.formats.sharded:SHARDED",
         "pickle": "surgery.formats.pickle:PICKLE",
         "mlx": "surgery.formats.mlx:MLX",
         "vllm": "surgery.formats.vllm:VLLM",

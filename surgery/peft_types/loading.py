@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool, lackin
     """
     check_patterns(folder, adapter.config, [name for name, _ in model.named_modules()])
     try:
-        loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        with _names_as_they_are():
+            loaded = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except SurgeryError:
         raise
     except KeyError as error:  # a module to save that the file lacks
@@ -125,6 +127,28 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool, lackin
     if missing:
         raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
     return loaded
+
+
+@contextlib.contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """Keep PEFT from taking targets of dense layers (`gate_proj` outside of experts) for those of joined experts.
+
+    Its translation of old names goes by the last part of a name alone; here all names are today's already.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a PEFT that translates nothing
+        yield
+        return
+    table = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", None)
+    if table is None:
+        yield
+        return
+    conversion._MODEL_TO_CONVERSION_PATTERN = {}
+    try:
+        yield
+    finally:
+        conversion._MODEL_TO_CONVERSION_PATTERN = table
 
 
 def _named_base(adapter: Adapter) -> str:

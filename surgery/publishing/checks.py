@@ -17,6 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of
 from surgery.adapters.foreign_formats import foreign_format
+from surgery.adapters.inner_folders import inner_adapter
 from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
@@ -102,10 +103,14 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder; give the folder of an adapter")
+    folder = inner_adapter(folder)
     _refuse_unreadable_card(folder / CARD_FILE)
     opened = Adapter.open(folder)  # maps the file, and reads of it only what is packed
     base, revision = base_model_id(folder, opened.config, base_model)
     weights = folder / WEIGHTS_FILE
+    if opened.weights != weights:
+        name = opened.weights.name if opened.weights is not None else "another format"
+        raise AdapterError(f"{folder}: its tensors are in {name}, not in {WEIGHTS_FILE}; write it by surgery convert")
     header = read_header(weights).tensors
     kind = opened.peft_type
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:

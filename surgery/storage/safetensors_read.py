@@ -27,6 +27,7 @@ __all__ = [
     "file_bytes",
     "file_identity",
     "file_order",
+    "files_from_index",
     "read_tensor",
     "read_tensors",
     "tensor_names",
@@ -165,7 +166,7 @@ class TensorFiles:
         if single.is_file():  # first, as transformers does where both are there
             return cls(folder, dict.fromkeys(tensor_names(single), single))
         if (folder / INDEX_FILE).is_file():
-            return cls(folder, _files_from_index(folder))
+            return cls(folder, files_from_index(folder / INDEX_FILE))
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointError(
@@ -209,20 +210,25 @@ def file_identity(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino
 
 
-def _files_from_index(folder: Path) -> dict[str, Path]:
-    index = read_json(folder / INDEX_FILE)
+def files_from_index(path: Path) -> dict[str, Path]:
+    """The file of each tensor, by an index of safetensors files beside it.
+
+    Raises:
+        CheckpointError: the index is broken, or names a file that is missing or lies outside its folder.
+    """
+    index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE}: has no weight_map")
+        raise CheckpointError(f"{path}: has no weight_map")
     files: dict[str, Path] = {}
     for name, file_name in weight_map.items():
         # A name such as ../other.safetensors must never lead out of the checkpoint's own folder.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            raise CheckpointError(f"{folder / INDEX_FILE}: {name} names {file_name!r}, which is not a plain file name")
-        files[name] = folder / file_name
+            raise CheckpointError(f"{path}: {name} names {file_name!r}, which is not a plain file name")
+        files[name] = path.parent / file_name
     missing = sorted({path.name for path in files.values() if not _is_file(path)})
     if missing:
-        raise CheckpointError(f"{folder / INDEX_FILE}: names files that are missing: {listing(missing)}")
+        raise CheckpointError(f"{path}: names files that are missing: {listing(missing)}")
     return files
 
 

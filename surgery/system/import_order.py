@@ -23,7 +23,8 @@ LIGHT = frozenset(
             f"surgery.adapters.{name}"
             for name in (
                 "adapter", "companions", "completeness", "config_schema", "contents", "foreign_formats",
-                "format_registry", "lacking", "names", "packing", "regex_check", "types", "wrapper_names",
+                "format_registry", "inner_folders", "lacking", "names", "packing", "regex_check",
+                "types", "wrapper_names",
             )
         ),
         *(
