@@ -204,10 +204,5 @@ def _keep_only(model: PeftModel, only: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def _part(name: str) -> str:
-    """The short name of a parameter: `lora_A` of `...lora_A.weight`, `classifier` of `classifier.weight`."""
-    return name.split(".")[-2 if name.endswith((".weight", ".bias")) else -1]
-
-
 def _is_part(name: str, part: str) -> bool:
     return part in name.removeprefix(MODEL_PREFIX).split(".")
