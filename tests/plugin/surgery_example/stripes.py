@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from surgery.adapters.types.base import Needs, Tensors, TensorType
+from surgery.adapters.types.base import Needs, TensorType
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
+from surgery.system.tensors import TensorMap
 
 
-def stripes(config: Mapping[str, Any], module: str, tensors: Tensors, weight: torch.Tensor | None) -> LowRank:
+def stripes(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> LowRank:
     """Return `s 1^T`, as wide as the base weight."""
     if weight is None:
         raise AdapterError(f"{module}: a STRIPES file does not say how wide the layer is; give its base weight")
