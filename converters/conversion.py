@@ -196,7 +196,8 @@ class _Conversion:
         cls, adapter: Adapter, shared: Base, options: ConvertOptions, device: torch.device, progress: Progress | None
     ) -> _Conversion:
         source = Source.open(adapter, shared.model_for(adapter), device)
-        refuse_output_biases(source.contents)
+        if not options.form.output_biases:
+            refuse_output_biases(source.contents, source.biases())
         if not options.form.single_experts:
             refuse_lone_experts(source, options.to)
         if not options.form.every_kind:

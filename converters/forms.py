@@ -74,6 +74,7 @@ class Form:
         lossy: whether it is likely to lose most of an adapter, whatever its size.
         single_experts: whether its layers may be single experts of a fused parameter.
         every_kind: whether its layers may be embeddings, convolutions and experts, not linears alone.
+        output_biases: whether its layers may add a bias to their outputs.
         needs_base: why it needs the base model; empty where it does not.
         options: those that it takes and others do not.
         budgets: the kinds of budget that it takes.
@@ -89,6 +90,7 @@ class Form:
     lossy: bool = False
     single_experts: bool = False
     every_kind: bool = False
+    output_biases: bool = False
     needs_base: str = ""
     options: tuple[FormOption, ...] = ()
     budgets: tuple[str, ...] = BUDGETS
@@ -180,6 +182,7 @@ _OWN = {
         converter="surgery.converters.to_lora:to_lora",
         single_experts=True,
         every_kind=True,
+        output_biases=True,
         options=(
             FormOption("per_layer_ranks", False, (), "ranks that differ by layer, which some servers misread"),
         ),

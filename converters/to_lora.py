@@ -10,9 +10,11 @@ import torch
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.source import Change, Source
-from surgery.adapters.types.lora import lora_tensors
+from surgery.adapters.types.lora import BIAS_NAME, lora_tensors
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
+from surgery.errors import AdapterError
+from surgery.models.sites import CONVOLUTION, LINEAR
 from surgery.system.text import human_bytes
 
 __all__ = ["to_lora"]
@@ -54,9 +56,13 @@ def to_lora(source: Source, request: Request) -> Result:
             whole = rank == len(svds[change.module].S) and rank == change.rank
             B, A = (change.B, change.A) if whole else svds[change.module].cut(change.B, change.A, rank)
             factors[change.module] = balanced(B, A) if dtype != torch.float32 else (B, A)
+    biases = source.biases()
+    if biases:
+        _with_all_layers(factors, changes)
     kept = {module: ranks[module] for module in factors}
     scale = _fp8_scale(factors) if dtype == FP8 else 1.0
-    stored = dict.fromkeys(kept, max(kept.values())) if alike else kept
+    highest = max(kept.values())
+    stored = dict.fromkeys(kept, highest) if alike else {module: rank or highest for module, rank in kept.items()}
     tensors = {}
     forms = {change.module: change.form for change in changes}
     for module, (B, A) in factors.items():
@@ -65,15 +71,37 @@ def to_lora(source: Source, request: Request) -> Result:
         wider_A = (torch.nn.functional.pad(A, (0, 0, 0, missing)) / scale).to(dtype)
         named = lora_tensors(forms[module], wider_A, wider_B)
         tensors.update({f"{MODEL_PREFIX}{module}.{short}": tensor for short, tensor in named.items()})
+    config = _config(stored, scale**2)
+    if biases:
+        config["lora_bias"] = True
+        for change in changes:
+            bias = biases.get(change.module, torch.zeros(change.shape[0])) / scale**2
+            tensors[f"{MODEL_PREFIX}{change.module}.{BIAS_NAME}"] = bias.to(torch.float32 if dtype == FP8 else dtype)
     trainable = sum(tensor.numel() for tensor in tensors.values())
     shapes = {change.module: change.shape for change in changes}
     padding = sum((stored[m] - kept[m]) * sum(shapes[m]) for m in kept) * dtype.itemsize
     notes = _notes(dtype, kept, padding, alike)
-    return Result(_config(stored, scale**2), tensors, kept, trainable, notes=notes, padding=padding)
+    return Result(config, tensors, kept, trainable, notes=notes, padding=padding)
+
+
+def _with_all_layers(factors: Factors, changes: list[Change]) -> None:
+    """Add the layers that keep nothing, with factors of no rank: PEFT wants a bias in every layer, or in none.
+
+    Raises:
+        AdapterError: a layer is one that PEFT gives no bias.
+    """
+    for change in changes:
+        if change.form.kind not in {LINEAR, CONVOLUTION}:
+            raise AdapterError(f"{change.module}: a LoRA with biases (lora_bias) has none on a layer of the kind "
+                               f"{change.form}; leave that layer out")  # fmt: skip
+        height, width = change.shape
+        factors.setdefault(change.module, (torch.zeros(height, 0), torch.zeros(0, width)))
 
 
 def balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product with the largest entries of each rank equal in both factors, so that narrow dtypes fit both."""
+    if not B.shape[1]:
+        return B, A
     in_B, in_A = B.abs().amax(0), A.abs().amax(1)
     ratio = torch.where((in_B > 0) & (in_A > 0), (in_A / in_B.clamp_min(1e-30)).sqrt(), torch.ones_like(in_B))
     return B * ratio, A / ratio[:, None]
@@ -97,7 +125,7 @@ def _planned(
 
 def _fp8_scale(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
     """The power of two that brings the largest entry just below float8's largest number."""
-    largest = max(float(factor.abs().max()) for pair in factors.values() for factor in pair)
+    largest = max(float(factor.abs().max()) for pair in factors.values() for factor in pair if factor.numel())
     return 2.0 ** math.ceil(math.log2(largest / FP8_LARGEST)) if largest > 0 else 1.0
 
 

@@ -5,7 +5,7 @@ The reading is strict: what cannot be read exactly is refused by name, here and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,18 +103,23 @@ def contents_of(adapter: Adapter) -> Contents:
     return Contents(adapter, kind, list(modules), carried, shared, spare)
 
 
-def refuse_output_biases(contents: Contents) -> None:
+def refuse_output_biases(contents: Contents, biases: Mapping[str, torch.Tensor | None] | None = None) -> None:
     """Refuse an adapter that adds to outputs (`lora_bias`), where only weight changes are kept; zeros add nothing.
+
+    Args:
+        contents: the adapter.
+        biases: what it adds by layer, where the base's own biases are known; default what its file alone says.
 
     Raises:
         AdapterError: it does.
     """
-    biases = {module: contents.output_bias(module) for module in contents.modules}
+    if biases is None:
+        biases = {module: contents.output_bias(module) for module in contents.modules}
     lost = [module for module, bias in biases.items() if bias is not None and bool(bias.any())]
     if lost:
         raise AdapterError(
-            f"{contents.adapter.label}: the lora_B of {listing(lost, 2)} has a bias (lora_bias), which no other form "
-            "has a place for; add it to the base with surgery merge"
+            f"{contents.adapter.label}: adds a bias to the outputs of {listing(lost, 2)} (lora_bias, scaled biases), for "
+            "which only a LoRA has a place; use --to lora, or add it to the base with surgery merge"
         )
 
 

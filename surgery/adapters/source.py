@@ -203,6 +203,19 @@ class Source:
             lost = parts.facts(_unit(module))["lost"]
             yield Change(module, found["B"], found["A"], sites.get(module), lost, self.form(module))
 
+    def biases(self) -> dict[str, torch.Tensor]:
+        """What the adapter adds to the outputs of its layers whatever the input, `(out,)`, where that is not zero."""
+        found = {}
+        for module in self.contents.modules:
+            site = self._site_of.get(module)
+            own = f"{site.module}.bias" if site is not None else None
+            known = self.base is not None and own in self.base.sources
+            bias = self.base.parameter(own) if known and self.base is not None and own is not None else None
+            added = self.contents.output_bias(module, bias)
+            if added is not None and bool(added.any()):
+                found[module] = added
+        return found
+
     def form(self, module: str) -> Form:
         """How the weight of a layer is stored: as the base says, otherwise as the adapter's own files do."""
         own = self.adapter.form(module)

@@ -247,7 +247,7 @@ def test_a_bias_of_lora_b_is_lost_to_no_other_form(llama: Path, tmp_path: Path) 
     leave(0)
     refuse_output_biases(contents_of(surgery.Adapter.open(tmp_path)))
     leave(1)
-    with pytest.raises(AdapterError, match="has a bias"):
+    with pytest.raises(AdapterError, match="adds a bias"):
         refuse_output_biases(contents_of(surgery.Adapter.open(tmp_path)))
 
 

@@ -49,7 +49,17 @@ def _gemma() -> Any:
     return tf.Gemma3ForCausalLM(config)
 
 
-BASES = {"resnet": _resnet, "wav2vec2": _wav2vec2, "videomae": _videomae, "gemma": _gemma}
+def _qwen() -> Any:
+    """A causal model whose attention has biases."""
+    model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model
+
+
+BASES = {"qwen": _qwen, "resnet": _resnet, "wav2vec2": _wav2vec2, "videomae": _videomae, "gemma": _gemma}
 
 
 def base_of(kind: str, folder: Path) -> Path:

@@ -65,6 +65,28 @@ def test_a_packed_file_says_its_kinds_and_needs_no_base(tmp_path: Path) -> None:
     assert plain.config["format_version"] == 1 and "kinds" not in plain.config
 
 
+# Base, configuration: what adds to outputs, on layers with a bias of their own.
+BIASES: dict[str, tuple[str, Any]] = {
+    "lora_bias": ("qwen", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True)),
+    "IA3": ("qwen", lambda: peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lora_bias", "IA3"])
+def test_biases_of_outputs_are_kept_in_a_lora_and_lost_to_no_other_form(name: str, tmp_path: Path) -> None:
+    kind, config = BIASES[name]
+    base = base_of(kind, tmp_path / "base")
+    trained(base, tmp_path / "made", config())
+    found = dict(verbs(kind, base, tmp_path / "made", tmp_path, ("lora",)))
+    assert max(found.values()) < 1e-4, found
+    with pytest.raises(AdapterError, match=r"for which only a LoRA has a place; use --to lora"):
+        surgery.convert(tmp_path / "made", "giva", base=base, energy=1.0)
+    # A layer whose factors are cut to nothing keeps its bias.
+    cut, _ = surgery.convert(tmp_path / "made", "lora", base=base, rank=1, accept_loss=True, per_layer_ranks=True)
+    assert len([n for n in cut.tensors if n.endswith("lora_B.bias")]) == 4 and cut.config["lora_bias"] is True
+
+
 def _linear(folder: Path) -> Path:
     base = base_of("llama", folder / "llama")
     trained(base, folder / "linear", peft.LoraConfig(r=2, target_modules=["q_proj"]))
