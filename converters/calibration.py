@@ -11,6 +11,7 @@ import torch
 
 from surgery.adapters.fitting import located
 from surgery.adapters.source import Change, Source
+from surgery.adapters.tokens import tokens_on_base, with_rows
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError, MethodError
 from surgery.models.sites import Site
@@ -173,6 +174,9 @@ def carried_in(model: Any, source: Source) -> dict[str, torch.Tensor]:
         place = located(parameter, names, source.base)
         if place is not None:
             found[place] = source.adapter.tensors[name]
+    for parameter, tokens in tokens_on_base(source.adapter, source.base).items():
+        if parameter in names:
+            found[parameter] = with_rows(found.get(parameter, source.base.parameter(parameter)), tokens)
     return found
 
 

@@ -32,7 +32,7 @@ from surgery.converters.saved_tensors import SavedTensors, saved_tensors
 from surgery.converters.shared_base import Answers, Base, Measured
 from surgery.errors import MethodError, listing
 from surgery.storage.atomic_folder import resumable_folder
-from surgery.storage.format_version import FIRST_VERSION
+from surgery.storage.format_version import FIRST_VERSION, KINDS_VERSION
 from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import Parts, run_key
 from surgery.storage.safetensors_read import file_bytes
@@ -346,7 +346,13 @@ class _Conversion:
             config.update({key: old[key] for key in TARGET_KEYS if key in old})
         elif not named:
             config["target_modules"] = sorted(result.ranks)
-        config.update(result.config)
+        if source.contents.tokens:
+            config["trainable_token_indices"] = old["trainable_token_indices"]
+            if result.config.get("format_version") is not None:
+                config["format_version"] = KINDS_VERSION
+        config.update({key: value for key, value in result.config.items() if key != "format_version"})
+        if "format_version" in result.config:
+            config["format_version"] = max(config.get("format_version", 0), result.config["format_version"])
         config["inference_mode"] = True
         given = {name: value for name, value in vars(budget).items() if value is not None}
         options = {"dtype": self.options.dtype, "recover": self.options.recover, "seed": self.options.seed}

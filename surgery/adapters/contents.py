@@ -6,20 +6,19 @@ The reading is strict: what cannot be read exactly is refused by name, here and 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
+from surgery.adapters.tokens import ROWS, is_token_tensor, token_tensors
 from surgery.adapters.types.base import MERGE_IN_PEFT, AdapterType, Needs, with_shared
 from surgery.adapters.types.tensor_checks import check_finite
 from surgery.errors import AdapterError, listing
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["Contents", "contents_of", "refuse_output_biases"]
-
-TOKENS = "token_adapter."
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Contents:
         carried: what is saved whole and replaces the base's (heads of `modules_to_save`, biases, embeddings): name of
             the parameter in the model -> name of the tensor in the file. It is carried from form to form bit for bit.
         shared: tensors above the model, for all layers (VeRA's projections).
+        tokens: rows of single tokens that replace the base's: name of the embedding -> name of the tensor in the file.
         spare: tensors that nobody reads: PEFT stores a module that it saves whole, whose vocabulary has grown, a second
             time under the name of its wrapper, and its frozen original with it.
     """
@@ -43,6 +43,7 @@ class Contents:
     carried: dict[str, str]
     shared: list[str]
     spare: list[str]
+    tokens: dict[str, str] = field(default_factory=dict)
 
     @property
     def needs(self) -> Needs:
@@ -56,8 +57,8 @@ class Contents:
 
     @property
     def carried_tensors(self) -> dict[str, torch.Tensor]:
-        """What the adapter saves whole, by its name in the file."""
-        return {name: self.adapter.tensors[name] for name in self.carried.values()}
+        """What the adapter saves whole, by its name in the file; rows of single tokens too."""
+        return {name: self.adapter.tensors[name] for name in (*self.carried.values(), *self.tokens.values())}
 
     def output_bias(self, module: str, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         """Return what the adapter adds to the outputs of a layer whatever the input, `(out,)` float32, or None.
@@ -82,6 +83,7 @@ def contents_of(adapter: Adapter) -> Contents:
     carried: dict[str, str] = {}
     shared: list[str] = []
     spare: list[str] = []
+    tokens: dict[str, str] = {}
     owners = adapter.names.owners
     for name, tensor in adapter.tensors.items():
         if not name.startswith(MODEL_PREFIX):
@@ -90,17 +92,21 @@ def contents_of(adapter: Adapter) -> Contents:
         if _is_spare(name, adapter.tensors):
             spare.append(name)
             continue
-        if name in owners:
+        stem = name.removeprefix(MODEL_PREFIX)
+        if is_token_tensor(stem):
+            tokens[stem.removesuffix(f".{ROWS}")] = name
+        elif name in owners:
             modules[owners[name]] = None
         else:
-            carried[_carried_parameter(adapter, name.removeprefix(MODEL_PREFIX), tensor)] = name
+            carried[_carried_parameter(adapter, stem, tensor)] = name
+    token_tensors(adapter)  # they are those that the configuration names
     with one_torch_thread():  # small tensors: waking another thread takes longer, by far where the cores are busy
         for module in modules:
             _check_layer(adapter, kind, module)
     if not modules:
         raise AdapterError(f"{adapter.label}: changes no layer: it has {listing(adapter.tensors, 3) or 'no tensors'}")
     _check_shared(adapter, kind, shared)
-    return Contents(adapter, kind, list(modules), carried, shared, spare)
+    return Contents(adapter, kind, list(modules), carried, shared, spare, tokens)
 
 
 def refuse_output_biases(contents: Contents, biases: Mapping[str, torch.Tensor | None] | None = None) -> None:
@@ -118,7 +124,7 @@ def refuse_output_biases(contents: Contents, biases: Mapping[str, torch.Tensor |
     lost = [module for module, bias in biases.items() if bias is not None and bool(bias.any())]
     if lost:
         raise AdapterError(
-            f"{contents.adapter.label}: adds a bias to the outputs of {listing(lost, 2)} (lora_bias, scaled biases), for "
+            f"{contents.adapter.label}: adds a bias to the outputs of {listing(lost, 2)} (lora_bias or IA3), for "
             "which only a LoRA has a place; use --to lora, or add it to the base with surgery merge"
         )
 
@@ -150,8 +156,6 @@ def _carried_parameter(adapter: Adapter, stem: str, tensor: torch.Tensor) -> str
     Raises:
         AdapterError: it belongs to a part of an adapter that is not known here.
     """
-    if TOKENS in stem:
-        raise AdapterError(f"{adapter.label}: trains single tokens ({stem}), which is not read here; {MERGE_IN_PEFT}")
     prefixes = (f"{adapter.peft_type.lower()}_", "lora_", "hada_")
     odd = next((part for part in stem.split(".") if part.startswith(prefixes)), None)
     if odd is not None:
@@ -162,4 +166,4 @@ def _carried_parameter(adapter: Adapter, stem: str, tensor: torch.Tensor) -> str
     if tensor.is_floating_point():
         check_finite(stem, tensor)
     # The parameter of an adapted layer lies one level deeper while the adapter is on it.
-    return stem.replace(".base_layer.", ".")
+    return stem.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")

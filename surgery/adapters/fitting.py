@@ -104,7 +104,8 @@ def _site_in_files(base: BaseModel, module: str) -> Site | None:
 def _fits(base: BaseModel, contents: Contents) -> bool:
     modules = base.names.modules
     return all(located(name, modules, base) or _site_in_files(base, name) for name in contents.modules) and all(
-        located(name, base.shapes, base) for name in contents.carried
+        located(name, base.shapes, base)
+        for name in (*contents.carried, *(f"{module}.weight" for module in contents.tokens))
     )
 
 
@@ -217,4 +218,4 @@ def _with_parts(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPa
 def _unwrapped(module: str) -> str:
     """A module's name without the level that PEFT's layers and wrappers put below it (trained biases, grown heads)."""
     plain, _, last = module.rpartition(".")
-    return plain if last in {"base_layer", "modules_to_save", "original_module"} else module
+    return plain if last in {"base_layer", "modules_to_save", "original_module", "token_adapter"} else module

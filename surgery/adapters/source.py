@@ -254,8 +254,13 @@ def refuse_other_kinds(source: Source, to: str) -> None:
     """Refuse layers that are no linears, in a form that holds linears only.
 
     Raises:
-        AdapterError: a layer is an embedding, a convolution or an expert of a fused parameter.
+        AdapterError: a layer is an embedding, a convolution or an expert of a fused parameter, or tokens are trained.
     """
+    if source.contents.tokens:
+        raise AdapterError(
+            f"{source.adapter.label}: trains single tokens (trainable_token_indices), which {to} does not hold; use "
+            "--to giva or --to lora"
+        )
     for module in source.contents.modules:
         form = source.form(module)
         if form.kind not in {LINEAR, PARAMETER}:

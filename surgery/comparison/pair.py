@@ -11,6 +11,7 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
+from surgery.adapters.tokens import ROWS, tokens_on_base, with_rows
 from surgery.adapters.types.lora import BIAS_NAME
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError, listing
@@ -239,7 +240,8 @@ def _by_name(a: Side, b: Side) -> Pair:
     a.names = {name: name for name in a.contents.modules}
     b.names = {renamed(name): name for name in b.contents.modules}
     for side, rename in ((a, str), (b, renamed)):
-        for parameter, key in side.contents.carried.items():
+        rows = {f"{module}.{ROWS}": key for module, key in side.contents.tokens.items()}
+        for parameter, key in {**side.contents.carried, **rows}.items():
             name = rename(parameter)
             side.carried[name if name in a.contents.carried else parameter] = side.adapter.tensors[key]
     names = dict.fromkeys([*a.names, *b.names])
@@ -306,7 +308,10 @@ def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
             f"{side.adapter.label}: brings {listing(lost, 3)}, for which {type(base.model).__name__} has no place; "
             "choose the class of model with --task"
         )
-    return {str(place): side.adapter.tensors[side.contents.carried[name]] for name, place in places.items()}
+    found = {str(place): side.adapter.tensors[side.contents.carried[name]] for name, place in places.items()}
+    for parameter, tokens in tokens_on_base(side.adapter, base).items():
+        found[parameter] = with_rows(found.get(parameter, base.parameter(parameter)), tokens)
+    return found
 
 
 def _base_notes(a: Side, b: Side, base: BaseModel | None) -> list[str]:

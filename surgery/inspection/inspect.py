@@ -14,6 +14,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
 from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CONFIG_FILE
+from surgery.adapters.tokens import ROWS
 from surgery.deltas.operators import Delta
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, listing
@@ -99,7 +100,8 @@ def _adapter(
         found.modules = len([module for module in adapter.modules if module])
         found.notes.append(f"its weight changes are not read: {error}")
         return found
-    found.carried, found.modules = sorted(contents.carried), len(contents.modules)
+    found.carried = sorted([*contents.carried, *(f"{module}.{ROWS}" for module in contents.tokens)])
+    found.modules = len(contents.modules)
     changes = _Changes(adapter, contents, base, trust_remote_code)
     modules, unread = adapter.modules, {}
     for name in contents.modules:

@@ -13,6 +13,7 @@ from surgery.adapters.contents import Contents
 from surgery.adapters.fitting import located, sites_on_base, with_place_for
 from surgery.adapters.lacking import lacking_in
 from surgery.adapters.on_base import ChangesOnBase
+from surgery.adapters.tokens import TrainedTokens, tokens_on_base, with_rows
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.merging.report import MergedSite
 from surgery.models.base_model import BaseModel
@@ -52,6 +53,7 @@ class MergePlan:
         sites: Mapping[Site, str],
         replaced: Mapping[str, torch.Tensor],
         shifts: Mapping[str, torch.Tensor],
+        tokens: Mapping[str, TrainedTokens],
         device: torch.device,
     ) -> None:
         self.adapter, self.base, self.target, self.config = contents.adapter, base, target, config
@@ -59,6 +61,7 @@ class MergePlan:
         self.notes: list[str] = [*contents.adapter.notes, *lacking_in(contents.adapter, base.names).notes]
         self.notes += lacking_note(base, self.replaced)
         self._shifts = dict(shifts)
+        self._tokens = dict(tokens)
         self._sites_of: dict[str, list[Site]] = {}
         for site in sites:
             self._sites_of.setdefault(site.parameter, []).append(site)
@@ -100,6 +103,10 @@ class MergePlan:
         sites = sites_on_base(adapter, base, contents.modules)
         replaced = _replaced(adapter, base, contents.carried)
         shifts = _shifts(contents, base, sites)
+        tokens = tokens_on_base(adapter, base)
+        both = next((site.module for site in sites if site.parameter in tokens), None)
+        if both is not None:
+            raise AdapterError(f"{adapter.label}: changes {both} and trains single tokens of it: merge it with PEFT")
         config = with_class(base, with_labels(base, replaced, class_names(adapter)))
         adapted = {*shifts, *(site.parameter for site in sites)}
         untied = wants_untying(base, replaced, adapted)
@@ -111,7 +118,10 @@ class MergePlan:
         if untied:
             check_untied(base, target, {*replaced, *adapted})
         _check_shapes(adapter, target, replaced)
-        plan = cls(contents, base, target, config, sites, replaced, shifts, device)
+        plan = cls(contents, base, target, config, sites, replaced, shifts, tokens, device)
+        if tokens:
+            count = max(len(each.indices) for each in tokens.values())
+            plan.notes.append(f"{count} tokens of {listing(tokens, 2)} have the adapter's rows")
         if untied:
             plan.notes.append(f"{listing(untied, 3)} were one tensor and are now apart (tie_word_embeddings is false)")
         plan.notes += _base_note(adapter, base)
@@ -186,7 +196,7 @@ class MergePlan:
 
     @property
     def _changed(self) -> list[str]:
-        return list(dict.fromkeys([*self._sites_of, *self.replaced, *self._shifts]))
+        return list(dict.fromkeys([*self._sites_of, *self.replaced, *self._shifts, *self._tokens]))
 
     @property
     def _own_changes(self) -> list[str]:
@@ -213,6 +223,9 @@ class MergePlan:
             shift = self._shifts.get(name)
             value = (old if shift is None else old.float() + shift).to(dtype)
             finite = bool(torch.isfinite(value).all())
+        if name in self._tokens:
+            value = with_rows(value, self._tokens[name])
+            finite = finite and bool(torch.isfinite(value).all())
         if not finite and not bool(torch.isfinite(value).all()):
             if name not in self.replaced:
                 self.base.parameter(name, check=True)  # names a base that is not finite itself

@@ -102,7 +102,7 @@ class OwnConfig(PeftConfig):
     """
 
     info: ClassVar[MethodInfo]
-    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds"})
+    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds", "trainable_token_indices"})
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
@@ -123,6 +123,9 @@ class OwnConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose rows of the embedding train, and are saved with the adapter."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Compute the method's start. Saved adapters say False: theirs is in the file."}

@@ -12,7 +12,7 @@ __all__ = ["BLOCKS_VERSION", "FIRST_VERSION", "FORMAT_VERSION", "KINDS_VERSION",
 # misread.
 FIRST_VERSION = 1
 BLOCKS_VERSION = 2  # SMoA's diagonal blocks
-KINDS_VERSION = 3  # packed GiVA on embeddings, convolutions, experts
+KINDS_VERSION = 3  # packed GiVA on embeddings, convolutions, experts; single tokens
 # The highest version that is read.
 FORMAT_VERSION = 3
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.fitting import located
 from surgery.adapters.source import Source
+from surgery.adapters.tokens import tokens_on_base, with_rows
 from surgery.errors import AdapterError
 from surgery.models.base_model import BaseModel
 from surgery.passes.examples import IGNORED
@@ -100,6 +101,11 @@ class Teacher:
             if place is None or parameters[place].shape != adapter.tensors[key].shape:
                 raise AdapterError(f"{adapter.label}: saves {name}, for which the student's model has no place")
             self.carried[place] = adapter.tensors[key].to(parameters[place])
+        for name, tokens in tokens_on_base(adapter, base).items():
+            place = _place(name, parameters)
+            if place is not None:
+                value = self.carried.get(place, base.parameter(name).to(parameters[place]))
+                self.carried[place] = with_rows(value, tokens)
         self.room = cache
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._headed = False

@@ -172,7 +172,6 @@ REFUSED: dict[str, tuple[peft.PeftConfig, str, str]] = {
         "BD-LoRA",
     ),
     "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "q_proj", "KaSA"),
-    "tokens": (peft.LoraConfig(trainable_token_indices=[1, 2]), "q_proj", "single tokens"),
     "pissa": (peft.LoraConfig(init_lora_weights="pissa"), "q_proj", "path_initial_model_for_weight_conversion"),
     "pissa fast": (peft.LoraConfig(init_lora_weights="pissa_niter_2"), "q_proj", "pissa_niter_2.*base weight"),
     "olora": (peft.LoraConfig(init_lora_weights="olora"), "q_proj", "path_initial_model_for_weight_conversion"),
@@ -190,9 +189,8 @@ def test_what_is_not_read_is_refused_by_name(name: str, llama: Path, tmp_path: P
     with pytest.raises(AdapterError, match=message):
         contents_of(adapter)
     module = next(module for module in adapter.modules if target in module and not module.endswith("base_layer"))
-    if name != "tokens":  # its layers alone are plain LoRA
-        with pytest.raises(AdapterError, match=message):
-            adapter.delta(module, load_base(llama).get_submodule("model.layers.0.self_attn.q_proj").weight)
+    with pytest.raises(AdapterError, match=message):
+        adapter.delta(module, load_base(llama).get_submodule("model.layers.0.self_attn.q_proj").weight)
 
 
 @pytest.mark.filterwarnings("ignore")
