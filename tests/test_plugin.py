@@ -81,7 +81,7 @@ def test_an_adapter_type_is_inspected_and_cut_to_a_lora(environment, llama: Path
     (tmp_path / "stripes").mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.stripes_s"
     save_file({name: torch.linspace(-1, 1, 32)}, tmp_path / "stripes" / "adapter_model.safetensors")
-    config = {"peft_type": "STRIPES", "target_modules": ["q_proj"]}
+    config = {"peft_type": "STRIPES", "target_modules": ["model.layers.0.self_attn.q_proj"]}
     (tmp_path / "stripes" / "adapter_config.json").write_text(json.dumps(config))
     assert "STRIPES" in run(environment, "inspect", tmp_path / "stripes").stdout
     run(environment, "convert", tmp_path / "stripes", "--to", "lora", "--base", llama, "-o", tmp_path / "lora")
