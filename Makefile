@@ -57,6 +57,17 @@ mutation: .venv/ready  ## break formulas one at a time: the tests must notice
 compat: .venv/ready  ## a part of the tests on released versions of peft, transformers and huggingface_hub
 	$(BIN)/python -m tests.compat.matrix
 
+.PHONY: servers
+
+# Servers in an environment of their own: they want other versions of what we use.
+.venv-servers/ready:
+	$(PYTHON) -m venv .venv-servers
+	.venv-servers/bin/python -m pip install -q --disable-pip-version-check xllamacpp mlx mlx-cpu mlx-lm
+	touch $@
+
+servers: .venv/ready .venv-servers/ready  ## llama.cpp and mlx-lm read what we export: their predictions against PEFT's
+	SURGERY_SERVERS=$(CURDIR)/.venv-servers/bin/python $(BIN)/python -m pytest -n 0 tests/exporting/test_readers.py
+
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
@@ -92,4 +103,4 @@ build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:
-	rm -rf .venv build dist demo-out examples-out sample site *.egg-info
+	rm -rf .venv .venv-servers build dist demo-out examples-out sample site *.egg-info

@@ -20,7 +20,8 @@ gguf = pytest.importorskip("gguf")
 
 def qwen(folder: Path, **settings: Any) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = tf.Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, **{**sizes, **settings})
+    rope = {"rope_type": "default", "rope_theta": 1e6}  # which is what mlx-lm takes where it reads none
+    config = tf.Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, rope_parameters=rope, **{**sizes, **settings})
     torch.manual_seed(0)
     model = tf.Qwen2ForCausalLM(config)
     spread(model)

@@ -43,7 +43,7 @@ def write_base(folder: Path, path: Path) -> Path:
 
 
 def _settings(writer: Any, config: Any) -> None:
-    writer.add_context_length(256)
+    writer.add_context_length(getattr(config, "n_positions", 256))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
