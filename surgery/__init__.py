@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.peft_types.loading import load
     from surgery.publishing.push import push
     from surgery.publishing.report import PushReport
+    from surgery.serving.store import Store
     from surgery.training.preparing import trainable
     from surgery.training.report import TrainReport
     from surgery.training.train import train
@@ -69,6 +70,7 @@ __all__ = [
     "OutputError",
     "PushReport",
     "Report",
+    "Store",
     "SurgeryError",
     "TargetError",
     "TrainReport",
@@ -109,6 +111,7 @@ _HOMES = {
     "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",
     "Report": "surgery.initialization.report",
+    "Store": "surgery.serving.store",
     "TrainReport": "surgery.training.report",
     "compare": "surgery.comparison.compare",
     "convert": "surgery.converters.convert",
