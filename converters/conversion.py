@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter, identity_of
-from surgery.adapters.contents import refuse_output_biases
+from surgery.adapters.contents import contents_of, refuse_output_biases
 from surgery.adapters.fitting import old_names_note
 from surgery.adapters.packing import is_packed
 from surgery.adapters.source import Source, refuse_lone_experts, refuse_other_kinds
@@ -195,7 +195,10 @@ class _Conversion:
     def open(
         cls, adapter: Adapter, shared: Base, options: ConvertOptions, device: torch.device, progress: Progress | None
     ) -> _Conversion:
-        source = Source.open(adapter, shared.model_for(adapter), device)
+        # Sorted and checked once, and handed on.
+        contents = contents_of(adapter) if shared.opened is not None else None
+        base = shared.model_for(contents) if contents is not None else None
+        source = Source.open(adapter, base, device, contents=contents)
         if not options.form.output_biases:
             refuse_output_biases(source.contents, source.biases())
         if not options.form.single_experts:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import Contents, contents_of
+from surgery.adapters.contents import Contents
 from surgery.adapters.fitting import located, with_place_for
 from surgery.adapters.source import Change, Source
 from surgery.converters.calibration import Calibration, StoredMoments, carried_in
@@ -252,12 +252,10 @@ class Base:
             "settings": [settings.samples, settings.batch_size, settings.max_length, settings.seed],
         }
 
-    def model_for(self, adapter: Adapter) -> BaseModel | None:
-        """The base under the class, and with the number of labels, that an adapter is for."""
-        if self.opened is None:
-            return None
-        contents = contents_of(adapter)
-        base = self.opened
+    def model_for(self, contents: Contents) -> BaseModel:
+        """Return the base under the class, and with the number of labels, that an adapter is for."""
+        assert self.opened is not None
+        adapter, base = contents.adapter, self.opened
         if not self.fixed_class:
             base = with_place_for(base, adapter, contents, self.trust_remote_code)
         config = with_labels(base, _brought(adapter, contents, base))

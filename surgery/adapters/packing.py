@@ -10,7 +10,7 @@ other GiVA adapter. With 16 or 32 `bits` the factors are plain floats, all in on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "numbers_planned",
     "packed",
     "packed_config",
+    "packed_prefix",
     "rank_bytes",
     "unpacked",
 ]
@@ -44,6 +45,12 @@ MOST_NUMBERS = 1 << 36
 
 Shape = tuple[int, int, int]  # out, in, rank
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # B, A, s
+
+
+def packed_prefix(names: Iterable[str]) -> str | None:
+    """Return what the names above the model begin with in a packed state dict; None in one that is not packed."""
+    found = next((name for name in names if name.rpartition(".")[2] in {CODES, FACTORS}), None)
+    return None if found is None else found.removesuffix(found.rpartition(".")[2])
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

@@ -94,6 +94,7 @@ class Source:
         base: BaseModel | None,
         device: torch.device,
         shapes: Mapping[str, tuple[int, int]] | None = None,
+        contents: Contents | None = None,
     ) -> Source:
         """Check that an adapter can be read exactly and, where there is a base, that it fits.
 
@@ -102,6 +103,7 @@ class Source:
             base: its base model, where there is one.
             device: where to compute.
             shapes: `(out, in)` by layer; with them a type that needs no more of the base needs none.
+            contents: the adapter's contents, where they have been sorted already.
 
         Raises:
             AdapterError: it cannot, or its type needs a base.
@@ -110,7 +112,8 @@ class Source:
         lacking = lacking_in(adapter, base.names if base is not None else None)
         if base is not None:
             adapter = with_names_of(adapter, base)
-        contents = contents_of(adapter)
+        if contents is None or contents.adapter is not adapter:
+            contents = contents_of(adapter)
         enough = Needs.NOTHING if shapes is None else Needs.SHAPE
         if base is None and (contents.needs > enough or (contents.needs and contents.lacks_shared)):
             raise AdapterError(

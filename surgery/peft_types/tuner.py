@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from surgery.adapters.packing import CODES, FACTORS, is_packed, packed, unpacked
+from surgery.adapters.packing import is_packed, packed, packed_prefix, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
 from surgery.models.sites import LINEAR, site_of
@@ -176,9 +176,8 @@ class AdapterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Refuse a file that does not hold this adapter's tensors: PEFT alone would ignore that."""
         attachment = attachment_of(model, adapter_name)
-        whole = next((key for key in state_dict if key.removeprefix("base_model.") in {CODES, FACTORS}), None)
-        if whole is not None and is_packed(config.to_dict()):
-            above = "base_model." if whole.startswith("base_model.") else ""
+        above = packed_prefix(state_dict)
+        if above is not None and is_packed(config.to_dict()):
             state_dict = unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else "")
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
