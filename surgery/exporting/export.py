@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.adapters.adapter import Adapter
-from surgery.adapters.contents import refuse_output_biases
 from surgery.adapters.format_registry import FORMATS, AdapterParts
 from surgery.adapters.source import Source
 from surgery.deltas.operators import LowRank
@@ -149,8 +149,8 @@ def plain_parts(
         raise OptionError(f"{target.title} needs the base model, because {target.needs_base}: give it with --base")
     model = BaseModel.open(base) if base is not None else None
     source = Source.open(adapter, model, resolve_device(device))
-    refuse_output_biases(source.contents)
-    lora = one_rank(source, rank, energy, seed)
+    _refuse_kinds(source, target)
+    lora = _in_pieces(one_rank(source, rank, energy, seed), target, model)
     parts = _parts(source, lora, dtype or _own_dtype(source))
     bare = next((module for module in lora.changes if BARE.match(module)), None)
     if bare is not None:
@@ -162,6 +162,43 @@ def plain_parts(
     if refused:
         raise AdapterError(f"{adapter.label}: {target.title} cannot hold it: {_problems(refused)}")
     return source, lora, target.prepared(parts)
+
+
+def _refuse_kinds(source: Source, target: ServerFormat) -> None:
+    """Refuse what is no change of a layer that the target reads.
+
+    Raises:
+        AdapterError: a layer is of another kind, single tokens are trained, or a bias is added to outputs.
+    """
+    label = source.adapter.label
+    if source.contents.tokens:
+        raise AdapterError(
+            f"{label}: trains single tokens ({next(iter(source.contents.tokens))}), which {target.title} does not "
+            "read; add the adapter to its base with surgery merge"
+        )
+    for module in source.contents.modules:
+        form = source.form(module)
+        if form.kind not in target.kinds:
+            raise AdapterError(
+                f"{label}: changes {module}, which is of the kind {form}, and {target.title} reads changes of "
+                f"{' and '.join(target.kinds)} layers; add the adapter to its base with surgery merge"
+            )
+    biases = source.biases()
+    if biases:
+        raise AdapterError(
+            f"{label}: adds a bias to the outputs of {listing(biases, 2)} (lora_bias or IA3), which {target.title} "
+            "does not read; add the adapter to its base with surgery merge"
+        )
+
+
+def _in_pieces(lora: OneRank, target: ServerFormat, base: BaseModel | None) -> OneRank:
+    """Return the changes under the names, and with the rows, that the target has layers for."""
+    changes, ranks = {}, {}
+    for module, change in lora.changes.items():
+        for place in target.pieces(module, change.shape[0], base):
+            changes[place.name] = change if place.rows is None else replace(change, B=change.B[place.rows])
+            ranks[place.name] = lora.ranks[module]
+    return replace(lora, changes=changes, ranks=ranks)
 
 
 def _problems(refused: list[str]) -> str:
@@ -242,7 +279,7 @@ def _report(
             sites.append(ExportedSite(module, places[module].name, change.shape, lora.ranks[module], share))
             difference, energy = difference + lost**2, energy + whole**2
     numbers = sum(factor.numel() for pair in stored.values() for factor in pair)
-    notes = [*source.adapter.notes, *target.notes(parts)]
+    notes = [*source.adapter.notes, *source.lacking.notes, *target.notes(parts)]
     report = ExportReport(
         out=None,
         to=to,

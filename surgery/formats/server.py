@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,8 +13,12 @@ from surgery.adapters.format_registry import AdapterParts, Format
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.types.lora import A_NAME, B_NAME, LORA, lora_delta
 from surgery.errors import AdapterError, OptionError
+from surgery.models.sites import LINEAR
 from surgery.system.dtypes import DTYPES
 from surgery.system.tensors import TensorMap, Tensors
+
+if TYPE_CHECKING:
+    from surgery.models.base_model import BaseModel
 
 __all__ = [
     "FLOAT_TYPES",
@@ -54,11 +58,13 @@ class ServerFormat(Format):
         dtypes: the types of numbers that it reads, by the names that `--dtype` takes.
         needs_base: what the base model is needed for; None for a format that needs none.
         planned: why nothing is written yet; None for a format that is written.
+        kinds: the kinds of layers whose changes the tool reads.
     """
 
     dtypes: tuple[str, ...] = tuple(FLOAT_TYPES)
     needs_base: str | None = None
     planned: str | None = None
+    kinds: tuple[str, ...] = (LINEAR,)
 
     def recognises(self, folder: Path) -> bool:
         return False  # such a folder is PEFT's, or it is only written
@@ -69,6 +75,19 @@ class ServerFormat(Format):
     def refusals(self, parts: AdapterParts) -> list[str]:
         """Return what the tool cannot hold of a plain LoRA, a phrase with the name of the layer or tensor for each."""
         return []
+
+    def pieces(self, module: str, height: int, base: BaseModel | None) -> list[Place]:
+        """Return the layers of the tool that one layer of the model is: mostly the layer itself.
+
+        Args:
+            module: the layer's name.
+            height: the rows of its change.
+            base: the base model, where one was given.
+
+        Raises:
+            AdapterError: this depends on the base model, and there is none.
+        """
+        return [Place(module)]
 
     def prepared(self, parts: AdapterParts) -> AdapterParts:
         """Return the LoRA as the tool wants it, with the same weight changes: layers of zeros may come in.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,14 +18,31 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.format_registry import AdapterParts
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.errors import AdapterError
-from surgery.formats.server import Factors, ServerFormat, base_name, cast, factors_of, read_factors, saved_modules
+from surgery.formats.server import (
+    Factors,
+    Place,
+    ServerFormat,
+    base_name,
+    cast,
+    factors_of,
+    read_factors,
+    saved_modules,
+)
+from surgery.models.sites import EXPERT, LINEAR
 from surgery.storage.json_files import read_json
 from surgery.storage.safetensors_read import read_tensors
+
+if TYPE_CHECKING:
+    from surgery.models.base_model import BaseModel
 
 __all__ = ["VLLM", "PeftServerFormat"]
 
 # What `--max-lora-rank` takes.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# One expert of a parameter in which transformers joins all of them.
+FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<index>\d+)")
+# Models in whose `gate_up_proj` the rows of gate and up take turns.
+IN_TURNS = ("gpt_oss",)
 # Modules that vLLM reads from `modules_to_save`.
 SAVED = ("classifier", "score")
 
@@ -46,6 +63,24 @@ class VllmFormat(PeftServerFormat):
     """Adapters for vLLM."""
 
     title = "vLLM"
+    kinds = (LINEAR, EXPERT)
+
+    def pieces(self, module: str, height: int, base: BaseModel | None) -> list[Place]:
+        """Return an expert of a fused parameter under vLLM's names: gate and up share A, and have half of B each."""
+        found = FUSED.fullmatch(module)
+        if found is None:
+            return [Place(module)]
+        name = f"{found['experts']}.{found['index']}"
+        if found["parameter"] == "down_proj":
+            return [Place(f"{name}.down_proj")]
+        if base is None:
+            raise AdapterError(
+                f"{module}: whether gate and up take turns in its rows depends on the base model: give it with --base"
+            )
+        rows = torch.arange(height)
+        in_turns = base.config.model_type in IN_TURNS
+        gate, up = (rows[::2], rows[1::2]) if in_turns else rows.split(height // 2)
+        return [Place(f"{name}.gate_proj", gate), Place(f"{name}.up_proj", up)]
 
     def refusals(self, parts: AdapterParts) -> list[str]:
         saved = [name for name in saved_modules(parts) if not set(name.split(".")[:-1]) & set(SAVED)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -64,6 +65,22 @@ def test_zeros_stand_for_what_sglang_stacks(llama: Path, tmp_path: Path) -> None
     assert any("6 layers are zeros" in note for note in report.notes)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert added <= set(config["target_modules"])
+
+
+def test_experts_of_a_fused_parameter_have_names_of_their_own_in_vllm() -> None:
+    def base(kind: str) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(model_type=kind))
+
+    fused, stem = "model.layers.1.mlp.experts.gate_up_proj.7", "model.layers.1.mlp.experts.7"
+    halves = {place.name: place.rows for place in VLLM.pieces(fused, 6, base("qwen3_moe"))}
+    turns = {place.name: place.rows for place in VLLM.pieces(fused, 6, base("gpt_oss"))}
+    assert halves.keys() == turns.keys() == {f"{stem}.gate_proj", f"{stem}.up_proj"}
+    assert [rows.tolist() for rows in halves.values() if rows is not None] == [[0, 1, 2], [3, 4, 5]]
+    assert [rows.tolist() for rows in turns.values() if rows is not None] == [[0, 2, 4], [1, 3, 5]]
+    down = VLLM.pieces("model.layers.1.mlp.experts.down_proj.7", 6, None)
+    assert [(place.name, place.rows) for place in down] == [(f"{stem}.down_proj", None)]
+    with pytest.raises(AdapterError, match="depends on the base model: give it with --base"):
+        VLLM.pieces(fused, 6, None)
 
 
 def test_a_score_goes_to_vllm_and_not_to_sglang(llama: Path, tmp_path: Path) -> None:
