@@ -12,8 +12,8 @@ from surgery.adapters.source import Change, Source
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
-from surgery.errors import MethodError
-from surgery.models.sites import LINEAR
+from surgery.errors import AdapterError, MethodError
+from surgery.models.sites import EXPERT, LINEAR, PARAMETER
 from surgery.storage.format_version import KINDS_VERSION
 
 __all__ = ["to_giva"]
@@ -35,6 +35,10 @@ def to_giva(source: Source, request: Request) -> Result:
             bits cannot hold.
     """
     changes = changes_of(source, request)
+    lone = next((change.module for change in changes if change.form.kind == PARAMETER), None)
+    if lone is not None:
+        raise AdapterError(f"{lone}: is a parameter of a module that is no layer, for which GiVA has no place; use "
+                           "--to lora, or leave it out")  # fmt: skip
     exact = request.budget.energy == 1 or request.budget.max_error == 0
     asked = request.options.get("bits", "auto")
     bits: int | str = (32 if exact else "auto") if asked == "auto" else int(asked)
@@ -138,4 +142,8 @@ def _result(
     kept = {module: kind for module, kind in kinds.items() if module in shapes}
     if kept:
         config |= {"kinds": kept, "format_version": KINDS_VERSION}
+    experts = sorted({module.rpartition(".")[0] for module, kind in kept.items() if kind == EXPERT})
+    if experts:
+        config["target_parameters"] = experts
+        config["target_modules"] = sorted(module for module in shapes if kept.get(module) != EXPERT)
     return Result(config, tensors, ranks, trainable, mean_bits, sizes)

@@ -14,7 +14,7 @@ from surgery.adapters.types.lora import BIAS_NAME, lora_tensors
 from surgery.converters.ranks import Spectra, changes_of, decomposed
 from surgery.converters.request import Request, Result
 from surgery.errors import AdapterError
-from surgery.models.sites import CONVOLUTION, LINEAR
+from surgery.models.sites import CONVOLUTION, EXPERT, LINEAR, PARAMETER
 from surgery.system.text import human_bytes
 
 __all__ = ["to_lora"]
@@ -59,10 +59,11 @@ def to_lora(source: Source, request: Request) -> Result:
     biases = source.biases()
     if biases:
         _with_all_layers(factors, changes)
+    _with_all_experts(factors, changes)
     kept = {module: ranks[module] for module in factors}
     scale = _fp8_scale(factors) if dtype == FP8 else 1.0
     highest = max(kept.values())
-    stored = dict.fromkeys(kept, highest) if alike else {module: rank or highest for module, rank in kept.items()}
+    stored = dict.fromkeys(kept, highest) if alike else _ranks_stored(kept, changes)
     tensors = {}
     forms = {change.module: change.form for change in changes}
     for module, (B, A) in factors.items():
@@ -72,6 +73,7 @@ def to_lora(source: Source, request: Request) -> Result:
         named = lora_tensors(forms[module], wider_A, wider_B)
         tensors.update({f"{MODEL_PREFIX}{module}.{short}": tensor for short, tensor in named.items()})
     config = _config(stored, scale**2)
+    config |= _targets({change.module: change for change in changes if change.module in kept}, config)
     if biases:
         config["lora_bias"] = True
         for change in changes:
@@ -82,6 +84,46 @@ def to_lora(source: Source, request: Request) -> Result:
     padding = sum((stored[m] - kept[m]) * sum(shapes[m]) for m in kept) * dtype.itemsize
     notes = _notes(dtype, kept, padding, alike)
     return Result(config, tensors, kept, trainable, notes=notes, padding=padding)
+
+
+def _parameter(change: Change) -> str | None:
+    """The parameter of which a change is one expert, or which it changes; None for a layer."""
+    if change.form.kind == EXPERT:
+        return change.module.rpartition(".")[0]
+    if change.form.kind == PARAMETER:
+        known = change.site is None or change.site.module == change.site.parameter
+        return change.module if known else f"{change.module}.weight"
+    return None
+
+
+def _with_all_experts(factors: Factors, changes: list[Change]) -> None:
+    """Add the experts that keep nothing beside those that do, with factors of no rank: PEFT has them in one tensor."""
+    kept = {_parameter(change) for change in changes if change.module in factors and change.form.kind == EXPERT}
+    for change in changes:
+        if change.form.kind == EXPERT and _parameter(change) in kept:
+            height, width = change.shape
+            factors.setdefault(change.module, (torch.zeros(height, 0), torch.zeros(0, width)))
+
+
+def _ranks_stored(kept: Mapping[str, int], changes: list[Change]) -> dict[str, int]:
+    """The rank of each layer in the file, where ranks differ: all experts of a parameter have the highest of theirs."""
+    groups = {change.module: _parameter(change) or change.module for change in changes}
+    highest: dict[str, int] = {}
+    for module, rank in kept.items():
+        highest[groups[module]] = max(highest.get(groups[module], 1), rank)
+    return {module: highest[groups[module]] for module in kept}
+
+
+def _targets(changes: Mapping[str, Change], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The targets of a LoRA on parameters, with patterns by the parameters' names; empty for one on modules alone."""
+    named = {module: _parameter(change) for module, change in changes.items()}
+    if not any(named.values()):
+        return {}
+    found: dict[str, Any] = {"target_parameters": sorted({name for name in named.values() if name is not None})}
+    found["target_modules"] = sorted(module for module, name in named.items() if name is None)
+    for key in ("rank_pattern", "alpha_pattern"):
+        found[key] = {named.get(module) or module: value for module, value in config[key].items()}
+    return found
 
 
 def _with_all_layers(factors: Factors, changes: list[Change]) -> None:

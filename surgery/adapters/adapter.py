@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from surgery.adapters.companions import copy_companions
+from surgery.adapters.experts import experts_apart, experts_joined
 from surgery.adapters.format_registry import AdapterParts, format_of
 from surgery.adapters.inner_folders import inner_adapter
 from surgery.adapters.names import (
@@ -83,8 +84,12 @@ class Adapter:
         self._sorted: TensorNames | None = None
 
     @classmethod
-    def open(cls, adapter: str | Path) -> Adapter:
+    def open(cls, adapter: str | Path, layout: str | None = None) -> Adapter:
         """Read an adapter folder in any known format, or an adapter repository on the Hub.
+
+        Args:
+            adapter: the folder, or the Hub id.
+            layout: order of the numbers of a LoRA on fused experts: `peft` (default), or `unsloth` for its older files.
 
         Raises:
             AdapterError: a file is missing, broken, or holds code.
@@ -98,6 +103,9 @@ class Adapter:
             raise AdapterError(str(error)) from None
         if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
             read.name = str(adapter).partition("@")[0].rstrip("/").rpartition("/")[2]
+        read.tensors, notes = experts_apart(read.config, read.tensors, read.label, layout)
+        read.notes += notes
+        read.as_stored = read.as_stored and layout in (None, "peft")
         return read
 
     @classmethod
@@ -228,7 +236,7 @@ class Adapter:
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors as the file holds them."""
         if not is_packed(self.config):
-            return dict(self.tensors)
+            return experts_joined(self.config, self.tensors)
         return packed(self.config, self.tensors, TUNER_PREFIX, MODEL_PREFIX)
 
     def save(self, folder: str | Path, force: bool = False) -> int:

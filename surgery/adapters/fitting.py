@@ -9,12 +9,13 @@ from typing import Any
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents
 from surgery.adapters.fused import as_lora, fused_parts, with_fused
+from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.renaming import renamed_adapter
-from surgery.adapters.types.lora import LORA
+from surgery.adapters.types.lora import A_NAME, B_NAME, LORA
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.base_model import BaseModel
 from surgery.models.module_names import FusedPart, ModelNames
-from surgery.models.sites import LINEAR, PARAMETER, Site, adaptable_sites, unsupported_modules
+from surgery.models.sites import EXPERT, LINEAR, PARAMETER, Site, adaptable_sites, unsupported_modules
 from surgery.models.tasks import TASK_TABLE
 
 __all__ = [
@@ -140,14 +141,19 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
     """
     known = ModelNames(model)
     wanted = {module: _unwrapped(module) for module in adapter.modules if module}
-    if all(plain in known.modules for plain in wanted.values()):
-        return adapter
-    parts = fused_parts(known, wanted.values())
+    experts = {module for module in wanted if adapter.form(module).kind in {EXPERT, PARAMETER}}
+    if all(plain in known.modules or _is_parameter(plain, known) for plain in wanted.values()):
+        return _right_way_round(adapter, known, experts)
+    parts = fused_parts(known, (plain for module, plain in wanted.items() if module not in experts))
     if parts:
         return fit_to_model(_with_parts(adapter, known, parts, type(model).__name__), model)
     renamed = {}
     for module, plain in wanted.items():
         found = known.located(plain, known.modules)
+        if found is None and module in experts:
+            name, _, index = plain.rpartition(".") if plain.rpartition(".")[2].isdigit() else (plain, "", "")
+            held = known.located(name, known.parameters)
+            found = f"{held}.{index}".removesuffix(".") if held is not None else None
         if found is not None:
             renamed[module] = found + module.removeprefix(plain)
     lost = [module for module in wanted if module not in renamed]
@@ -156,7 +162,30 @@ def fit_to_model(adapter: Adapter, model: Any) -> Adapter:
             f"the adapter does not fit {type(model).__name__}: it changes {listing(lost, 3)}, which this model does "
             f"not have (base: {adapter.config.get('base_model_name_or_path')})"
         )
-    return renamed_adapter(adapter, renamed, model)
+    return _right_way_round(renamed_adapter(adapter, renamed, model), known, {renamed[module] for module in experts})
+
+
+def _is_parameter(module: str, names: ModelNames) -> bool:
+    """Whether the name of a layer is that of a parameter, or of one expert of it."""
+    owner, _, index = module.rpartition(".")
+    return module in names.parameters or (index.isdigit() and owner in names.parameters)
+
+
+def _right_way_round(adapter: Adapter, names: ModelNames, experts: Collection[str]) -> Adapter:
+    """A LoRA on fused experts with in and out as today's PEFT takes them: PEFT 0.18 took them the other way round."""
+    tensors = {}
+    for module in experts:
+        name, factors = module.rpartition(".")[0], adapter.layer(module)
+        if adapter.type is not LORA or name not in names.parameters or set(factors) != {A_NAME, B_NAME}:
+            continue
+        height, width = names.parameters[name].shape[-2:]
+        if bool(getattr(names.modules[name.rpartition(".")[0]], "is_transposed", False)):
+            height, width = width, height
+        A, B = factors[A_NAME], factors[B_NAME]
+        if (B.shape[0], A.shape[1]) == (width, height) != (height, width):
+            tensors[f"{MODEL_PREFIX}{module}.{A_NAME}"] = B.T.contiguous()
+            tensors[f"{MODEL_PREFIX}{module}.{B_NAME}"] = A.T.contiguous()
+    return adapter.like(adapter.config, {**adapter.tensors, **tensors}) if tensors else adapter
 
 
 def with_names_of(adapter: Adapter, base: BaseModel) -> Adapter:

@@ -49,6 +49,9 @@ class ChangesOnBase:
         """
         module = self._names[site]
         change = self._changes.delta(module, weight, site)
+        if site.expert is not None and change.shape[::-1] == tuple(weight.shape) != change.shape:
+            # PEFT 0.18 took in and out of fused experts the other way round.
+            change = change.transposed()
         if change.shape != tuple(weight.shape):
             raise AdapterError(
                 f"{self.label}: changes {module} as a weight of {change.shape[0]} x {change.shape[1]}, the base "

@@ -11,7 +11,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import MODEL_PREFIX, TUNER_PREFIX
 from surgery.adapters.types.patterns import pattern_value
 from surgery.adapters.wrapper_names import type_prefix
-from surgery.models.sites import shortest_targets
+from surgery.models.sites import EXPERT, shortest_targets
 
 __all__ = ["adapted_modules", "renamed_adapter"]
 
@@ -52,7 +52,11 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], model: nn.Module
 def _config(adapter: Adapter, names: Mapping[str, str], model: nn.Module) -> dict[str, Any]:
     config = dict(adapter.config)
     adapted = adapted_modules(adapter)
-    config["target_modules"] = shortest_targets(model, [names.get(module, module) for module in adapted])
+    experts = [module for module in adapted if adapter.form(module).kind == EXPERT]
+    modules = [names.get(module, module) for module in adapted if module not in set(experts)]
+    config["target_modules"] = shortest_targets(model, modules)
+    if experts:
+        config["target_parameters"] = sorted({names.get(m, m).rpartition(".")[0] for m in experts})
     config.update({key: None for key in CHOICES if config.get(key) is not None})
     for key, settings in PATTERNS.items():
         if config.get(key):

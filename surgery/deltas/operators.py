@@ -45,6 +45,14 @@ class Delta(ABC):
         """`(B, A)` with `dW = B A` exactly, `B (out, k)` and `A (k, in)`; None where no thin factors exist."""
         return None
 
+    def transposed(self) -> Delta:
+        """`dW^T`, for a change that has thin factors."""
+        factors = self.factors()
+        if factors is None:
+            raise ValueError("only changes with thin factors are transposed")
+        B, A = factors
+        return LowRank(A.T, B.T)
+
     def norm(self, metric: torch.Tensor | None = None) -> torch.Tensor:
         """Frobenius norm of `dW`, or of `dW C^(1/2)` for an input second moment `metric = C (in, in)`.
 

@@ -102,7 +102,7 @@ class OwnConfig(PeftConfig):
     """
 
     info: ClassVar[MethodInfo]
-    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds", "trainable_token_indices"})
+    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds", "target_parameters", "trainable_token_indices"})
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
@@ -123,6 +123,9 @@ class OwnConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of blocks, for layers_to_transform."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters of fused experts, each of which has an adapter of its own."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose rows of the embedding train, and are saved with the adapter."}

@@ -162,7 +162,7 @@ def expert_sites(model: nn.Module, name: str, parameter: torch.Tensor) -> list[S
         module = owner if short == "weight" else name
         out_features, in_features = parameter.shape
         return [Site(module, *_described(model, module), out_features, in_features, False, Form(PARAMETER), None, name)]
-    transposed = bool(getattr(model.get_submodule(owner), "is_transposed", False))
+    transposed = bool(getattr(_module_below(model, owner), "is_transposed", False))
     count, height, width = parameter.shape
     sizes = (width, height) if transposed else (height, width)
     key, role, layer = _described(model, name)
@@ -170,6 +170,14 @@ def expert_sites(model: nn.Module, name: str, parameter: torch.Tensor) -> list[S
         Site(f"{name}.{i}", f"{key}.{i}", f"{role}.*", layer, *sizes, transposed, Form(EXPERT), i, name)
         for i in range(count)
     ]
+
+
+def _module_below(model: nn.Module, name: str) -> nn.Module:
+    """Return a module of a model, or the one that a wrapper of it holds."""
+    module: Any = model.get_submodule(name)
+    while isinstance(getattr(module, "base_layer", None), nn.Module):
+        module = module.base_layer
+    return module
 
 
 def _described(model: nn.Module, name: str) -> tuple[str, str, int | None]:

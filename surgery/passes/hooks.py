@@ -12,6 +12,7 @@ from torch import nn
 from surgery.deltas.on_layers import added_output
 from surgery.deltas.operators import Delta
 from surgery.errors import AdapterError
+from surgery.models.sites import Site, expert_sites
 
 __all__ = ["applied"]
 
@@ -36,7 +37,12 @@ def applied(
     with contextlib.ExitStack() as stack:
         for name, value in (carried or {}).items():
             _replace(model, name, value, stack)
+        experts = {name: delta for name, delta in deltas.items() if _is_expert(model, name)}
+        for name, value in _with_experts(model, experts).items():
+            _replace(model, name, value, stack)
         for name, delta in deltas.items():
+            if name in experts:
+                continue
             stack.callback(_linear(model, name).register_forward_hook(_adding(delta), with_kwargs=True).remove)
         yield model
 
@@ -56,6 +62,34 @@ def _replace(model: nn.Module, name: str, value: torch.Tensor, stack: contextlib
     new = value.to(old.device, old.dtype)
     stack.callback(held.__setitem__, short, old)
     held[short] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+def _is_expert(model: nn.Module, name: str) -> bool:
+    """Whether a layer is one expert of a parameter of three dimensions."""
+    path, _, index = name.rpartition(".")
+    owner, _, short = path.rpartition(".")
+    try:
+        held = model.get_submodule(owner)._parameters.get(short)
+    except AttributeError:
+        return False
+    return index.isdigit() and held is not None and held.ndim == 3
+
+
+def _with_experts(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
+    """Parameters of three dimensions with the changes of their experts."""
+    found: dict[str, torch.Tensor] = {}
+    sites: dict[str, Site] = {}
+    for name, delta in deltas.items():
+        parameter = name.rpartition(".")[0]
+        if parameter not in found:
+            held = model.get_parameter(parameter).detach()
+            found[parameter] = held.clone()
+            sites.update({site.module: site for site in expert_sites(model, parameter, held)})
+        site = sites[name]
+        assert site.expert is not None
+        whole = found[parameter]
+        whole[site.expert] = (whole[site.expert].float() + site.stored(delta.dense()).to(whole.device)).to(whole.dtype)
+    return found
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:

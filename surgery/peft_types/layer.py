@@ -124,6 +124,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self._copies[key] = (tensor, tensor._version, copy)
         return copy
 
+    def write_weight(self, value: torch.Tensor) -> None:
+        """Put another weight into the base layer."""
+        self.linear.weight.data = value
+
     def pristine_weight(self) -> torch.Tensor:
         """The base weight without any merged adapter, `(out, in)`, in its own dtype."""
         weight: torch.Tensor = self.linear.weight.detach()
@@ -285,7 +289,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaN or Inf in the merged weights of {self.site.module}: adapters {', '.join(names)}")
         if self._weight_before_merge is None:
             self._weight_before_merge = weight.data.detach().clone()
-        weight.data = merged.to(weight.dtype)
+        self.write_weight(merged.to(weight.dtype))
         self.merged_adapters.extend(names)
 
     def unload_and_optionally_merge_module(
@@ -308,7 +312,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.linear.weight.data = self._weight_before_merge.to(self.linear.weight)
+        self.write_weight(self._weight_before_merge.to(self.linear.weight))
         self._weight_before_merge = None
         self.merged_adapters.clear()
 

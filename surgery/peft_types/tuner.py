@@ -16,8 +16,9 @@ from torch import nn
 from surgery.adapters.packing import is_packed, packed, packed_prefix, unpacked
 from surgery.errors import AdapterError, TargetError, listing
 from surgery.methods.base import OwnMethod
-from surgery.models.sites import LINEAR, site_of
+from surgery.models.sites import LINEAR, expert_sites, site_of
 from surgery.peft_types.attachment import Attachment
+from surgery.peft_types.experts_layer import ExpertsLayer
 from surgery.peft_types.layer import AdapterLayer
 
 __all__ = ["AdapterModel", "tuner_class"]
@@ -71,6 +72,9 @@ class AdapterModel(BaseTuner):
             raise TargetError(
                 f"{current_key}: nn.MultiheadAttention never calls this layer, an adapter would do nothing"
             )
+        if optional_kwargs.get("parameter_name") is not None:
+            self._add_experts(config, adapter_name, target, target_name, parent, current_key)
+            return
         if isinstance(target, AdapterLayer):
             if target.method.info.peft_type != self.method.info.peft_type:
                 carried = target.method.info.peft_type
@@ -88,6 +92,24 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _add_experts(
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
+    ) -> None:
+        """Put an adapter on the experts of one parameter, as far as its packed factors name them."""
+        wrapper = target if isinstance(target, ExpertsLayer) else ExpertsLayer(target)
+        owner, short = wrapper.base_layer, key.rpartition(".")[2]
+        listed = config.packed or {}
+        sites = [site for site in expert_sites(self.model, key, getattr(owner, short)) if site.module in listed]
+        if any(site.expert is None for site in sites) or not is_packed(config.to_dict()):
+            raise TargetError(f"{key}: only the experts of a packed GiVA adapter are adapted, each by itself")
+        for site in sites:
+            layer = wrapper.add(short, site, self.method)
+            layer.update_layer(adapter_name, config, self._attachment, config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+        if wrapper is not target:
+            setattr(parent, target_name, wrapper)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

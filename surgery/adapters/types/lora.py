@@ -17,7 +17,7 @@ from surgery.adapters.types.config_rules import A_NUMBER, A_SWITCH
 from surgery.adapters.types.patterns import pattern_value
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.models.sites import CONVOLUTION, EMBEDDING, Form
+from surgery.models.sites import CONVOLUTION, EMBEDDING, EXPERT, Form
 from surgery.system.tensors import TensorMap
 
 __all__ = [
@@ -27,12 +27,14 @@ __all__ = [
     "EMBEDDING_NAMES",
     "LORA",
     "LORA_RULES",
+    "expert_of",
     "factor_names",
     "factors_of",
     "lora_delta",
     "lora_form",
     "lora_output_bias",
     "lora_tensors",
+    "parameter_key",
     "refuse_variants",
 ]
 
@@ -46,7 +48,6 @@ VARIANTS = {
     "arrow_config": "Arrow, which routes each token to one of several LoRAs: give one of them",
     "kasa_config": f"KaSA, which cuts the base weight's smallest singular values: {MERGE_IN_PEFT}",
     "monteclora_config": f"Monteclora, which samples its factors: {MERGE_IN_PEFT}",
-    "target_parameters": f"on target_parameters (fused expert weights), not on linear layers: {MERGE_IN_PEFT}",
     "layer_replication": f"on replicated layers, which the base model does not have: {MERGE_IN_PEFT}",
 }
 # Starts that change the base weight. PEFT's conversion on saving writes init_lora_weights=true, so that a file which
@@ -125,10 +126,33 @@ def lora_form(config: Mapping[str, Any], module: str, tensors: TensorMap) -> For
     """Return what kind of layer a LoRA's tensors are for."""
     if any(name in tensors for name in EMBEDDING_NAMES):
         return Form(EMBEDDING)
+    if expert_of(config, module) is not None:
+        return Form(EXPERT)
     A = tensors.get(A_NAME)
     if A is not None and A.ndim in {3, 4, 5}:
         return Form(CONVOLUTION, tuple(int(size) for size in A.shape[2:]))
     return Form()
+
+
+def parameter_key(config: Mapping[str, Any], module: str) -> str | None:
+    """Return the name of the parameter that a layer of a LoRA is, or one expert of; None for a module."""
+    targets = [str(target) for target in config.get("target_parameters") or ()]
+
+    def named(name: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    if not targets:
+        return None
+    if named(module):
+        return module
+    owner, _, index = module.rpartition(".")
+    return owner if index.isdigit() and named(owner) else None
+
+
+def expert_of(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
+    """Return the parameter and the index of a layer that is one expert; None for another layer."""
+    key = parameter_key(config, module)
+    return None if key is None or key == module else (key, int(module.rpartition(".")[2]))
 
 
 def factor_names(form: Form) -> tuple[str, str]:
@@ -150,6 +174,7 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     Raises:
         AdapterError: the configuration says another rank for the layer, or no numbers.
     """
+    module = parameter_key(config, module) or module
     alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     expected = pattern_value(config, "rank_pattern", module, config.get("r", 8))
     if expected != rank:
