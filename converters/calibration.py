@@ -14,7 +14,7 @@ from surgery.adapters.source import Change, Source
 from surgery.adapters.tokens import tokens_on_base, with_rows
 from surgery.deltas.operators import LowRank
 from surgery.errors import DataError, MethodError
-from surgery.models.sites import Site
+from surgery.models.sites import LINEAR, Site
 from surgery.passes.examples import Examples, batches
 from surgery.passes.hooks import applied
 from surgery.passes.loaded_model import on_device
@@ -108,16 +108,20 @@ class Calibration:
         return group
 
     def _gathered(self, sites: Sequence[Site], projected: bool = False) -> dict[str, Moments]:
-        with self.adapted():
-            changes = {site.module: change for site, change in self._changes.items()}
-            found = gather_moments(
-                self.model,
-                self.feed(),
-                sites,
-                projections={site.module: changes[site.module] for site in sites} if projected else None,
-                seed=self.seed,
-                progress=self.progress,
-            )
+        # Of embeddings, convolutions and single experts no moments are gathered: theirs are those of others.
+        linear = [site for site in sites if site.form.kind == LINEAR]
+        found: Mapping[str, Moments] = {}
+        if linear:
+            with self.adapted():
+                changes = {site.module: change for site, change in self._changes.items()}
+                found = gather_moments(
+                    self.model,
+                    self.feed(),
+                    linear,
+                    projections={site.module: changes[site.module] for site in linear} if projected else None,
+                    seed=self.seed,
+                    progress=self.progress,
+                )
         return self._completed(sites, found, projected)
 
     def _completed(self, sites: Sequence[Site], found: Mapping[str, Moments], projected: bool) -> dict[str, Moments]:
@@ -128,7 +132,7 @@ class Calibration:
         Raises:
             MethodError: no gradient reaches any layer.
         """
-        if not found:
+        if not found and any(site.form.kind == LINEAR for site in sites):
             raise MethodError(f"{sites[0].module}: no gradient reaches it, or any other layer, on this data")
         missing = [site for site in sites if site.module not in found]
         self._unreached |= {self.source.sites[site] for site in missing}
@@ -186,6 +190,8 @@ def like_others(found: Iterable[Moments]) -> Callable[[int, int], Moments]:
     They are multiples of the identity: errors of such a layer are those of its weights.
     """
     means = [(float(each.C.diagonal().mean()), float(each.F.diagonal().mean()), each.tokens) for each in found]
+    if not means:
+        return lambda rows, columns: Moments(torch.eye(columns), torch.eye(rows))
     c, f = (sum(mean[part] for mean in means) / len(means) for part in (0, 1))
     tokens = max(mean[2] for mean in means)
     return lambda rows, columns: Moments(c * torch.eye(columns), f * torch.eye(rows), tokens)
@@ -251,7 +257,7 @@ class StoredMoments:
     def _plain(self) -> Callable[[int, int], Moments]:
         changes = [Change.none(module, site) for site, module in self.source.sites.items()]
         found = [moments for moments in map(self._read, changes) if moments.C.numel()]
-        if not found:
+        if not found and any(site.form.kind == LINEAR for site in self.source.sites):
             raise DataError(f"{self.path}: no gradient reached any of the adapter's layers")
         return like_others(found)
 

@@ -23,6 +23,7 @@ from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
 from surgery.models.loading import lacking_note
+from surgery.models.sites import EMBEDDING
 from surgery.passes.examples import Examples, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, prepared
@@ -266,6 +267,12 @@ class Base:
     def measured(self, source: Source) -> Measured:
         """The metric for one adapter, and what measures its conversion."""
         settings = self.settings
+        table = next((module for module in source.contents.modules if source.form(module).kind == EMBEDDING), None)
+        if table is not None and (settings.data is not None or settings.stats is not None):
+            raise MethodError(
+                f"{source.adapter.label}: changes the embedding {table}, whose errors are not measured on data: leave "
+                "out --data and --stats"
+            )
         stored = Path(settings.stats) if settings.stats is not None else None
         if source.base is None or (settings.data is None and stored is None):
             return Measured()

@@ -331,7 +331,9 @@ def _add_answers(found: Comparison, result: Fidelity) -> None:
         scores = result.scores
         found.scores = TaskScores(scores.name, scores.reference, scores.other, scores.bare)
     for site in found.sites:
-        outputs = result.layers[site.module]
+        outputs = result.layers.get(site.module)
+        if outputs is None:
+            continue
         reached = outputs.energy > 0 or outputs.lost > 0 or site.norm_a == site.norm_b == 0
         site.output_error = outputs.error if reached else None
     layers = result.layers.values()

@@ -279,8 +279,14 @@ def _on_base(a: Side, b: Side, base: BaseModel, device: torch.device) -> Pair:
         side.changes, side.base = ChangesOnBase(side.contents, base, found, device), base
         side.names = {site.module: name for site, name in found.items()}
         sites.update(dict.fromkeys(found))
-    order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
-    layers = [Layer(s.module, s.role, s.layer, s) for s in sorted(sites, key=lambda site: order[site.module])]
+    order = {name: number for number, (name, _) in enumerate(base.model.named_modules())}
+
+    def place(site: Site) -> tuple[int, str, int]:
+        owner = site.module if site.module in order else site.parameter.rpartition(".")[0]
+        # Matrices of the files that transformers joins come last, under their own names.
+        return order.get(owner, len(order)), site.parameter, site.expert or 0
+
+    layers = [Layer(s.module, s.role, s.layer, s) for s in sorted(sites, key=place)]
     return _checked(a, b, base, layers, config is not None)
 
 

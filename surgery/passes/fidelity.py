@@ -318,7 +318,9 @@ class _Watch:
 
     def __init__(self, model: nn.Module, first: Mapping[str, Delta], second: Mapping[str, Delta]) -> None:
         self.model, self.first, self.second = model, first, second
-        self.names = list(dict.fromkeys([*first, *second]))
+        # An expert is no module: nothing shows its input.
+        modules = {name for name, _ in model.named_modules()}
+        self.names = [name for name in dict.fromkeys([*first, *second]) if name in modules]
         self.sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.names}
         self._tokens = _Tokens(model)
 

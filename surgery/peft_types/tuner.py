@@ -111,6 +111,13 @@ class AdapterModel(BaseTuner):
         if wrapper is not target:
             setattr(parent, target_name, wrapper)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Called by PEFT to put a layer in the place of another; a module of experts has no weight to hand on."""
+        if isinstance(child, ExpertsLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Called by PEFT around every forward pass: hands `adapter_names`, one for each sample, to the layers.

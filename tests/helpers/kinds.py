@@ -59,7 +59,32 @@ def _qwen() -> Any:
     return model
 
 
-BASES = {"qwen": _qwen, "resnet": _resnet, "wav2vec2": _wav2vec2, "videomae": _videomae, "gemma": _gemma}
+def _qwen_moe() -> Any:
+    config = tf.Qwen3MoeConfig(
+        **SMALL, intermediate_size=48, moe_intermediate_size=12, num_key_value_heads=2, head_dim=8, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    return tf.Qwen3MoeForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    """Experts that are stored `(E, in, out)`."""
+    config = tf.GptOssConfig(
+        **SMALL, intermediate_size=12, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention", "full_attention"],
+    )  # fmt: skip
+    return tf.GptOssForCausalLM(config)
+
+
+BASES = {
+    "gemma": _gemma,
+    "gpt_oss": _gpt_oss,
+    "qwen": _qwen,
+    "qwen_moe": _qwen_moe,
+    "resnet": _resnet,
+    "videomae": _videomae,
+    "wav2vec2": _wav2vec2,
+}
 
 
 def base_of(kind: str, folder: Path) -> Path:
