@@ -258,13 +258,6 @@ def test_what_a_configuration_leaves_out_has_pefts_default(llama: Path, tmp_path
     check_all(llama, tmp_path / "out")
 
 
-def test_expert_parameters_are_refused(model_folder, tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    saved(model_folder("mixtral"), config, tmp_path / "experts")
-    with pytest.raises(AdapterError, match="target_parameters"):
-        contents_of(surgery.Adapter.open(tmp_path / "experts"))
-
-
 MODULE = "model.layers.1.self_attn.q_proj"
 A, B = (f"base_model.model.{MODULE}.lora_{letter}.weight" for letter in "AB")
 BROKEN: dict[str, tuple[Any, str]] = {
