@@ -194,7 +194,8 @@ def test_what_peft_saves_is_accepted(kind: str, saved) -> None:
     assert checked.bytes == (saved(PEFTS[kind]) / WEIGHTS).stat().st_size
     assert checked.modules or kind == "prompt"
     assert 0 < checked.parameters <= sum(tensor.numel() for tensor in tensors.values())
-    assert bool(checked.layers) == (kind in {"rslora", "regex", "bias", "embedding", "head", "tokens", "loha", "lokr"})
+    measured = {"rslora", "regex", "bias", "embedding", "head", "tokens", "loha", "lokr", "adalora"}
+    assert bool(checked.layers) == (kind in measured)
     assert bool(checked.carried) == (kind in {"embedding", "head", "tokens", "prompt"}), checked.carried
 
 

@@ -34,9 +34,9 @@ class Folders:
             ],
             "inspect": ["inspect", self.lora, *on_base],
             "inspect a model": ["inspect", self.model, *flags],
-            "convert": ["convert", self.lora, "--to", "giva", "--rank", 1, *on_base, "-o", self.out / "convert"],
+            "convert": ["convert", self.lora, "--to", "giva", "--rank", 1, "--accept-loss", *on_base, "-o", self.out / "convert"],
             "convert on data": [
-                "convert", self.lora, "--to", "giva", "--rank", 1, *on_base, "--data", self.data, "--samples", 4,
+                "convert", self.lora, "--to", "giva", "--rank", 1, "--accept-loss", *on_base, "--data", self.data, "--samples", 4,
                 "-o", self.out / "converted",
             ],
             "merge": ["merge", self.lora, *on_base, "-o", self.out / "merge"],
