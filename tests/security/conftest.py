@@ -25,6 +25,7 @@ class Folders:
     def commands(self, *flags: str) -> dict[str, list[Any]]:
         """Every command over the two folders, by name."""
         on_base = ["--base", self.model, *flags]
+        small = ["--to", "giva", "--rank", 1, "--accept-loss"]
         train = ["train", self.lora, *on_base, "--data", self.data, "--steps", 1, "--batch-size", 2]
         return {
             "init": ["init", self.model, "--method", "inilora", "--rank", 2, "-o", self.out / "init", *flags],
@@ -34,9 +35,9 @@ class Folders:
             ],
             "inspect": ["inspect", self.lora, *on_base],
             "inspect a model": ["inspect", self.model, *flags],
-            "convert": ["convert", self.lora, "--to", "giva", "--rank", 1, "--accept-loss", *on_base, "-o", self.out / "convert"],
+            "convert": ["convert", self.lora, *small, *on_base, "-o", self.out / "convert"],
             "convert on data": [
-                "convert", self.lora, "--to", "giva", "--rank", 1, "--accept-loss", *on_base, "--data", self.data, "--samples", 4,
+                "convert", self.lora, *small, *on_base, "--data", self.data, "--samples", 4,
                 "-o", self.out / "converted",
             ],
             "merge": ["merge", self.lora, *on_base, "-o", self.out / "merge"],
