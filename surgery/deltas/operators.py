@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from surgery.deltas.sparse import Pattern
 from surgery.deltas.sparse_autograd import mixed_product
 
-__all__ = ["Delta", "Gain", "Hadamard", "InputMap", "LowRank", "Sum", "WithBias"]
+__all__ = ["Delta", "Dense", "Gain", "Hadamard", "InputMap", "LowRank", "Sum", "WithBias"]
 
 
 class Delta(ABC):
@@ -72,6 +72,20 @@ class Delta(ABC):
     def minus(self, other: Delta) -> Delta:
         """`dW - dW'`, again without forming it."""
         return Sum([(1.0, self), (-1.0, other)])
+
+
+class Dense(Delta):
+    """A change that is formed: `dW (out, in)`."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.matrix)
+
+    def dense(self) -> torch.Tensor:
+        return self.matrix.clone()  # callers write into what they get
 
 
 class LowRank(Delta):

@@ -11,6 +11,11 @@ TURNED = (
     "(merge_and_unload)"
 )
 PROMPT = "has no weight change: it trains inputs of the model, not its weights; use it with PEFT as it is"
+MIXED = "has no weight change: it mixes its factors anew for each input; use it with PEFT as it is"
+ONE_VECTOR = (
+    "keeps one vector for all layers, and its file does not say which: that is not read here; merge it with PEFT "
+    "(merge_and_unload)"
+)
 INSERTED = "has no weight change: it adds layers of its own to the model; use it with PEFT as it is"
 
 NO_CHANGE = {
@@ -25,6 +30,9 @@ NO_CHANGE = {
         ("P_TUNING", "P-tuning", "arXiv 2103.10385", PROMPT),
         ("CPT", "CPT", "arXiv 2410.17222", PROMPT),
         ("CARTRIDGE", "cartridge", "arXiv 2506.06266", PROMPT),
+        ("LILY", "Lily", None, MIXED),
+        ("UNILORA", "UniLoRA", None, ONE_VECTOR),
+        ("TINYLORA", "TinyLoRA", None, ONE_VECTOR),
         ("ADAPTION_PROMPT", "LLaMA-Adapter", "arXiv 2303.16199", INSERTED),
     )
 }

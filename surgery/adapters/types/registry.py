@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.adapters.types.base import AdapterType
 from surgery.adapters.types.no_change import NO_CHANGE
+from surgery.adapters.types.through_peft import THROUGH_PEFT
 from surgery.methods.registry import own_infos, own_types
 from surgery.system.registry import Registry
 
@@ -43,6 +44,8 @@ def type_of(config: Mapping[str, Any]) -> AdapterType | None:
         entry = ADAPTER_TYPES.get(name)
         if entry is not None and entry.recognises(config):
             return entry
+    if peft_type in THROUGH_PEFT:
+        return THROUGH_PEFT[peft_type]
     if peft_type in NO_CHANGE or peft_type not in own_types():
         return NO_CHANGE.get(peft_type)
     from surgery.adapters.types.own import own_type  # brings PEFT
@@ -60,4 +63,4 @@ def all_types() -> list[AdapterType]:
     from surgery.adapters.types.own import own_type
 
     own = [own_type(info.peft_type) for info in own_infos()]
-    return [*ADAPTER_TYPES, *(kind for kind in own if kind is not None)]
+    return [*ADAPTER_TYPES, *THROUGH_PEFT.values(), *(kind for kind in own if kind is not None)]
