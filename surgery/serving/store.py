@@ -117,8 +117,8 @@ class Store:
         key = f"{name.replace('/', '~')}-{digest[:16]}"
 
         def make(partial: Path) -> None:
-            adapter = Adapter.open(source)
-            _, _, parts = plain_parts(adapter, self._format, self.model, dtype=self.dtype)
+            # Nothing but the parts is held while they are written: an adapter is one copy of all numbers.
+            parts = plain_parts(Adapter.open(source), self._format, self.model, dtype=self.dtype)[2]
             self._format.write(parts, partial, name)
 
         return self.cache.lease(key, make)
