@@ -40,7 +40,8 @@ __all__ = ["VLLM", "PeftServerFormat"]
 # What `--max-lora-rank` takes.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # One expert of a parameter in which transformers joins all of them.
-FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<index>\d+)")
+FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<parameter>[A-Za-z]\w*)\.(?P<index>\d+)")
+ONE_LAYER = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # Models in whose `gate_up_proj` the rows of gate and up take turns.
 IN_TURNS = ("gpt_oss",)
 # Modules that vLLM reads from `modules_to_save`.
@@ -71,8 +72,10 @@ class VllmFormat(PeftServerFormat):
         if found is None:
             return [Place(module)]
         name = f"{found['experts']}.{found['index']}"
-        if found["parameter"] == "down_proj":
-            return [Place(f"{name}.down_proj")]
+        if found["parameter"] in ONE_LAYER:
+            return [Place(f"{name}.{found['parameter']}")]
+        if found["parameter"] != "gate_up_proj":
+            raise AdapterError(f"{module}: vLLM's name for experts of {found['parameter']} is not known here")
         if base is None:
             raise AdapterError(
                 f"{module}: whether gate and up take turns in its rows depends on the base model: give it with --base"

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 import surgery
@@ -17,6 +18,7 @@ from surgery.errors import AdapterError
 from surgery.formats.sglang import SGLANG
 from surgery.formats.vllm import VLLM
 from tests.helpers.adapters import make_adapter, weight_changes
+from tests.helpers.models import load_base
 
 
 def lora(targets: list[str], **settings: Any) -> peft.LoraConfig:
@@ -81,11 +83,39 @@ def test_experts_of_a_fused_parameter_have_names_of_their_own_in_vllm() -> None:
     assert [(place.name, place.rows) for place in down] == [(f"{stem}.down_proj", None)]
     with pytest.raises(AdapterError, match="depends on the base model: give it with --base"):
         VLLM.pieces(fused, 6, None)
+    with pytest.raises(AdapterError, match="vLLM's name for experts of in_proj is not known here"):
+        VLLM.pieces("model.layers.1.mlp.experts.in_proj.7", 6, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_experts_go_to_vllm_one_by_one(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = tf.Qwen3MoeConfig(vocab_size=61, num_experts=3, num_experts_per_tok=2, **sizes, **heads)
+    torch.manual_seed(0)
+    base = tf.Qwen3MoeForCausalLM(config)
+    base.save_pretrained(tmp_path / "model")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = make_adapter(tmp_path / "model", tmp_path / "lora", lora(["q_proj"], target_parameters=experts))
+    with pytest.raises(AdapterError, match="depends on the base model: give it with --base"):
+        surgery.export(folder, "vllm", tmp_path / "out")
+    report = surgery.export(folder, "vllm", tmp_path / "out", base=tmp_path / "model")
+    assert report.exact and report.weight_error == 0
+    found = dict(VLLM.changes(tmp_path / "out"))
+    opened = peft.PeftModel.from_pretrained(load_base(tmp_path / "model"), folder)
+    merged, plain = opened.merge_and_unload().state_dict(), load_base(tmp_path / "model").state_dict()
+    for name in ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
+        stem = name.rpartition(".")[0]
+        for expert, change in enumerate(merged[name] - plain[name]):
+            parts = [found[f"{stem}.{expert}.{part}"] for part in ("gate_proj", "up_proj")]
+            mine = torch.cat(parts) if "gate_up" in name else found[f"{stem}.{expert}.down_proj"]
+            assert float(change.abs().max()) > 1e-2
+            torch.testing.assert_close(mine, change, atol=1e-5, rtol=1e-4)
+    with pytest.raises(AdapterError, match="which is of the kind expert, and SGLang reads changes of linear layers"):
+        surgery.export(folder, "sglang", tmp_path / "no", base=tmp_path / "model")
 
 
 def test_a_score_goes_to_vllm_and_not_to_sglang(llama: Path, tmp_path: Path) -> None:
-    import transformers as tf
-
     torch.manual_seed(0)
     model = tf.LlamaForSequenceClassification.from_pretrained(llama, num_labels=3)
     model.save_pretrained(tmp_path / "classifier")
