@@ -16,6 +16,9 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' reading of the imports
 
 from docs.drawing import drawing
+from surgery.adapters.types.base import AdapterType, Needs
+from surgery.adapters.types.no_change import NO_CHANGE
+from surgery.adapters.types.registry import all_types
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
 from surgery.converters.forms import FORMS
@@ -115,6 +118,39 @@ def form_table() -> str:
     return rows(["form", "", "holds exactly", "without a budget", "budgets", "own options"], cells)
 
 
+# What a verb does with a type, by what the type needs of the base and whether its changes have thin factors.
+VERBS = ("inspect", "convert --to giva", "convert --to lora", "merge", "compare", "load", "push")
+
+
+def verb_cells(kind: AdapterType) -> dict[str, str]:
+    """Verb -> what it does with an adapter of a type."""
+    based = " with `--base`" if kind.needs({}) else ""
+    needs_base = f"yes,{based}" if based else "yes"
+    return {
+        "inspect": f"norms{based}" if based else "yes",
+        "convert --to giva": f"exact{based}",
+        "convert --to lora": f"exact{based}" if kind.thin else f"cut to a rank{based}",
+        "merge": "yes",
+        "compare": needs_base,
+        "load": "yes, after `import surgery`" if kind.imported_by else "yes",
+        "push": "yes",
+    }
+
+
+def type_table() -> str:
+    """The adapter types that are read: their layers, their change, and what each verb does with them."""
+    needs = {Needs.NOTHING: "nothing", Needs.SHAPE: "its shape", Needs.VALUES: "its values"}
+    cells = []
+    for kind in all_types():
+        if kind.readable:
+            change = f"`{kind.change}`" if kind.change else "by PEFT's own merge of one layer"
+            about = [f"`{kind.peft_type}`", kind.title, change, ", ".join(kind.layers), needs[kind.needs({})]]
+            cells.append([*about, *verb_cells(kind).values()])
+    refused = [[f"`{kind.peft_type}`", kind.reason] for kind in NO_CHANGE.values()]
+    header = ["type", "", "dW", "layers", "needs of the base weight", *(f"`{verb}`" for verb in VERBS)]
+    return f"{rows(header, cells)}\n\nRefused by what they are:\n\n{rows(['type', 'reason'], refused)}"
+
+
 def filled(text: str, parts: Mapping[str, str]) -> str:
     """A page with its generated parts in place."""
     for name, part in parts.items():
@@ -129,6 +165,7 @@ def generated() -> dict[Path, str]:
     parts = {
         DOCS / "cli.md": {"commands": command_reference()},
         DOCS / "converting.md": {"forms": form_table()},
+        DOCS / "files.md": {"types": type_table()},
         DOCS / "methods" / "index.md": {"methods": method_table()},
     }
     for page in dict.fromkeys(map(page_of, our_methods())):

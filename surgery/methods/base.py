@@ -20,7 +20,7 @@ from surgery.errors import MethodError
 from surgery.linalg.seeded import sketch
 from surgery.methods.catalogue import MethodInfo
 from surgery.methods.own_types import add_method, peft_type_member
-from surgery.models.sites import Site
+from surgery.models.sites import LINEAR, Site
 from surgery.storage.format_version import FIRST_VERSION, check_format_version
 from surgery.system.tensors import Tensors
 
@@ -245,6 +245,8 @@ class OwnMethod(Method):
     on_base_weight = False
     # Whether a change has thin factors.
     thin = True
+    # The kinds of layers that it is on.
+    layers: tuple[str, ...] = (LINEAR,)
     # The tensors that are as high, and as wide, as the layer's weight.
     high: tuple[str, ...] = ("B",)
     wide: tuple[str, ...] = ("A",)

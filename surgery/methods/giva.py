@@ -27,7 +27,7 @@ from surgery.methods.base import (
     positive_rank,
 )
 from surgery.methods.catalogue import GIVA, MethodInfo
-from surgery.models.sites import Site
+from surgery.models.sites import CONVOLUTION, EMBEDDING, LINEAR, Site
 from surgery.system.tensors import Tensors
 
 # What B is: variant -> whether a seed gives it.
@@ -112,6 +112,8 @@ class GiVA(OwnMethod):
     """Vectors on bases from the gradient."""
 
     high = ("o", "B")
+    # Those that are no linears in packed adapters alone.
+    layers = (LINEAR, EMBEDDING, CONVOLUTION, "fused experts", "single tokens")
     config_class = GivaConfig
     specs = (
         Spec("o", Role.TRAINABLE),

@@ -134,6 +134,10 @@ def main(wanted: list[str]) -> None:
             adapter.save(folder / kind, force=True)
             if kind in wanted:
                 _write(folder / kind, kind, base)
+        if "giva-kinds" in wanted:
+            made = _lora_with_embedding(base, folder / "embedding")
+            surgery.convert(made, "giva", folder / "giva-kinds", base=base, energy=1.0, bits=16)
+            _write(folder / "giva-kinds", "giva-kinds", base)
         for kind, to, options in (
             ("giva-codes", "giva", {"ratio": 1.5}),
             ("giva-floats", "giva", {"bits": 16, "rank": 2}),
@@ -143,6 +147,21 @@ def main(wanted: list[str]) -> None:
             if kind in wanted:
                 surgery.convert(folder / "inilora", to, folder / kind, base=base, **options)
                 _write(folder / kind, kind, base)
+
+
+def _lora_with_embedding(base: Path, folder: Path) -> Path:
+    """A LoRA on a linear and an embedding, of whole numbers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["model.embed_tokens", "model.layers.1.mlp.down_proj"])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_" in name:
+                place = torch.arange(parameter.numel()) * 31 + number * 17
+                parameter.copy_((place % 13 - 6).reshape(parameter.shape) / 8)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
 def _frozen(method: str, key: str) -> bool:

@@ -110,6 +110,7 @@ class AdapterType(ABC):
         thin: whether its changes have thin factors, so that a LoRA holds them exactly.
         imported_by: the package that must be imported before PEFT opens it, where PEFT does not know it.
         whole_numbers: whether its tensors may be integers.
+        layers: the kinds of layers that it is read on.
         rules: the keys of `adapter_config.json` that it reads besides those of every type, with their rules.
     """
 
@@ -120,6 +121,7 @@ class AdapterType(ABC):
     thin: bool = True
     imported_by: str | None = None
     whole_numbers: bool = False
+    layers: tuple[str, ...] = (LINEAR,)
     rules: Mapping[str, Rule] = {}
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -245,6 +247,7 @@ class TensorType(AdapterType):
     check: Callable[[Mapping[str, Any], str], None] | None = None
     bias: Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], torch.Tensor | None] | None = None
     may_be_empty: bool = False
+    layers: tuple[str, ...] = (LINEAR,)
     forms: Callable[[Mapping[str, Any], str, TensorMap], Form] | None = None
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

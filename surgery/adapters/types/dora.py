@@ -23,6 +23,7 @@ from surgery.adapters.types.lora import (
 )
 from surgery.deltas.operators import Delta, Gain, LowRank, Sum
 from surgery.errors import AdapterError
+from surgery.models.sites import CONVOLUTION, EMBEDDING, LINEAR
 from surgery.system.tensors import TensorMap
 
 __all__ = ["DORA"]
@@ -62,4 +63,5 @@ DORA = TensorType(
     when=lambda config: bool(config.get("use_dora")),
     check=refuse_variants,
     forms=lora_form,
+    layers=(LINEAR, EMBEDDING, CONVOLUTION),
 )

@@ -17,7 +17,7 @@ from surgery.adapters.types.config_rules import A_NUMBER, A_SWITCH
 from surgery.adapters.types.patterns import pattern_value
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.models.sites import CONVOLUTION, EMBEDDING, EXPERT, Form
+from surgery.models.sites import CONVOLUTION, EMBEDDING, EXPERT, LINEAR, Form
 from surgery.system.tensors import TensorMap
 
 __all__ = [
@@ -209,4 +209,5 @@ LORA = TensorType(
     check=refuse_variants,
     bias=lora_output_bias,
     forms=lora_form,
+    layers=(LINEAR, EMBEDDING, CONVOLUTION, "fused experts", "single tokens"),
 )

@@ -40,6 +40,7 @@ class OwnAdapterType(AdapterType):
         self.peft_type = method.info.peft_type
         self.title, self.paper, self.change = method.info.title, method.info.paper, method.info.change
         self.thin = method.thin
+        self.layers = method.layers
 
     def needs(self, config: Mapping[str, Any]) -> Needs:
         on_base = self.method.on_base_weight or config.get("store_bases") is False
