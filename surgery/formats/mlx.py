@@ -112,7 +112,7 @@ class MlxFormat(ServerFormat):
         config = {
             "fine_tune_type": "lora",
             "model": parts.config.get("base_model_name_or_path"),
-            "num_layers": -1,  # all blocks: a number counts from the last one, and weights of others are dropped
+            "num_layers": -1,  # all blocks: a number counts from the last one, and weights of others are refused
             "lora_parameters": {
                 "rank": ranks.pop(),
                 "scale": 1.0,
