@@ -52,6 +52,7 @@ def convert(  # type: ignore[overload-overlap]  # text is a sequence of texts, t
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
     task: str | None = None,
+    layout: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -90,6 +91,7 @@ def convert(
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
     task: str | None = None,
+    layout: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -130,6 +132,7 @@ def convert(
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
     task: str | None = None,
+    layout: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -188,6 +191,7 @@ def convert(
         dry_run: do all but write.
         force: replace an output folder that exists.
         resume: use the finished layers that a conversion which was killed has left; in a list, skip finished members.
+        layout: of a LoRA on fused experts whose numbers are not in PEFT's order: `unsloth` for older files of it.
         trust_remote_code: run model code that comes with the base.
         plot: a picture to draw, `.png`, `.svg` or `.pdf`: size against error, a point for each adapter of a list, or
             for each layer of one.
@@ -225,6 +229,11 @@ def convert(
         from surgery.display.heat_maps import check_picture
 
         check_picture(Path(plot))
+    if layout is not None:
+        if not isinstance(adapter, (str, Path, Adapter)):
+            adapter = [each if isinstance(each, Adapter) else Adapter.open(each, layout) for each in adapter]
+        elif not isinstance(adapter, Adapter):
+            adapter = Adapter.open(adapter, layout)
     if not isinstance(adapter, (str, Path, Adapter)):
         bases = [base] if isinstance(base, (str, Path)) else list(base or ())
         options.check(data is not None, bool(bases) or data is not None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import common_options, resume_option, set_verbosity, task_option
+from surgery.cli.options import common_options, layout_option, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.converters.forms import BUDGETS, FORMS
 from surgery.errors import MethodError, listing
@@ -92,6 +92,7 @@ STORED_IN = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes)
 @click.option("--stats", metavar="FILE", help="Calibration statistics: read from FILE; what it lacks is added.")
 @click.option("--dtype", type=click.Choice(STORED_IN), help="Type of the stored factors. [default: the adapter's]")
 @task_option()
+@layout_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes for several adapters.")

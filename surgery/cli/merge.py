@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import check_early, common_options, resume_option, set_verbosity, task_option
+from surgery.cli.options import check_early, common_options, layout_option, resume_option, set_verbosity, task_option
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.errors import listing
 from surgery.storage.hub_cache import check_names
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="Type of the written tensors. [default: each as in MODEL]",
 )
 @task_option()
+@layout_option()
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()

@@ -19,6 +19,7 @@ __all__ = [
     "check_early",
     "common_options",
     "compute_options",
+    "layout_option",
     "output_options",
     "refuse_idle_options",
     "resume_option",
@@ -95,6 +96,15 @@ def chat_template_option() -> Callable[[F], F]:
     """`--chat-template`."""
     return click.option(
         "--chat-template", metavar="FILE", help="Chat template for messages in the data.  [default: the tokenizer's]"
+    )
+
+
+def layout_option() -> Callable[[F], F]:
+    """`--layout`, of a LoRA on fused experts; the names stand in surgery.adapters.experts, which brings torch."""
+    return click.option(
+        "--layout",
+        type=click.Choice(["peft", "unsloth"]),
+        help="Order of the numbers of a LoRA on fused experts: PEFT's, or that of older Unsloth files. [default: peft]",
     )
 
 

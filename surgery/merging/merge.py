@@ -38,6 +38,7 @@ def merge(
     dtype: str | None = None,
     device: str = "auto",
     task: str | None = None,
+    layout: str | None = None,
     force: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -62,6 +63,7 @@ def merge(
         force: replace an output folder that exists.
         resume: keep the finished files that a merge which was killed has left.
         dry_run: check everything and report the sizes, but compute and write nothing.
+        layout: of a LoRA on fused experts whose numbers are not in PEFT's order: `unsloth` for older files of it.
         trust_remote_code: run model code that comes with the base.
         progress: called before each tensor that is written.
 
@@ -80,7 +82,7 @@ def merge(
     if out is None and not dry_run:
         raise OutputError("merge needs an output folder")
     where = resolve_device(device)
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter, layout)
     contents = contents_of(opened)
     model = BaseModel.open(base, task, trust_remote_code)
     if out is not None:
@@ -96,7 +98,7 @@ def merge(
     else:
         assert out is not None
         folder.check_space(Path(out))
-        key = _key(plan, adapter, dtype, where)
+        key = _key(plan, adapter if layout is None else opened, dtype, where)
         with resumable_folder(Path(out), force, key, resume) as output, output.writing() as partial:
             report.bytes = folder.write(partial, _provenance(report), output.parts, progress)
             folder.verify(partial, str(out), trust_remote_code)

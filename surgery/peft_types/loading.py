@@ -35,6 +35,7 @@ def load(
     base: str | Path | torch.nn.Module | None = None,
     *,
     task: str | None = None,
+    layout: str | None = None,
     is_trainable: bool = False,
     device_map: Any = None,
     dtype: torch.dtype | str = "auto",
@@ -55,6 +56,7 @@ def load(
         is_trainable: leave the adapter trainable.
         device_map: passed to transformers where the model is loaded here.
         dtype: of the base model, where it is loaded here.
+        layout: of a LoRA on fused experts whose numbers are not in PEFT's order: `unsloth` for older files of it.
         trust_remote_code: run model code that comes with the base.
 
     Returns:
@@ -64,7 +66,7 @@ def load(
         AdapterError: the adapter does not fit the model, or its configuration is not understood.
         WrongBaseError: the adapter was made from other base weights.
     """
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter, layout)
     model = base if isinstance(base, torch.nn.Module) else None
     if model is None:
         name = str(base) if base is not None else _named_base(opened)

@@ -110,6 +110,13 @@ def test_layouts_of_older_tools(tmp_path: Path) -> None:
     assert all(torch.allclose(found[name], want[name], atol=1e-6) for name in want)
     loaded = surgery.load(opened, load_base(base)).merge_and_unload().state_dict()
     assert all(torch.allclose(loaded[name], right[name], atol=1e-5) for name in right)
+    surgery.merge(made, base, tmp_path / "by option", layout="unsloth")
+    assert load_file(tmp_path / "by option" / "model.safetensors").keys() == want.keys()
+    surgery.convert(made, "lora", tmp_path / "plain", base=base, layout="unsloth", energy=1.0, dtype="float32")
+    surgery.merge(tmp_path / "plain", base, tmp_path / "from plain")
+    for folder in ("by option", "from plain"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.allclose(found[name], want[name], atol=1e-5) for name in want)
     with pytest.raises(OptionError, match="unknown layout 'other': use peft, unsloth"):
         surgery.Adapter.open(made, layout="other")
 
