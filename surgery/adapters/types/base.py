@@ -111,6 +111,7 @@ class AdapterType(ABC):
         imported_by: the package that must be imported before PEFT opens it, where PEFT does not know it.
         whole_numbers: whether its tensors may be integers.
         layers: the kinds of layers that it is read on.
+        form_by_base: whether a layer may be a convolution that its tensors do not tell from a linear.
         rules: the keys of `adapter_config.json` that it reads besides those of every type, with their rules.
     """
 
@@ -121,6 +122,7 @@ class AdapterType(ABC):
     thin: bool = True
     imported_by: str | None = None
     whole_numbers: bool = False
+    form_by_base: bool = False
     layers: tuple[str, ...] = (LINEAR,)
     rules: Mapping[str, Rule] = {}
 
@@ -247,6 +249,7 @@ class TensorType(AdapterType):
     check: Callable[[Mapping[str, Any], str], None] | None = None
     bias: Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], torch.Tensor | None] | None = None
     may_be_empty: bool = False
+    form_by_base: bool = False
     layers: tuple[str, ...] = (LINEAR,)
     forms: Callable[[Mapping[str, Any], str, TensorMap], Form] | None = None
 
@@ -295,7 +298,7 @@ class TensorType(AdapterType):
         for name, tensor in tensors.items():
             expected = self.dimensions.get(name, 2)
             # What a form other than a linear's asks of the dimensions, the formula checks.
-            wrong = tensor.ndim != expected and form.kind == LINEAR
+            wrong = tensor.ndim != expected and form.kind == LINEAR and not (self.form_by_base and tensor.ndim == 4)
             if wrong or (0 in tensor.shape and not self.may_be_empty):
                 kind = "is a convolution" if tensor.ndim > expected else "is no matrix"
                 raise AdapterError(

@@ -12,6 +12,7 @@ from surgery.adapters.types.loha import TUCKER
 from surgery.adapters.types.patterns import factor_pair, rank_scale
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import Kronecker, as_low_rank
+from surgery.models.sites import CONVOLUTION, LINEAR, Form
 from surgery.system.tensors import TensorMap
 
 __all__ = ["LOKR"]
@@ -21,11 +22,21 @@ SIDES = [[frozenset({f"lokr_w{side}"}), frozenset({f"lokr_w{side}_a", f"lokr_w{s
 
 def _lokr(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: torch.Tensor | None) -> Delta:
     """`s w1 ⊗ w2`, each of them whole or in two factors."""
-    sides = [
-        as_low_rank(tensors[name]) if name in tensors else factor_pair(module, tensors, f"{name}_a", f"{name}_b")
-        for name in ("lokr_w1", "lokr_w2")
-    ]
+    sides = []
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in tensors:
+            # A kernel's places are the fastest columns of w2, and so of the product.
+            sides.append(as_low_rank(tensors[name].flatten(1)))
+        else:
+            sides.append(factor_pair(module, tensors, f"{name}_a", f"{name}_b"))
     return Kronecker(sides[0], sides[1], rank_scale(config, module))
+
+
+def lokr_form(config: Mapping[str, Any], module: str, tensors: TensorMap) -> Form:
+    """Return the form of a convolution whose w2 is whole; of others the base knows."""
+    whole = tensors.get("lokr_w2")
+    known = whole is not None and whole.ndim == 4
+    return Form(CONVOLUTION, tuple(int(size) for size in whole.shape[2:])) if known and whole is not None else Form()
 
 
 LOKR = TensorType(
@@ -37,4 +48,7 @@ LOKR = TensorType(
     change="s w1 ⊗ w2",
     refused={"lokr_t2": TUCKER},
     thin=False,
+    forms=lokr_form,
+    form_by_base=True,
+    layers=(LINEAR, CONVOLUTION),
 )

@@ -160,3 +160,23 @@ def test_a_packed_embedding_trains(tmp_path: Path) -> None:
     assert gradient is not None and bool(gradient.any())
     model.save_pretrained(tmp_path / "again")
     assert surgery.compare(tmp_path / "giva", tmp_path / "again").weight_error == 0
+
+
+# Of a bottleneck's convolutions 1 x 1 and 3 x 3.
+OTHERS: dict[str, peft.PeftConfig] = {
+    "LoHa": peft.LoHaConfig(r=2),
+    "LoHa in Tucker form": peft.LoHaConfig(r=2, use_effective_conv2d=True),
+    "LoKr": peft.LoKrConfig(r=2),
+    "LoKr in two factors": peft.LoKrConfig(r=1, use_effective_conv2d=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_types_on_convolutions(name: str, tmp_path: Path) -> None:
+    base = base_of("resnet", tmp_path / "base")
+    config = OTHERS[name]
+    config.target_modules = r".*layers\.\d\.layer\.[01]\.convolution"
+    trained(base, tmp_path / "made", config, 0.3)
+    found = dict(verbs("resnet", base, tmp_path / "made", tmp_path, ("giva",)))
+    assert max(found["merge"], found["load"]) < 1e-5 and max(found.values()) < 5e-4, found
