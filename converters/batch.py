@@ -20,7 +20,7 @@ from surgery.adapters.names import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from surgery.converters.batch_members import Member, base_of
 from surgery.converters.conversion import ConvertOptions, convert_one
 from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
-from surgery.converters.shared_base import Base, DataSettings
+from surgery.converters.shared_base import Base, CalibrationData
 from surgery.errors import SurgeryError, first_line
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.hub_cache import local_folder
@@ -57,7 +57,7 @@ class BatchOptions:
     """
 
     convert: ConvertOptions
-    data: DataSettings
+    data: CalibrationData
     bases: Sequence[str]
     task: str | None
     device: str

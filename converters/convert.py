@@ -6,34 +6,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from surgery.adapters.adapter import Adapter
 from surgery.converters.batch import BatchOptions, convert_batch
 from surgery.converters.batch_members import adapter_folders, members_of
 from surgery.converters.conversion import ConvertOptions, convert_one
+from surgery.converters.forms import FormName
 from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
 from surgery.converters.request import Budget
-from surgery.converters.shared_base import Base, DataSettings
+from surgery.converters.shared_base import Base, CalibrationData
 from surgery.errors import MethodError
+from surgery.models.tasks import TaskName
+from surgery.passes.data_settings import DataSettings
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.output_paths import refuse_inputs
-from surgery.system.devices import resolve_device
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import FloatDtype, dtype_name
+from surgery.system.keywords import keywords
 from surgery.system.progress import Progress
 
 __all__ = ["convert"]
 
 Given = str | Path | Adapter
+Bits = Literal["auto", "32", "16", "8", "4", "3", "2", 32, 16, 8, 4, 3, 2]
 
 
 @overload
 def convert(  # type: ignore[overload-overlap]  # text is a sequence of texts, too
     adapter: Given,
-    to: str,
+    to: FormName,
     out: str | Path | None = None,
     *,
     base: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataSettings | None = None,
     samples: int = 512,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -42,22 +48,23 @@ def convert(  # type: ignore[overload-overlap]  # text is a sequence of texts, t
     max_error: float | None = None,
     size: int | str | None = None,
     ratio: float | None = None,
-    bits: int | str | None = None,
-    basis: str | None = None,
+    budget: Budget | None = None,
+    bits: Bits | None = None,
+    basis: Literal["fitted", "random"] | None = None,
     per_layer_ranks: bool = False,
-    variant: str | None = None,
+    variant: Literal["components", "blocks"] | None = None,
     form_options: Mapping[str, Any] | None = None,
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
-    task: str | None = None,
+    task: TaskName | None = None,
     layout: str | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: Device = "auto",
+    dtype: FloatDtype | None = None,
     seed: int = 0,
     dry_run: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
     plot: str | Path | None = None,
@@ -68,11 +75,11 @@ def convert(  # type: ignore[overload-overlap]  # text is a sequence of texts, t
 @overload
 def convert(
     adapter: Sequence[Given],
-    to: str,
+    to: FormName,
     out: str | Path | None = None,
     *,
     base: str | Path | Sequence[str | Path] | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataSettings | None = None,
     samples: int = 512,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -81,22 +88,23 @@ def convert(
     max_error: float | None = None,
     size: int | str | None = None,
     ratio: float | None = None,
-    bits: int | str | None = None,
-    basis: str | None = None,
+    budget: Budget | None = None,
+    bits: Bits | None = None,
+    basis: Literal["fitted", "random"] | None = None,
     per_layer_ranks: bool = False,
-    variant: str | None = None,
+    variant: Literal["components", "blocks"] | None = None,
     form_options: Mapping[str, Any] | None = None,
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
-    task: str | None = None,
+    task: TaskName | None = None,
     layout: str | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: Device = "auto",
+    dtype: FloatDtype | None = None,
     seed: int = 0,
     dry_run: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
     plot: str | Path | None = None,
@@ -107,13 +115,14 @@ def convert(
 ) -> BatchReport: ...
 
 
+@keywords(budget=Budget, data=DataSettings)
 def convert(
     adapter: Given | Sequence[Given],
-    to: str,
+    to: FormName,
     out: str | Path | None = None,
     *,
     base: str | Path | Sequence[str | Path] | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataSettings | None = None,
     samples: int = 512,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -122,22 +131,23 @@ def convert(
     max_error: float | None = None,
     size: int | str | None = None,
     ratio: float | None = None,
-    bits: int | str | None = None,
-    basis: str | None = None,
+    budget: Budget | None = None,
+    bits: Bits | None = None,
+    basis: Literal["fitted", "random"] | None = None,
     per_layer_ranks: bool = False,
-    variant: str | None = None,
+    variant: Literal["components", "blocks"] | None = None,
     form_options: Mapping[str, Any] | None = None,
     recover: int | None = None,
     accept_loss: bool = False,
     stats: str | Path | None = None,
     chat_template: str | Path | None = None,
-    task: str | None = None,
+    task: TaskName | None = None,
     layout: str | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: Device = "auto",
+    dtype: FloatDtype | None = None,
     seed: int = 0,
     dry_run: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
     plot: str | Path | None = None,
@@ -164,7 +174,8 @@ def convert(
         out: the folder to write; for a list, the folder that gets one for each. None writes nothing.
         base: their base model, a folder or a Hub id; needed with data, and for types whose change depends on it. For a
             list also several: each adapter takes the one that its configuration names, or that it fits.
-        data: a data file, labels not needed: errors are then measured in what they do to the model's predictions.
+        data: a data file or `DataSettings`, labels not needed: errors are then measured in what they do to the model's
+            predictions.
         samples: how many samples are drawn from it.
         batch_size: samples run at a time.
         max_length: tokens of the longest sample.
@@ -174,6 +185,7 @@ def convert(
         size: bytes of the whole `adapter_model.safetensors`, or text as in `64KiB`.
         ratio: bytes of the source's factors over those of the new ones; tensors that are saved whole do not count. For
             giva 20 where nothing else is given, or where that keeps less than 80 % the smallest size that keeps 90 %.
+        budget: one of these as an object, in place of its keyword.
         bits: giva: `auto`, 32, 16, 8, 4, 3 or 2 for each number.
         basis: vera: `fitted` (stored, made from the adapter) or `random` (seeded: vectors only; needs base and data).
         per_layer_ranks: lora: ranks that differ by layer, in place of one for all.
@@ -189,7 +201,7 @@ def convert(
         dtype: of the stored factors: float32, bfloat16, float16, and for lora float8_e4m3fn; default the source's.
         seed: of everything drawn at random.
         dry_run: do all but write.
-        force: replace an output folder that exists.
+        overwrite: replace an output folder that exists.
         resume: use the finished layers that a conversion which was killed has left; in a list, skip finished members.
         layout: of a LoRA on fused experts whose numbers are not in PEFT's order: `unsloth` for older files of it.
         trust_remote_code: run model code that comes with the base.
@@ -210,21 +222,22 @@ def convert(
         DataError: the data cannot be used.
         OutputError: the output cannot be written.
     """
+    assert not isinstance(data, DataSettings) and budget is None  # `keywords` has taken them apart
     own = {"bits": bits, "basis": basis, "variant": variant, "per_layer_ranks": per_layer_ranks or None}
     own = {name: value for name, value in own.items() if value is not None}
     options = ConvertOptions(
         to=to,
         budget=Budget(rank, energy, max_error, size, ratio),  # type: ignore[arg-type]
         form_options={**(form_options or {}), **own},
-        dtype=dtype,
+        dtype=None if dtype is None else dtype_name(dtype),
         recover=recover,
         accept_loss=accept_loss,
         seed=seed,
         dry_run=dry_run,
-        force=force,
+        force=overwrite,
         resume=resume,
     )
-    settings = DataSettings(data, samples, batch_size, max_length, seed, stats, chat_template)
+    settings = CalibrationData(data, samples, batch_size, max_length, seed, stats, chat_template)
     if plot is not None:
         from surgery.display.heat_maps import check_picture
 
@@ -237,7 +250,8 @@ def convert(
     if not isinstance(adapter, (str, Path, Adapter)):
         bases = [base] if isinstance(base, (str, Path)) else list(base or ())
         options.check(data is not None, bool(bases) or data is not None)
-        work = BatchOptions(options, settings, [str(each) for each in bases], task, device, trust_remote_code)
+        names = [str(each) for each in bases]
+        work = BatchOptions(options, settings, names, task, str(device), trust_remote_code)
         batch = convert_batch(members_of(adapter, out), work, out, jobs, executor, on_entry, progress)
         if plot is not None:
             from surgery.converters.picture import draw_batch
@@ -262,9 +276,9 @@ def _one(
     out: str | Path | None,
     base: str | Path | None,
     options: ConvertOptions,
-    settings: DataSettings,
+    settings: CalibrationData,
     task: str | None,
-    device: str,
+    device: Device,
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[Adapter, ConvertReport]:

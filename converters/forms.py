@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import MethodError
 from surgery.system.registry import Registry
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from surgery.adapters.source import Source
     from surgery.converters.request import Request, Result
 
-__all__ = ["BUDGETS", "FORMS", "Form", "FormOption", "form_named"]
+__all__ = ["BUDGETS", "FORMS", "Form", "FormName", "FormOption", "form_named"]
+
+# Our own; an installed package may add others.
+FormName = Literal["giva", "lora", "vera", "frod", "smoa"] | str
 
 BUDGETS = ("rank", "energy", "max_error", "size", "ratio")
 STORED_IN = ("float32", "bfloat16", "float16")

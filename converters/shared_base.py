@@ -30,7 +30,7 @@ from surgery.passes.loaded_model import RunSettings, load_model, prepared
 from surgery.storage.resume import file_identities
 from surgery.system.progress import Progress
 
-__all__ = ["Base", "DataSettings", "Measured"]
+__all__ = ["Base", "CalibrationData", "Measured"]
 
 # Of data that is too short for samples of both kinds, this share is held out for measuring the result.
 HELD_OUT = 0.25
@@ -38,7 +38,7 @@ FEW = 8
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class CalibrationData:
     """Where calibration data comes from.
 
     Attributes:
@@ -165,7 +165,7 @@ class Measured:
         from surgery.training.settings import TrainSettings
 
         assert self.source is not None and self.source.base is not None and self.calibration is not None
-        settings = TrainSettings(steps=steps, batch_size=self.batch_size, seed=seed)
+        settings = TrainSettings(max_steps=steps, batch_size=self.batch_size, seed=seed)
         found = distil(made, self.source.adapter, self.source.base, self.calibration, settings, device, progress)
         return Adapter(found.adapter.config, found.adapter.tensors, made.provenance)
 
@@ -194,7 +194,7 @@ class Base:
     def __init__(
         self,
         opened: BaseModel | None,
-        settings: DataSettings,
+        settings: CalibrationData,
         device: torch.device,
         trust_remote_code: bool,
         fixed_class: bool,
@@ -211,7 +211,7 @@ class Base:
     def open(
         cls,
         base: str | Path | None,
-        settings: DataSettings,
+        settings: CalibrationData,
         task: str | None,
         device: torch.device,
         trust_remote_code: bool,

@@ -28,7 +28,7 @@ from surgery.methods.registry import METHODS
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
 # Of `surgery init`, for every method.
-SHARED = "`--target`, `--task`, `--device`, `--dtype`, `--seed` and the rest are those of every method"
+SHARED = "`--target-modules`, `--task`, `--device`, `--dtype`, `--seed` and the rest are those of every method"
 
 
 def command_reference() -> str:

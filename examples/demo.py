@@ -63,7 +63,7 @@ def contrast(model: torch.nn.Module, batch: dict[str, dict[str, torch.Tensor]]) 
 def start(method: str, model: Path, out: Path) -> list[str]:
     """One row of the table: make the adapter, open it on a fresh copy of the base, compare the outputs."""
     needed = {"data": [halves(model)], "loss": contrast} if method_info(method).reads_gradients else {}
-    _, report = surgery.init(model, method, out, force=True, **needed)
+    _, report = surgery.init(model, method, out, overwrite=True, **needed)
     base = transformers.AutoModel.from_pretrained(model)
     expected = hidden_states(base)
     began = time.perf_counter()

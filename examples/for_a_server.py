@@ -50,11 +50,11 @@ def main() -> None:
     if adapter is None:
         data = sample(arguments.sample)
         adapter, base = out / "packed", data / "model"
-        surgery.convert(data / "lora", "giva", adapter, ratio=20, force=True)
+        surgery.convert(data / "lora", "giva", adapter, ratio=20, overwrite=True)
     elif base is None:
         parser.error("ADAPTER needs --base")
     _, report = surgery.convert(
-        adapter, "lora", out / "lora", base=base, rank=arguments.rank, dtype="bfloat16", force=True
+        adapter, "lora", out / "lora", base=base, rank=arguments.rank, dtype="bfloat16", overwrite=True
     )
     config = json.loads((out / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
     print(f"{report.source_type} of {report.source_bytes:,} bytes -> LORA of {report.bytes:,} bytes, "

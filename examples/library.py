@@ -28,7 +28,7 @@ transformers.logging.disable_progress_bar()
 matplotlib.use("agg")  # a notebook leaves this line out
 
 # %% Start: an adapter whose bases are the loss's gradient on 32 samples.
-adapter, report = surgery.init(model, "giva", out / "start", data=data / "train.jsonl", task="seq-cls", force=True)
+adapter, report = surgery.init(model, "giva", out / "start", data=data / "train.jsonl", task="seq-cls", overwrite=True)
 print(f"giva: {report.trainable_parameters:,} numbers train, loss {report.loss:.3f} before training")
 
 # %% Inspect: where a trained LoRA's energy sits, and how many ranks hold it.
@@ -52,7 +52,7 @@ for ratio in (10, 20, 40):
         curves[name].append((converted.bytes / 1024, comparison.kl))
         print(f"{ratio} x smaller {name}: KL {comparison.kl:.5f}, agreement {comparison.agreement:.1%}")
         smallest = small
-smallest.save(out / "small", force=True)
+smallest.save(out / "small", overwrite=True)
 
 # %% Compare: layer by layer, as a picture.
 comparison = surgery.compare(lora, out / "small", data=data / "test.jsonl", plot=out / "errors.png", **few)

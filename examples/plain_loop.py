@@ -59,7 +59,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = arguments.out / "train.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs[:640]))
-    surgery.init(base, "giva", start, data=data, task="seq-cls", max_length=32, force=True)
+    surgery.init(base, "giva", start, data=data, task="seq-cls", max_length=32, overwrite=True)
 
     model = surgery.trainable(start, base)  # the class, the head and the trainable parameters of the adapter
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -79,7 +79,7 @@ def main() -> None:
     small_model(base, prose)
     data = arguments.out / "code.jsonl"
     data.write_text("".join(json.dumps({"text": line}) + "\n" for line in code))
-    surgery.init(base, "giva", start, data=data, rank=16, force=True)
+    surgery.init(base, "giva", start, data=data, rank=16, overwrite=True)
 
     model = surgery.trainable(start, base)
     trainer = SFTTrainer(

@@ -72,7 +72,7 @@ def main() -> None:
     upright, sideways = accuracy(base, images, labels), accuracy(base, turned, labels)
     print(f"base: right on {upright:.1%} of upright digits, on {sideways:.1%} of turned ones")
 
-    _, report = surgery.init(out / "base", arguments.method, out / "start", force=True)
+    _, report = surgery.init(out / "base", arguments.method, out / "start", overwrite=True)
     model = surgery.trainable(out / "start", out / "base")
     print(f"{arguments.method}: {report.trainable_parameters:,} of {base.num_parameters():,} numbers train, "
           f"{accuracy(model, turned, labels):.1%} before")  # fmt: skip
@@ -80,7 +80,7 @@ def main() -> None:
     print(f"{arguments.method}: {accuracy(model, turned, labels):.1%} of turned digits after {arguments.steps} steps")
     model.save_pretrained(out / "trained")
 
-    surgery.merge(out / "trained", out / "base", out / "merged", force=True)
+    surgery.merge(out / "trained", out / "base", out / "merged", overwrite=True)
     merged = transformers.ViTForImageClassification.from_pretrained(out / "merged")
     print(f"merged, without PEFT: {accuracy(merged, turned, labels):.1%}")
 

@@ -15,12 +15,14 @@ from surgery.system.import_order import import_peft_first
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery import errors
+    from surgery import codec, errors
     from surgery.adapters.adapter import Adapter
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
     from surgery.converters.convert import convert
-    from surgery.converters.report import BatchReport, ConvertReport
+    from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
+    from surgery.converters.request import Budget
+    from surgery.deltas.operators import Delta, LowRank, Sum
     from surgery.errors import (
         AdapterError,
         CheckpointError,
@@ -42,27 +44,42 @@ if TYPE_CHECKING:
     from surgery.inspection.report import Inspection
     from surgery.merging.merge import merge
     from surgery.merging.report import MergeReport
+    from surgery.methods.frod import FrodPortableConfig
+    from surgery.methods.giva import GivaConfig
+    from surgery.methods.inilora import IniloraConfig
+    from surgery.methods.smoa import SmoaConfig
     from surgery.models.base_model import BaseModel
+    from surgery.passes.data_settings import DataSettings
     from surgery.peft_types.loading import load
     from surgery.publishing.push import push
     from surgery.publishing.report import PushReport
     from surgery.serving.store import Store
+    from surgery.training.interruption import TrainingInterrupted
     from surgery.training.preparing import trainable
     from surgery.training.report import TrainReport
+    from surgery.training.settings import TrainSettings
     from surgery.training.train import train
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "BaseModel",
+    "BatchEntry",
     "BatchReport",
+    "Budget",
     "CheckpointError",
     "Comparison",
     "ConvertReport",
     "DataError",
+    "DataSettings",
+    "Delta",
     "ExportReport",
+    "FrodPortableConfig",
+    "GivaConfig",
     "HubError",
+    "IniloraConfig",
     "Inspection",
+    "LowRank",
     "MergeReport",
     "MethodError",
     "NumericsError",
@@ -70,12 +87,17 @@ __all__ = [
     "OutputError",
     "PushReport",
     "Report",
+    "SmoaConfig",
     "Store",
+    "Sum",
     "SurgeryError",
     "TargetError",
     "TrainReport",
+    "TrainSettings",
+    "TrainingInterrupted",
     "WrongBaseError",
     "__version__",
+    "codec",
     "compare",
     "convert",
     "errors",
@@ -90,29 +112,42 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "surgery.adapters.adapter",
     "AdapterError": "surgery.errors",
+    "BaseModel": "surgery.models.base_model",
+    "BatchEntry": "surgery.converters.report",
+    "BatchReport": "surgery.converters.report",
+    "Budget": "surgery.converters.request",
     "CheckpointError": "surgery.errors",
+    "Comparison": "surgery.comparison.report",
+    "ConvertReport": "surgery.converters.report",
     "DataError": "surgery.errors",
+    "DataSettings": "surgery.passes.data_settings",
+    "Delta": "surgery.deltas.operators",
+    "ExportReport": "surgery.exporting.report",
+    "FrodPortableConfig": "surgery.methods.frod",
+    "GivaConfig": "surgery.methods.giva",
     "HubError": "surgery.errors",
+    "IniloraConfig": "surgery.methods.inilora",
+    "Inspection": "surgery.inspection.report",
+    "LowRank": "surgery.deltas.operators",
+    "MergeReport": "surgery.merging.report",
     "MethodError": "surgery.errors",
     "NumericsError": "surgery.errors",
     "OptionError": "surgery.errors",
     "OutputError": "surgery.errors",
-    "SurgeryError": "surgery.errors",
-    "TargetError": "surgery.errors",
-    "WrongBaseError": "surgery.errors",
-    "Adapter": "surgery.adapters.adapter",
-    "BaseModel": "surgery.models.base_model",
-    "BatchReport": "surgery.converters.report",
-    "Comparison": "surgery.comparison.report",
-    "ConvertReport": "surgery.converters.report",
-    "ExportReport": "surgery.exporting.report",
-    "Inspection": "surgery.inspection.report",
-    "MergeReport": "surgery.merging.report",
     "PushReport": "surgery.publishing.report",
     "Report": "surgery.initialization.report",
     "Store": "surgery.serving.store",
+    "SmoaConfig": "surgery.methods.smoa",
+    "Sum": "surgery.deltas.operators",
+    "SurgeryError": "surgery.errors",
+    "TargetError": "surgery.errors",
     "TrainReport": "surgery.training.report",
+    "TrainSettings": "surgery.training.settings",
+    "TrainingInterrupted": "surgery.training.interruption",
+    "WrongBaseError": "surgery.errors",
+    "codec": "surgery.codec",
     "compare": "surgery.comparison.compare",
     "convert": "surgery.converters.convert",
     "errors": "surgery.errors",
@@ -131,7 +166,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
     module = importlib.import_module(_HOMES[name])
-    return module if name == "errors" else getattr(module, name)
+    return module if name in {"codec", "errors"} else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ from surgery.storage.json_files import read_json, write_json
 from surgery.storage.resume import file_identities
 from surgery.storage.safetensors_read import file_bytes
 from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
+from surgery.system.keywords import keywords
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -239,14 +240,15 @@ class Adapter:
             return experts_joined(self.config, self.tensors)
         return packed(self.config, self.tensors, TUNER_PREFIX, MODEL_PREFIX)
 
-    def save(self, folder: str | Path, force: bool = False) -> int:
+    @keywords()
+    def save(self, folder: str | Path, overwrite: bool = False) -> int:
         """Write the adapter and read it back.
 
         The folder appears whole or not at all; the tensors are read back and compared before it takes its name.
 
         Args:
             folder: where to.
-            force: replace a folder that is there.
+            overwrite: replace a folder that is there.
 
         Returns:
             Bytes of `adapter_model.safetensors`.
@@ -254,8 +256,21 @@ class Adapter:
         Raises:
             OutputError: the folder may not be written, writing fails, or what was written is not what was meant.
         """
-        with atomic_folder(Path(folder), force) as partial:
+        with atomic_folder(Path(folder), overwrite) as partial:
             return self.write(partial, str(folder))
+
+    @classmethod
+    def from_pretrained(cls, adapter: str | Path) -> Adapter:
+        """Return what `open` returns, under the name that transformers and PEFT use."""
+        return cls.open(adapter)
+
+    @keywords()
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> int:
+        """Write the adapter as `save` does, under the name that transformers and PEFT use.
+
+        A folder that is there is refused without `overwrite`, where PEFT writes into it.
+        """
+        return self.save(folder, overwrite)
 
     def write(self, partial: Path, target: str, tensors: Mapping[str, torch.Tensor] | None = None) -> int:
         """Write the adapter's files into a folder that is there, and read them back.

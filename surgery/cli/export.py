@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Say whether the server takes it and what it would compute; write nothing."
 )
-@click.option("--force", is_flag=True, help="Replace OUT where it exists.")
+@click.option("--overwrite", "--force", "force", is_flag=True, help="Replace OUT where it exists.")
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @common_options()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LABELLED_TASKS = ("seq-cls", "image-cls")
 FLAGS = {
     "rank": "--rank",
-    "alpha": "--alpha",
+    "alpha": "--lora-alpha",
     "sparse_rate": "--sparse-rate",
     "groups": "--groups",
     "branch_ranks": "--branch-ranks",
@@ -80,7 +80,7 @@ def parsed_ranks(value: str | None) -> list[int] | None:
 @output_options()
 @resume_option()
 @click.option("--rank", type=int, metavar="R", help="Rank of the adapter.")
-@click.option("--alpha", type=float, metavar="A", help="Scale is A / R.  [default: R]")
+@click.option("--lora-alpha", "--alpha", "alpha", type=float, metavar="A", help="Scale is A / R.  [default: R]")
 @click.option("--sparse-rate", type=float, metavar="F", help="frod: share of S that trains.  [default: 0.01]")
 @click.option("--groups", type=int, metavar="K", help="smoa: number of blocks.  [default: 2]")
 @click.option(
@@ -127,7 +127,9 @@ def parsed_ranks(value: str | None) -> list[int] | None:
     "[default: GPT-2, Phi-3 and GLM are known]",
 )
 @click.option(
+    "--target-modules",
     "--target",
+    "target",
     multiple=True,
     metavar="NAME_OR_REGEX",
     help="Modules to adapt: names, endings of names, or regular expressions. Repeatable. [default: all-linear]",
@@ -151,7 +153,7 @@ def command(
     Examples:
       surgery init --method frod model/
       surgery init --method giva --data train.jsonl model/
-      surgery init --method inilora --rank 16 --target q_proj model/ -o start/
+      surgery init --method inilora --rank 16 --target-modules q_proj model/ -o start/
     """
     labels = options.pop("labels")
     options["labels"] = None if labels is None else [name.strip() for name in labels.split(",")]

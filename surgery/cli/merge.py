@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--base", required=True, metavar="MODEL", help="Base model of ADAPTER: a folder or a Hub id.")
 @click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <adapter>-merged]")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the sizes; write nothing.")
-@click.option("--force", is_flag=True, help="Replace OUT where it exists.")
+@click.option("--overwrite", "--force", "force", is_flag=True, help="Replace OUT where it exists.")
 @resume_option()
 @click.option(
     "--dtype",

@@ -51,25 +51,22 @@ def common_options() -> Callable[[F], F]:
 
 
 def output_options() -> Callable[[F], F]:
-    """`-o`, `--dry-run` and `--force`."""
+    """`-o`, `--dry-run` and `--overwrite`."""
     return _stack(
         [
             click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <model>-<method>]"),
             click.option("--dry-run", is_flag=True, help="Check everything and show the sizes; write nothing."),
-            click.option("--force", is_flag=True, help="Replace OUT where it exists."),
+            click.option("--overwrite", "--force", "force", is_flag=True, help="Replace OUT where it exists."),
         ]
     )
 
 
 def resume_option() -> Callable[[F], F]:
-    """`--no-resume`."""
+    """`--resume/--no-resume`."""
     return click.option(
-        "--no-resume",
-        "resume",
-        flag_value=False,
-        type=bool,
+        "--resume/--no-resume",
         default=True,
-        help="Do not use the finished parts that a killed run of this command has left.",
+        help="Use what a killed run of this command has left, or start again.  [default: resume]",
     )
 
 

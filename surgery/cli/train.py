@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.main import INTERRUPTED, TERMINATED, Stopped
-from surgery.cli.options import chat_template_option, check_early, common_options, set_verbosity, task_option
+from surgery.cli.options import (
+    chat_template_option,
+    check_early,
+    common_options,
+    resume_option,
+    set_verbosity,
+    task_option,
+)
 from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
 from surgery.storage.hub_cache import check_names
+from surgery.storage.output_paths import unfinished_folder
 from surgery.system.text import human_bytes
 
 if TYPE_CHECKING:
@@ -26,22 +34,60 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="FILE", required=True, help=".jsonl, .txt, .csv or .parquet; for images also a folder.")
 @click.option("--eval-data", metavar="FILE", help="Evaluate on this, before and after.  [default: the first of --data]")
 @click.option("--teacher", metavar="ADAPTER", help="Learn to answer as this adapter does; no labels are needed.")
-@click.option("--steps", type=int, default=200, show_default=True, metavar="N", help="Optimizer steps.")
-@click.option("--lr", type=float, metavar="LR", help="Learning rate.  [default: the method's, see surgery methods]")
-@click.option("--resume", is_flag=True, help="Go on with a training of OUT that was interrupted or killed.")
+@click.option(
+    "--max-steps", "--steps", "steps", type=int, default=200, show_default=True, metavar="N", help="Optimizer steps."
+)
+@click.option(
+    "--learning-rate",
+    "--lr",
+    "lr",
+    type=float,
+    metavar="LR",
+    help="Learning rate.  [default: the method's, see surgery methods]",
+)
 @click.option("-o", "--out", metavar="OUT", help="Folder to write. [default: <adapter>-trained]")
 @click.option("--batch-size", type=int, default=32, show_default=True, metavar="N", help="Samples of a step.")
-@click.option("--accumulate", type=int, default=1, show_default=True, metavar="N", help="Run a step in N parts.")
+@click.option(
+    "--gradient-accumulation-steps",
+    "--accumulate",
+    "accumulate",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Run a step in N parts.",
+)
 @click.option("--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]")
 @chat_template_option()
 @click.option(
-    "--schedule", default="linear", show_default=True, metavar="NAME", help="Of the rate: linear, cosine, constant, ..."
+    "--lr-scheduler-type",
+    "--schedule",
+    "schedule",
+    default="linear",
+    show_default=True,
+    metavar="NAME",
+    help="Of the rate: linear, cosine, constant, ...",
 )
-@click.option("--warmup", type=float, default=0.0, metavar="F", help="Share of the steps in which the rate rises.")
+@click.option(
+    "--warmup-ratio",
+    "--warmup",
+    "warmup",
+    type=float,
+    default=0.0,
+    metavar="F",
+    help="Share of the steps in which the rate rises.",
+)
 @click.option("--only", multiple=True, metavar="PART", help="Train this alone: giva_s, lora_A, classifier. Repeatable.")
 @click.option("--hidden-weight", type=float, metavar="W", help="Teacher: weight of the hidden states.  [default: 1]")
 @click.option("--cache-teacher", is_flag=True, help="Teacher: keep up to 1 GiB of its answers for later epochs.")
-@click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints.  [default: a tenth of them]")
+@click.option(
+    "--save-steps",
+    "--save-every",
+    "save_every",
+    type=int,
+    metavar="N",
+    help="Steps between checkpoints.  [default: a tenth of them]",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice instead of holding them.")
 @task_option("the adapter's")
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
@@ -55,7 +101,14 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--new-head", is_flag=True, help="Make a head for the labels of FILE, for --task seq-cls or image-cls.")
 @click.option("--dry-run", is_flag=True, help="Check everything; train and write nothing.")
-@click.option("--force", is_flag=True, help="Replace OUT where it exists, and an unfinished training of it.")
+@click.option(
+    "--overwrite",
+    "--force",
+    "force",
+    is_flag=True,
+    help="Replace OUT where it exists, and an unfinished training of it.",
+)
+@resume_option()
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()
 def command(
@@ -73,7 +126,7 @@ def command(
 
     What the adapter's type trains is trained, and the heads that it carries; all else stays as it is. The training
     is transformers' Trainer; under torchrun or accelerate launch several processes share each batch. Ctrl-C and
-    SIGTERM end it after the step at hand: the adapter is saved, and --resume goes on.
+    SIGTERM end it after the step at hand: the adapter is saved, and the same command goes on.
 
     \b
     Examples:
@@ -85,7 +138,7 @@ def command(
     check_names(adapter, teacher, options["base"])
     set_verbosity(verbose, quiet)
     folder = out or f"{Path(adapter.partition('@')[0]).resolve().name}-trained"
-    if not options["resume"] and os.environ.get("RANK", "0") == "0":
+    if not (options["resume"] and unfinished_folder(Path(folder)).is_dir()) and os.environ.get("RANK", "0") == "0":
         check_early(folder, options["force"])
     from surgery.training.interruption import TrainingInterrupted
     from surgery.training.train import train
@@ -104,7 +157,8 @@ def command(
             if not first:
                 raise click.exceptions.Exit(code) from None
             raise Stopped(
-                f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; --resume goes on.", code
+                f"Interrupted after step {stopped.step}; {stopped.out} holds the adapter; the same command goes on.",
+                code,
             ) from None
     if not first:
         return

@@ -24,8 +24,11 @@ from surgery.comparison.report import (
 from surgery.deltas.operators import Delta, WithBias
 from surgery.errors import OptionError
 from surgery.models.sites import Site
-from surgery.system.devices import resolve_device
-from surgery.system.dtypes import dtype_named
+from surgery.models.tasks import TaskName
+from surgery.passes.data_settings import DataSettings
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import LoadedDtype, dtype_named
+from surgery.system.keywords import keywords
 from surgery.system.progress import Progress
 from surgery.system.threads import one_torch_thread
 
@@ -43,19 +46,20 @@ SMALL = 1 << 20
 Deltas = dict[str, Delta]
 
 
+@keywords(data=DataSettings)
 def compare(
     a: str | Path | Adapter,
     b: str | Path | Adapter,
     *,
     base: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataSettings | None = None,
     samples: int = 512,
     batch_size: int = 32,
     max_length: int | None = None,
     chat_template: str | Path | None = None,
-    task: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
+    task: TaskName | None = None,
+    device: Device = "auto",
+    dtype: LoadedDtype = "float32",
     seed: int = 0,
     plot: str | Path | None = None,
     latency: bool = True,
@@ -72,7 +76,7 @@ def compare(
         b: the adapter that is compared with it.
         base: their base model, a folder or a Hub id; needed with data, and for the types whose weight change depends
             on it (FRoD, SMoA, HiRA, VeRA, RandLoRA, and bases that are not stored).
-        data: a data file for the model's task; labels are not needed, and used where they are there.
+        data: a data file for the model's task, or `DataSettings`; labels are not needed, and used where they are there.
         samples: how many samples are drawn from it.
         batch_size: samples run at a time.
         max_length: tokens of the longest sample.
@@ -99,6 +103,7 @@ def compare(
         WrongBaseError: an adapter was made from other base weights.
     """
     started = time.perf_counter()
+    assert not isinstance(data, DataSettings)  # `keywords` has taken them apart
     if data is not None and base is None:
         raise OptionError("data says something about a model's answers: give the base model with --base")
     run_in = dtype_named(dtype, RUN_IN)

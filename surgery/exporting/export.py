@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,14 +22,17 @@ from surgery.models.base_model import BaseModel
 from surgery.storage.atomic_folder import atomic_folder, check_output
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.provenance import provenance_of
-from surgery.system.devices import resolve_device
-from surgery.system.dtypes import dtype_name
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import FloatDtype, dtype_name
+from surgery.system.keywords import keywords
 from surgery.system.progress import Progress
 from surgery.system.text import human_bytes
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["export", "export_targets", "plain_parts", "target_format"]
 
+# Our own; an installed package may add others.
+ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "diffusers", "kohya"] | str
 # Relative difference between dW as the server computes it and as the rounded factors give it: float32 sums.
 READ_BACK = 1e-5
 # The share of a layer's change that rounding to the file's type may take.
@@ -43,18 +46,19 @@ def export_targets() -> list[str]:
     return [name for name in FORMATS.names() if isinstance(FORMATS.get(name), ServerFormat)]
 
 
+@keywords()
 def export(
     adapter: str | Path | Adapter,
-    to: str,
+    to: ServerName,
     out: str | Path | None = None,
     *,
     base: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | None = None,
-    device: str = "auto",
+    dtype: FloatDtype | Literal["q8_0"] | None = None,
+    device: Device = "auto",
     seed: int = 0,
-    force: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -76,7 +80,7 @@ def export(
             adapter's own.
         device: where to compute: auto, cpu, cuda.
         seed: of the decompositions of changes of full rank.
-        force: replace an output folder that exists.
+        overwrite: replace an output folder that exists.
         dry_run: check everything and report what the server would compute; write nothing.
         progress: called after each layer that was read back.
 
@@ -95,8 +99,10 @@ def export(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     if out is not None:
         refuse_inputs(Path(out), opened.folder, base, called="the adapter or its base model")
-        check_output(Path(out), force)
-    source, lora, parts = plain_parts(opened, target, base, rank, energy, dtype, device, seed)
+        check_output(Path(out), overwrite)
+    source, lora, parts = plain_parts(
+        opened, target, base, rank, energy, None if dtype is None else dtype_name(dtype), str(device), seed
+    )
     stored = target.stored(parts)
     report = _report(to, target, source, lora, parts, stored)
     _refuse_rounding(report, target)
@@ -104,7 +110,7 @@ def export(
         report.dry_run = True
     else:
         assert out is not None
-        with atomic_folder(Path(out), force) as partial:
+        with atomic_folder(Path(out), overwrite) as partial:
             report.bytes = target.write(parts, partial, str(out))
             _read_back(target, parts, stored, partial, str(out), progress)
         report.out = str(out)

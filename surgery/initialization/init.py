@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -21,13 +21,16 @@ from surgery.initialization.gradient_start import GradientRun, gradient_run
 from surgery.initialization.report import Report, SiteReport
 from surgery.initialization.weight_start import Sharing, WeightStart, file_name, stored, weight_start
 from surgery.methods.base import Method, OwnMethod
-from surgery.methods.catalogue import MethodInfo
+from surgery.methods.catalogue import MethodInfo, MethodName
 from surgery.methods.giva import GradientSource
 from surgery.methods.registry import load_formulas, method_info
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import carried_modules, carried_tensors, missing_modules
 from surgery.models.live_model import LiveModel
-from surgery.models.sites import Site, target_modules, unsupported_modules
+from surgery.models.sites import Site, unsupported_modules
+from surgery.models.sites import target_modules as names_to_match
+from surgery.models.tasks import TaskName
+from surgery.passes.data_settings import DataSettings
 from surgery.passes.loaded_model import RunSettings, is_file
 from surgery.storage.atomic_folder import check_output
 from surgery.storage.format_version import FIRST_VERSION
@@ -35,45 +38,48 @@ from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import file_identities, run_key
 from surgery.storage.safetensors_read import read_tensors
-from surgery.system.devices import resolve_device, working_devices
-from surgery.system.dtypes import dtype_named
+from surgery.system.devices import Device, resolve_device, working_devices
+from surgery.system.dtypes import FloatDtype, FloatName, dtype_name, dtype_named
+from surgery.system.keywords import keywords
 from surgery.system.processes import Processes, processes
 from surgery.system.progress import Progress
 
 __all__ = ["init"]
 
+Variant = Literal["vr", "vru2r", "vrur", "vrurand", "blocks", "components"] | str
 STORED_IN = ("float32", "bfloat16", "float16")
 
 
+@keywords(data=DataSettings)
 def init(
     model: str | Path | nn.Module,
-    method: str,
+    method: MethodName,
     out: str | Path | None = None,
     *,
     rank: int | None = None,
-    alpha: float | None = None,
+    lora_alpha: float | None = None,
     sparse_rate: float | None = None,
     groups: int | None = None,
     branch_ranks: Sequence[int] | None = None,
     store_bases: bool | None = None,
-    data: str | Path | Iterable[Any] | None = None,
+    data: str | Path | DataSettings | Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     chat_template: str | Path | None = None,
     gradient_checkpointing: bool | None = None,
-    variant: str | None = None,
+    variant: Variant | None = None,
     split: Mapping[str, int | Sequence[int]] | None = None,
-    target: str | Sequence[str] = (),
-    task: str | None = None,
+    target_modules: str | Sequence[str] = (),
+    task: TaskName | None = None,
     num_labels: int | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "float32",
+    device: Device = "auto",
+    dtype: FloatDtype = "float32",
     dry_run: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -93,14 +99,15 @@ def init(
         method: a name from `surgery methods`.
         out: the adapter folder to write; None writes nothing.
         rank: for the methods that have one; see the method table for the defaults.
-        alpha: numerator of the scale `alpha / rank`.
+        lora_alpha: numerator of the scale `lora_alpha / rank`.
         sparse_rate: FRoD: share of the entries of S that train.
         groups: SMoA: number of blocks K (`components`: of spectral groups).
         branch_ranks: SMoA: the rank of each block; default the rank split evenly.
         store_bases: store the frozen bases (default), or regenerate and check them on load.
         data: for a classifier that the checkpoint lacks also the other methods': its labels are counted. GiVA: a
             data file (`.jsonl`, `.txt`, `.csv`, `.parquet`, for images also a folder), or batches:
-            dictionaries of the model's arguments with labels, or whatever `loss` takes.
+            dictionaries of the model's arguments with labels, or whatever `loss` takes. A file also as
+            `DataSettings`, with how it is read.
         loss: GiVA: `loss(model, batch)` for batches of one's own; default the loss that the model returns.
         samples: GiVA: how many samples are drawn from a data file; default 32.
         batch_size: GiVA: how many of them are run at a time, over all processes; default 32.
@@ -111,7 +118,7 @@ def init(
             form (default), or `components`, that of 0.1.0; see `surgery.methods.smoa`.
         split: GiVA: fused layers to be treated in parts: the end of the module's name -> how many parts, or their
             heights. Known for GPT-2, Phi-3 and GLM.
-        target: module names, endings of names, or regular expressions; default every linear of the blocks.
+        target_modules: module names, endings of names, or regular expressions; default every linear of the blocks.
         task: what the model is for, which chooses its class; default the class that `config.json` names.
         num_labels: classes of a task that has them (seq-cls, token-cls, image-cls); 1 is a regression.
         labels: their names, in order.
@@ -120,7 +127,7 @@ def init(
         dtype: of the stored floating-point tensors: float32, bfloat16, float16 (fp32, bf16, fp16); for GiVA also of
             the model while its gradient is computed.
         dry_run: check everything and report sizes, but read no weights and write nothing.
-        force: replace an output folder that exists.
+        overwrite: replace an output folder that exists.
         resume: use the finished layers that a run which was killed has left.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: called after each weight that is read.
@@ -135,8 +142,10 @@ def init(
         OutputError: the output cannot be written.
     """
     started = time.perf_counter()
+    assert not isinstance(data, DataSettings)  # `keywords` has taken them apart
+    dtype = cast(FloatName, dtype_name(dtype))
     given = {
-        "rank": rank, "alpha": alpha, "sparse_rate": sparse_rate, "groups": groups,
+        "rank": rank, "alpha": lora_alpha, "sparse_rate": sparse_rate, "groups": groups,
         "branch_ranks": list(branch_ranks) if branch_ranks is not None else None, "store_bases": store_bases,
         "loss": loss, "samples": samples, "batch_size": batch_size, "max_length": max_length,
         "gradient_checkpointing": gradient_checkpointing, "variant": variant, "split": split,
@@ -154,17 +163,18 @@ def init(
         head = HeadRequest(num_labels, labels, data if is_file(data) else None)
         base = _opened(model, info, task, data, head, trust_remote_code)
         if place is not None and group.first:
-            _check_place(place, base, force)
-        plan = _Plan.make(info, base, options, [target] if isinstance(target, str) else target, seed, dtype)
+            _check_place(place, base, overwrite)
+        targets = [target_modules] if isinstance(target_modules, str) else target_modules
+        plan = _Plan.make(info, base, options, targets, seed, dtype)
         plan.chat_template = chat_template
     if dry_run:
         if info.reads_gradients:
             plan.notes += _examples_notes(plan, where)
         made = _planned(plan)
     elif info.reads_gradients:
-        made = _from_gradients(plan, where, device == "auto", place, force, progress)
+        made = _from_gradients(plan, where, device == "auto", place, overwrite, progress)
     else:
-        made = _from_weights(plan, where, group, place, force, resume, progress)
+        made = _from_weights(plan, where, group, place, overwrite, resume, progress)
     adapter, report = made
     report.device = str(where) if info.reads_weights or info.reads_gradients else "cpu"
     report.dry_run = dry_run
@@ -397,7 +407,7 @@ def _check_place(out: Path, base: BaseModel, force: bool) -> None:
 def _common_config(base: BaseModel, sites: Sequence[Site], seed: int) -> dict[str, Any]:
     name, _, revision = base.name.partition("@") if not Path(base.name).is_dir() else (base.name, "", "")
     return {
-        "target_modules": target_modules(base.model, sites),
+        "target_modules": names_to_match(base.model, sites),
         "task_type": base.task.peft_task_type if base.task else None,
         "base_model_name_or_path": name.rstrip("/") or name or None,
         "revision": revision or None,

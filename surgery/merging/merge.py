@@ -15,12 +15,14 @@ from surgery.merging.folder import MergedFolder
 from surgery.merging.plan import MergePlan
 from surgery.merging.report import MergeReport
 from surgery.models.base_model import BaseModel
+from surgery.models.tasks import TaskName
 from surgery.storage.atomic_folder import check_output, resumable_folder
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.provenance import provenance_of
 from surgery.storage.resume import file_identities, run_key
-from surgery.system.devices import resolve_device
-from surgery.system.dtypes import dtype_named
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import FloatDtype, dtype_name, dtype_named
+from surgery.system.keywords import keywords
 from surgery.system.progress import Progress
 
 __all__ = ["merge"]
@@ -30,16 +32,17 @@ STORED_IN = ("float32", "bfloat16", "float16")
 MUCH_LOST = 0.05
 
 
+@keywords()
 def merge(
     adapter: str | Path | Adapter,
     base: str | Path,
     out: str | Path | None = None,
     *,
-    dtype: str | None = None,
-    device: str = "auto",
-    task: str | None = None,
+    dtype: FloatDtype | None = None,
+    device: Device = "auto",
+    task: TaskName | None = None,
     layout: str | None = None,
-    force: bool = False,
+    overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
     trust_remote_code: bool = False,
@@ -60,7 +63,7 @@ def merge(
         device: where to compute: auto, cpu, cuda.
         task: what the model is for, which chooses its class; default the base's own class, or, for an adapter with
             a head that this class does not have, the class of the adapter's task.
-        force: replace an output folder that exists.
+        overwrite: replace an output folder that exists.
         resume: keep the finished files that a merge which was killed has left.
         dry_run: check everything and report the sizes, but compute and write nothing.
         layout: of a LoRA on fused experts whose numbers are not in PEFT's order: `unsloth` for older files of it.
@@ -86,7 +89,7 @@ def merge(
     contents = contents_of(opened)
     model = BaseModel.open(base, task, trust_remote_code)
     if out is not None:
-        _check_place(Path(out), model.folder, opened.folder, force)
+        _check_place(Path(out), model.folder, opened.folder, overwrite)
     plan = MergePlan.make(opened, contents, model, where, task is None, trust_remote_code)
     folder = MergedFolder(plan, stored)
     report = _report(plan, folder, where)
@@ -98,8 +101,8 @@ def merge(
     else:
         assert out is not None
         folder.check_space(Path(out))
-        key = _key(plan, adapter if layout is None else opened, dtype, where)
-        with resumable_folder(Path(out), force, key, resume) as output, output.writing() as partial:
+        key = _key(plan, adapter if layout is None else opened, None if dtype is None else dtype_name(dtype), where)
+        with resumable_folder(Path(out), overwrite, key, resume) as output, output.writing() as partial:
             report.bytes = folder.write(partial, _provenance(report), output.parts, progress)
             folder.verify(partial, str(out), trust_remote_code)
         report.out = str(out)

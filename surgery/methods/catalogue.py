@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "DATA_OPTIONS",
@@ -21,7 +21,11 @@ __all__ = [
     "SMOA",
     "VERA",
     "MethodInfo",
+    "MethodName",
 ]
+
+# Our own; an installed package may add others.
+MethodName = Literal["vera", "giva", "inilora", "inilora-alpha", "inilora-beta", "frod", "smoa"] | str
 
 # Options of `surgery init` for methods that need data.
 DATA_OPTIONS = frozenset({"data", "loss", "samples", "batch_size", "max_length", "gradient_checkpointing"})

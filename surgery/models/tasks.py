@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["TASK_TABLE"]
+from typing import Literal
+
+__all__ = ["TASK_TABLE", "TaskName"]
+
+TaskName = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "seq-cls",
+    "token-cls",
+    "question-answering",
+    "masked-lm",
+    "image-cls",
+    "feature-extraction",
+]
 
 # Task on the command line -> PEFT's task type, and transformers' table of model classes. PEFT knows no type for the
 # last three: its generic wrapper passes everything through.

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -26,6 +26,8 @@ from surgery.models.labels import with_labels
 from surgery.models.loading import lacking_note, load_from_files
 from surgery.models.module_names import ModelNames
 from surgery.models.quantized import unquantized_name
+from surgery.models.tasks import TaskName
+from surgery.system.dtypes import FloatDtype
 
 __all__ = ["load"]
 
@@ -34,11 +36,11 @@ def load(
     adapter: str | Path | Adapter,
     base: str | Path | torch.nn.Module | None = None,
     *,
-    task: str | None = None,
+    task: TaskName | None = None,
     layout: str | None = None,
     is_trainable: bool = False,
     device_map: Any = None,
-    dtype: torch.dtype | str = "auto",
+    dtype: FloatDtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
 ) -> PeftModel:
     """Open an adapter on its base model.

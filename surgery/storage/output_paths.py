@@ -7,7 +7,12 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 
-__all__ = ["check_output", "refuse_inputs"]
+__all__ = ["check_output", "refuse_inputs", "unfinished_folder"]
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Return the hidden folder beside an output in which a training that is not finished lies."""
+    return out.absolute().parent / f".{out.absolute().name}.unfinished"
 
 
 def refuse_inputs(out: Path, *inputs: str | Path | None, called: str | None = None) -> None:

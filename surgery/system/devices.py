@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
 from surgery.errors import OptionError
 
-__all__ = ["resolve_device", "working_devices"]
+__all__ = ["Device", "resolve_device", "working_devices"]
+
+# A device as callers give it; text also as in `cuda:1`.
+Device = Literal["auto", "cpu", "cuda"] | str | torch.device
 
 
 def working_devices(device: torch.device) -> list[torch.device]:
@@ -21,13 +25,13 @@ def working_devices(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; `auto` is `cuda`, or the CPU where there is no GPU.
+def resolve_device(name: Device) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda:1`, ... or a `torch.device`; `auto` is `cuda`, or else the CPU.
 
     Raises:
         MethodError: there is no such device, or it lacks double precision.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

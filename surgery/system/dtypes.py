@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from surgery.errors import OptionError
 
-__all__ = ["DTYPES", "dtype_name", "dtype_named"]
+__all__ = ["DTYPES", "FloatDtype", "FloatName", "LoadedDtype", "dtype_name", "dtype_named"]
+
+FloatName = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "fp32", "bf16", "fp16", "fp8"]
+# A dtype as callers give it.
+FloatDtype = FloatName | torch.dtype
+# That of a base model in memory.
+LoadedDtype = Literal["float32", "bfloat16", "fp32", "bf16"] | torch.dtype
 
 DTYPES = {
     "float32": torch.float32,

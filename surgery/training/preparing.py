@@ -20,9 +20,11 @@ from surgery.merging.plan import class_names
 from surgery.models.base_model import BaseModel
 from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.labels import with_labels
+from surgery.models.tasks import TaskName
 from surgery.passes.loaded_model import RunSettings, load_model
 from surgery.peft_types.loading import load
-from surgery.system.dtypes import dtype_name, dtype_named
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import LoadedDtype, dtype_name, dtype_named
 
 __all__ = ["Prepared", "base_for", "prepare", "trainable", "trained_parameters"]
 
@@ -63,10 +65,10 @@ def trainable(
     adapter: str | Path | Adapter,
     base: str | Path | nn.Module | None = None,
     *,
-    task: str | None = None,
+    task: TaskName | None = None,
     only: Sequence[str] = (),
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
+    dtype: LoadedDtype = "float32",
+    device: Device = "cpu",
     trust_remote_code: bool = False,
 ) -> PeftModel:
     """Open an adapter on its base model for a trainer of one's own (TRL, Lightning, a plain loop).
@@ -81,7 +83,7 @@ def trainable(
         task: chooses the model class where `base` is not a model; default the task that the adapter was made for.
         only: train these parts alone, by the last part of their names (`giva_s`, `lora_A`, `classifier`).
         dtype: of the base in memory, float32 or bfloat16; the adapter is float32.
-        device: where the base is loaded.
+        device: where the base is loaded: cpu, cuda, auto.
         trust_remote_code: run model code that comes with the base.
 
     Raises:
@@ -105,10 +107,10 @@ def prepare(
     adapter: Adapter,
     base: str | Path,
     *,
-    task: str | None = None,
+    task: TaskName | None = None,
     only: Sequence[str] = (),
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
+    dtype: LoadedDtype = "float32",
+    device: Device = "cpu",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """As `trainable`, with the base's files and the adapter as it is named in the model.
@@ -121,7 +123,8 @@ def prepare(
         raise CheckpointError(f"a base model is trained on in {' or '.join(TRAINED_IN)}, not in {dtype}")
     opened, heads = base_for(adapter, base, task, trust_remote_code)
     _refuse_untrained_head(adapter, opened)
-    model = load_model(opened, RunSettings(dtype=dtype_named(dtype, TRAINED_IN), device=torch.device(device)), heads)
+    where = resolve_device(device) if device == "auto" else torch.device(device)
+    model = load_model(opened, RunSettings(dtype=dtype_named(dtype, TRAINED_IN), device=where), heads)
     if adapter.peft_type == "FROD":
         from surgery.adapters.stock_frod import portable_frod
 
@@ -133,7 +136,7 @@ def prepare(
 
 
 def base_for(
-    adapter: Adapter, base: str | Path, task: str | None, trust_remote_code: bool = False
+    adapter: Adapter, base: str | Path, task: TaskName | None, trust_remote_code: bool = False
 ) -> tuple[BaseModel, dict[str, torch.Tensor]]:
     """The base model under the class that an adapter is for.
 

@@ -72,5 +72,5 @@ def distil(
             del prepared.names[name]
     run = Run(prepared, Feed(examples, None, []), settings, Processes(), device, teacher, progress)
     report = run.report(base.name, own_eval=False)
-    run.go(report, None, False, {})
+    run.go(report, None, resume=False, overwrite=False, identity={})
     return Distilled(run.adapter, report.loss, report.seconds_per_step)

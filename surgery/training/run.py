@@ -24,6 +24,7 @@ from surgery.storage.atomic_file import named_errors
 from surgery.storage.atomic_folder import atomic_folder
 from surgery.storage.provenance import provenance_of
 from surgery.storage.safetensors_read import file_bytes
+from surgery.system.keywords import short_of
 from surgery.system.processes import Processes
 from surgery.system.progress import Progress
 from surgery.training.curve import curve, write_curve
@@ -34,7 +35,7 @@ from surgery.training.packed_codes import RATE, CodeTraining
 from surgery.training.preparing import Prepared
 from surgery.training.report import TrainReport
 from surgery.training.run_folder import Unfinished
-from surgery.training.settings import TrainSettings
+from surgery.training.settings import CACHE, TrainSettings
 from surgery.training.trainer import (
     SAMPLE,
     AdapterTrainer,
@@ -51,6 +52,8 @@ __all__ = ["Feed", "Run", "default_rate"]
 
 # Samples that evaluation runs before and after, at most.
 EVALUATED = 512
+# Settings that do not decide what comes out.
+IDLE = ("cache_teacher", "save_steps")
 
 
 @dataclass
@@ -113,13 +116,13 @@ class Run:
         self.teacher: Teacher | None = None
         self.codes: CodeTraining | None = None
         if teacher is not None:
-            self.teacher = Teacher(teacher, prepared.base, prepared.model, settings.cache)
+            self.teacher = Teacher(teacher, prepared.base, prepared.model, CACHE if settings.cache_teacher else 0)
             parts = {_short(name) for name in prepared.names}
             if is_packed(prepared.adapter.config) and "giva_s" in parts:
                 # o would have to be stored, and the head is the teacher's already.
                 self.codes = CodeTraining(prepared.model, codes=parts != {"giva_s"})
         rate = RATE if self.codes is not None else default_rate(prepared.adapter)
-        self.lr = settings.lr if settings.lr is not None else rate
+        self.lr = settings.learning_rate if settings.learning_rate is not None else rate
 
     def report(self, base: str, own_eval: bool) -> TrainReport:
         """What is known before a step is done."""
@@ -139,7 +142,7 @@ class Run:
             trained=sorted({_short(name) for name in counts}),
             bytes=source.file_size,
             source_bytes=source.file_size,
-            steps=self.settings.steps,
+            steps=self.settings.max_steps,
             learning_rate=self.lr,
             batch_size=self.settings.batch_size,
             samples=len(self.feed.examples.features),
@@ -153,14 +156,32 @@ class Run:
         )
         return report
 
-    def go(self, report: TrainReport, unfinished: Unfinished | None, resume: bool, identity: dict[str, Any]) -> None:
-        """Evaluate, train, evaluate, write."""
+    def go(
+        self,
+        report: TrainReport,
+        unfinished: Unfinished | None,
+        resume: bool,
+        overwrite: bool,
+        identity: dict[str, Any],
+    ) -> None:
+        """Evaluate, train, evaluate, write.
+
+        Args:
+            report: what is filled in.
+            unfinished: the hidden folder beside the output; None writes nothing.
+            resume: go on with what a training with the same options has left there.
+            overwrite: start again where it was left with other options.
+            identity: what tells this training from another, besides its settings.
+        """
         with _folder(unfinished) as folder:
-            noted = self._begin(unfinished, resume, identity)
+            noted = self._begin(unfinished, resume, overwrite, identity)
             report.before = self._before(noted, unfinished)
             checkpoint = last_checkpoint(folder) if resume else None
-            if resume and checkpoint is None:
-                report.notes.append("there was no step to go on from: the training starts")
+            if checkpoint is not None:
+                step = checkpoint.name.rpartition("-")[2]
+                report.notes.append(
+                    f"goes on after step {step} of a training that was stopped; --no-resume starts again"
+                )
             stop = Interruption(self.group, self.device)
             # Without an output there is nothing to save: a signal does what it does elsewhere.
             with stop if unfinished is not None else contextlib.nullcontext():
@@ -174,12 +195,15 @@ class Run:
             if stop.number:
                 raise TrainingInterrupted(stop.number, report.out, report.steps_done)
 
-    def _begin(self, unfinished: Unfinished | None, resume: bool, identity: dict[str, Any]) -> dict[str, Any]:
-        options = {name: value for name, value in asdict(self.settings).items() if name not in {"cache", "save_every"}}
+    def _begin(
+        self, unfinished: Unfinished | None, resume: bool, overwrite: bool, identity: dict[str, Any]
+    ) -> dict[str, Any]:
+        # By the short spellings, as in the hidden folders of 0.1.0.
+        options = {short_of(name): value for name, value in asdict(self.settings).items() if name not in IDLE}
         self._options = {**options, "lr": self.lr, "teacher": self.teacher is not None, **identity}
         if unfinished is None:
             return {}
-        noted = unfinished.begin(self._options, resume) if self.group.first else {}
+        noted = unfinished.begin(self._options, resume, overwrite) if self.group.first else {}
         self.group.wait()
         return noted
 
@@ -219,7 +243,7 @@ class Run:
         silence(trainer)
         random_state(self.settings.seed)
         if self.announce is not None:
-            self.announce(self.settings.described(self.lr, self.settings.lr is not None, len(features)))
+            self.announce(self.settings.described(self.lr, self.settings.learning_rate is not None, len(features)))
         began, first = time.perf_counter(), 0
         if checkpoint is not None:
             first = int(checkpoint.name.rpartition("-")[2])
@@ -237,16 +261,16 @@ class Run:
         settings = self.settings
         given: dict[str, Any] = {
             "output_dir": str(folder),
-            "max_steps": settings.steps,
+            "max_steps": settings.max_steps,
             "per_device_train_batch_size": settings.part(self.group),
-            "gradient_accumulation_steps": settings.accumulate,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "learning_rate": self.lr,
-            "lr_scheduler_type": settings.schedule,
-            "warmup_steps": round(settings.warmup * settings.steps),
-            "logging_steps": max(1, settings.steps // 200),
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "warmup_steps": round(settings.warmup_ratio * settings.max_steps),
+            "logging_steps": max(1, settings.max_steps // 200),
             "logging_nan_inf_filter": False,
             "save_strategy": "steps" if saves else "no",
-            "save_steps": settings.save_every or max(10, settings.steps // 10),
+            "save_steps": settings.save_steps or max(10, settings.max_steps // 10),
             "save_total_limit": 2,
             "seed": settings.seed,
             "use_cpu": self.device.type == "cpu",
@@ -282,7 +306,7 @@ class Run:
                 "lr": self.lr,
                 "batch_size": report.batch_size,
                 "seed": self.settings.seed,
-                "schedule": self.settings.schedule,
+                "schedule": self.settings.lr_scheduler_type,
             },
             steps_done=report.steps_done,
             trained=report.trained,

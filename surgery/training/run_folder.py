@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, OptionError, OutputError
-from surgery.storage.atomic_file import named_errors
+from surgery.errors import CheckpointError, OptionError
 from surgery.storage.atomic_folder import check_output, lock_folder
 from surgery.storage.json_files import read_json
+from surgery.storage.output_paths import unfinished_folder
 from surgery.training.trainer import last_checkpoint
 
 __all__ = ["Unfinished"]
@@ -29,7 +29,7 @@ class Unfinished:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.folder = out.absolute().parent / f".{out.absolute().name}.unfinished"
+        self.folder = unfinished_folder(out)
         self._lock: int | None = None
 
     @property
@@ -41,17 +41,11 @@ class Unfinished:
         """Check that the output may be written, before any work is done.
 
         Raises:
-            OutputError: it may not, or an unfinished training would be lost.
+            OutputError: it may not.
         """
         if resume and self.exists:
             return  # what is in the output is this training's own
         check_output(self.out, force)
-        with named_errors(self.out):
-            if self.exists and not force:
-                raise OutputError(
-                    f"{self.out}: a training of it was not finished ({self.step} steps are kept); go on with it "
-                    "(--resume), or start again (--force)"
-                )
 
     @property
     def step(self) -> int:
@@ -59,12 +53,13 @@ class Unfinished:
         found = last_checkpoint(self.folder)
         return int(found.name.rpartition("-")[2]) if found is not None else 0
 
-    def begin(self, options: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+    def begin(self, options: Mapping[str, Any], resume: bool, overwrite: bool) -> dict[str, Any]:
         """Make the folder, or take it over.
 
         Args:
             options: all that decides what comes out.
             resume: go on with what is there.
+            overwrite: discard what a training with other options has left.
 
         Returns:
             What was noted of the training that goes on; empty where one starts.
@@ -83,13 +78,21 @@ class Unfinished:
                 raise CheckpointError(f"{self.folder / OPTIONS_FILE}: has no options; start again with --force")
             changed = [name for name, value in options.items() if noted["options"].get(name) != value]
             if changed:
-                was = ", ".join(f"{name} {noted['options'].get(name)!r}, now {options[name]!r}" for name in changed)
-                raise OptionError(f"{self.out}: the training that is to go on had other options ({was})")
+                if not overwrite:
+                    raise OptionError(self._other_options(noted["options"], options, changed))
+                noted = {}
         if not noted:
             for left in self.folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             self.note({"options": dict(options)})
         return noted
+
+    def _other_options(self, before: Mapping[str, Any], now: Mapping[str, Any], changed: list[str]) -> str:
+        was = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
+        return (
+            f"{self.out}: a training of it with other options was not finished, {self.step} steps are kept ({was}); "
+            "repeat its options to go on with it, or start again with --force"
+        )
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Write down what a resumed training needs to know, whole or not at all."""

@@ -12,9 +12,13 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.errors import OptionError
+from surgery.models.tasks import TaskName
+from surgery.passes.data_settings import DataSettings
 from surgery.storage.output_paths import refuse_inputs
 from surgery.storage.safetensors_read import file_bytes
-from surgery.system.devices import resolve_device
+from surgery.system.devices import Device, resolve_device
+from surgery.system.dtypes import LoadedDtype
+from surgery.system.keywords import keywords
 from surgery.system.processes import Processes, processes
 from surgery.system.progress import Progress
 from surgery.training.new_head import with_new_head
@@ -22,41 +26,43 @@ from surgery.training.preparing import prepare
 from surgery.training.report import TrainReport
 from surgery.training.run import Feed, Run
 from surgery.training.run_folder import Unfinished
-from surgery.training.settings import CACHE, TrainSettings
+from surgery.training.settings import Schedule, TrainSettings
 from surgery.training.trainer import Announce
 
 __all__ = ["train"]
 
 
+@keywords(data=DataSettings, settings=TrainSettings)
 def train(
     adapter: str | Path | Adapter,
     base: str | Path,
-    data: str | Path,
+    data: str | Path | DataSettings,
     eval_data: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    steps: int = 200,
-    lr: float | None = None,
-    resume: bool = False,
+    max_steps: int = 200,
+    learning_rate: float | None = None,
+    resume: bool = True,
     teacher: str | Path | Adapter | None = None,
     hidden_weight: float = 1.0,
     cache_teacher: bool = False,
     batch_size: int = 32,
-    accumulate: int = 1,
-    schedule: str = "linear",
-    warmup: float = 0.0,
+    gradient_accumulation_steps: int = 1,
+    lr_scheduler_type: Schedule = "linear",
+    warmup_ratio: float = 0.0,
     max_length: int | None = None,
     chat_template: str | Path | None = None,
     only: Sequence[str] = (),
-    save_every: int | None = None,
+    save_steps: int | None = None,
     gradient_checkpointing: bool = False,
-    task: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
+    task: TaskName | None = None,
+    device: Device = "auto",
+    dtype: LoadedDtype = "float32",
     seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
+    settings: TrainSettings | None = None,
     dry_run: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     new_head: bool = False,
     progress: Progress | None = None,
@@ -71,31 +77,32 @@ def train(
     Args:
         adapter: a folder, a Hub id, or an opened `Adapter`, of any type.
         base: its base model, a folder or a Hub id.
-        data: what is trained on: `.jsonl`, `.txt`, `.csv` or `.parquet`, for images also a folder.
+        data: what is trained on: `.jsonl`, `.txt`, `.csv` or `.parquet`, for images also a folder; or `DataSettings`.
         eval_data: what the adapter is evaluated on before and after; default the first of `data`'s samples.
         out: the folder to write; None writes nothing.
-        steps: optimizer steps.
-        lr: learning rate; default the one of the adapter's method (`surgery methods`).
-        resume: go on with a training of `out` that was interrupted or killed; where there is none, start.
+        max_steps: optimizer steps.
+        learning_rate: default the one of the adapter's method (`surgery methods`).
+        resume: go on with a training of `out` with the same options that was interrupted or killed.
         teacher: an adapter of the same base whose answers are learnt.
         hidden_weight: weight of the hidden states' distance beside the predictions' KL divergence.
         cache_teacher: keep up to 1 GiB of the teacher's answers, for samples that come again.
         batch_size: samples of a step, over all processes.
-        accumulate: run them in so many parts, one after the other.
-        schedule: of the learning rate: `linear`, `cosine`, `constant`, or any other that transformers knows.
-        warmup: share of the steps in which the rate rises from 0.
+        gradient_accumulation_steps: run them in so many parts, one after the other.
+        lr_scheduler_type: of the learning rate: `linear`, `cosine`, `constant`, or any other that transformers knows.
+        warmup_ratio: share of the steps in which the rate rises from 0.
         max_length: tokens of the longest sample.
         chat_template: a file with the chat template to use in place of the tokenizer's.
         only: train these parts alone, by the last part of their names (`giva_s`, `lora_A`, `classifier`).
-        save_every: steps between checkpoints; default a tenth of them, but at least ten.
+        save_steps: steps between checkpoints; default a tenth of them, but at least ten.
         gradient_checkpointing: compute activations twice instead of holding them.
         task: chooses the model class; default the task that the adapter was made for.
         device: where: auto, cpu, cuda.
         dtype: of the base in memory, float32 or bfloat16; the adapter trains in float32.
         seed: of the order of the samples, and of dropout.
         arguments: other `transformers.TrainingArguments`, by name.
+        settings: how to train, as one object in place of the keywords of its fields.
         dry_run: check everything, train nothing.
-        force: replace an output folder that exists, and an unfinished training of it.
+        overwrite: replace an output folder that exists, and an unfinished training of it.
         trust_remote_code: run model code that comes with the base.
         new_head: make a head for the labels of `data`, in place of the adapter's or where it has none.
         progress: called after each step.
@@ -113,9 +120,10 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM; `out` holds the adapter as it was then.
     """
     started = time.perf_counter()
+    assert not isinstance(data, DataSettings) and settings is None  # `keywords` has taken them apart
     settings = TrainSettings(
-        steps, lr, batch_size, accumulate, schedule, warmup, hidden_weight, CACHE if cache_teacher else 0, save_every,
-        gradient_checkpointing, seed, dict(arguments or {}),
+        max_steps, learning_rate, batch_size, gradient_accumulation_steps, lr_scheduler_type, warmup_ratio,
+        hidden_weight, cache_teacher, save_steps, gradient_checkpointing, seed, dict(arguments or {}),
     )  # fmt: skip
     if cache_teacher and teacher is None:
         raise OptionError("cache_teacher belongs to a training with a teacher")
@@ -125,7 +133,7 @@ def train(
     if unfinished is not None:
         refuse_inputs(unfinished.out, opened.folder, base, taught_by.folder if taught_by is not None else None)
     if unfinished is not None and int(os.environ.get("RANK", "0")) == 0:
-        unfinished.check(resume, force)
+        unfinished.check(resume, overwrite)
     where = resolve_device(device)
     group = processes(where)
     settings.part(group)
@@ -141,7 +149,7 @@ def train(
     if dry_run:
         report.dry_run = True
     else:
-        run.go(report, unfinished, resume, {**_identity(opened, data), "only": list(only), "task": task})
+        run.go(report, unfinished, resume, overwrite, {**_identity(opened, data), "only": list(only), "task": task})
     report.seconds = time.perf_counter() - started
     return run.adapter, report
 

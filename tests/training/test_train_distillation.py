@@ -322,7 +322,10 @@ def test_codes_go_on_after_an_interruption(packed: Path, place: Path, tmp_path: 
 
 def test_recovery_in_memory(packed: Path, place: Path) -> None:
     """What a conversion calls: adapters, base and samples that are there; the head stays as it is."""
-    teacher, settings = surgery.Adapter.open(place / "bert-teacher"), TrainSettings(steps=10, batch_size=8, lr=0.1)
+    teacher, settings = (
+        surgery.Adapter.open(place / "bert-teacher"),
+        TrainSettings(max_steps=10, batch_size=8, learning_rate=0.1),
+    )
     for source, trained in ((packed, {"giva_A", "giva_B", "giva_s"}), (place / "bert-start", {"giva_o", "giva_s"})):
         student = surgery.Adapter.open(source)
         base, _ = base_for(student, place / "bert", None)
