@@ -23,6 +23,7 @@ from surgery.cli.main import COMMANDS, cli
 from surgery.methods.catalogue import MethodInfo
 from surgery.methods.registry import method_info, method_infos, method_names
 from surgery.models.base_model import BaseModel
+from surgery.system.keywords import SHORT_SPELLINGS
 from tests.helpers.command_line import contents, flags, invoke
 from tests.helpers.models import save_model
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
@@ -381,7 +382,8 @@ def test_dtype(llama: Path, tmp_path: Path) -> None:
 
 def test_options_are_the_words_of_the_library_call() -> None:
     parameters = inspect.signature(surgery.init).parameters
-    options = {parameter.name: parameter for parameter in command_named("init").params}
+    full = {short: name for name, short in SHORT_SPELLINGS.items()}
+    options = {full.get(str(each.name), each.name): each for each in command_named("init").params}
     for name in ("as_json", "quiet", "verbose"):
         del options[name]
     assert set(options) == set(parameters) - {"progress", "loss"}

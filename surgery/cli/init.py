@@ -153,7 +153,7 @@ def command(
     Examples:
       surgery init --method frod model/
       surgery init --method giva --data train.jsonl model/
-      surgery init --method inilora --rank 16 --target-modules q_proj model/ -o start/
+      surgery init --method inilora --rank 16 --target-modules q_proj model/
     """
     labels = options.pop("labels")
     options["labels"] = None if labels is None else [name.strip() for name in labels.split(",")]
