@@ -139,7 +139,7 @@ def plain_parts(
     base: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Source, OneRank, AdapterParts]:
@@ -149,15 +149,16 @@ def plain_parts(
         AdapterError: the adapter cannot be read exactly, or the target cannot hold it.
         OptionError: an option does not fit the target.
     """
-    if dtype is not None and dtype not in target.dtypes:
-        raise OptionError(f"{target.title} reads no dtype {dtype!r}: use {', '.join(target.dtypes)}")
+    wanted = None if dtype is None else dtype_name(dtype)
+    if wanted is not None and wanted not in target.dtypes:
+        raise OptionError(f"{target.title} reads no dtype {wanted!r}: use {', '.join(target.dtypes)}")
     if target.needs_base is not None and base is None:
         raise OptionError(f"{target.title} needs the base model, because {target.needs_base}: give it with --base")
     model = BaseModel.open(base) if base is not None else None
     source = Source.open(adapter, model, resolve_device(device))
     _refuse_kinds(source, target)
     lora = _in_pieces(one_rank(source, rank, energy, seed), target, model)
-    parts = _parts(source, lora, dtype or _own_dtype(source))
+    parts = _parts(source, lora, wanted or _own_dtype(source))
     bare = next((module for module in lora.changes if BARE.match(module)), None)
     if bare is not None:
         raise AdapterError(

@@ -17,8 +17,8 @@ import surgery
 from surgery.adapters.format_registry import FORMATS, AdapterParts
 from surgery.errors import AdapterError, OptionError, OutputError
 from surgery.exporting.export import export_targets, plain_parts, target_format
-from tests.helpers.adapters import make_adapter, weight_changes
-from tests.helpers.models import load_base
+from tests.helpers.adapters import make_adapter, peft_output, weight_changes
+from tests.helpers.models import load_base, model_inputs
 from tests.initialization.test_init import perturb
 
 NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -149,6 +149,8 @@ def test_a_plain_lora_stays_as_it_is_to_the_last_bit(llama: Path, tmp_path: Path
     report = surgery.export(folder, "vllm", tmp_path / "out")
     old, new = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert report.dtype == "bfloat16" and report.weight_error == 0 and old.keys() == new.keys()
+    assert surgery.export(folder, "vllm", dry_run=True, dtype=torch.float16).dtype == "float16"
+    assert surgery.export(folder, "vllm", dry_run=True, dtype="fp32").dtype == "float32"
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 7
 
@@ -277,3 +279,12 @@ def test_outputs_are_safe(llama: Path, tmp_path: Path) -> None:
 def test_every_target_is_a_format() -> None:
     known = {"vllm", "sglang", "llama.cpp", "ollama", "mlx", "diffusers", "kohya"}
     assert known <= set(export_targets()) <= set(FORMATS.names())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_opens_what_vllm_reads(llama: Path, tmp_path: Path) -> None:
+    folder = EXACT["lora with patterns"](llama, tmp_path / "adapter")
+    surgery.export(folder, "vllm", tmp_path / "out")
+    inputs = model_inputs("llama")
+    want, found = peft_output(llama, folder, inputs), peft_output(llama, tmp_path / "out", inputs)
+    assert float((want - found).abs().max()) <= 1e-5 * float(want.abs().max())
