@@ -116,5 +116,7 @@ SCENARIOS = (
     ),
     Scenario("push, a dry run", "push {adapter} org/name --dry-run --base-model org/base", victims=ADAPTER, weight=5),
     Scenario("push by the named base", "push {adapter} org/name --dry-run --json", victims=ADAPTER, weight=2),
+    Scenario("export", "export {adapter} --for vllm --base {model} --rank 1 -o {out}", adapters=LLAMA, weight=4),
+    Scenario("export alone", "export {adapter} --for sglang --rank 1 -o {out}", adapters=LLAMA, victims=ADAPTER),
     Scenario("methods", "methods --json", victims=ADAPTER, weight=1),
 )  # fmt: skip

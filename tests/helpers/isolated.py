@@ -34,7 +34,7 @@ __all__ = [
 CAPABILITY_VERSION_3 = 0x20080522
 # Rights of root to read and to write whatever the modes of files say: DAC_OVERRIDE, DAC_READ_SEARCH.
 OVERRIDES = 0b110
-MODULES = ("init", "convert", "compare", "inspect", "merge", "methods", "push", "train")
+MODULES = ("init", "convert", "compare", "export", "inspect", "merge", "methods", "push", "train")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def import_everything(cache: Path) -> None:
     for name in MODULES:
         importlib.import_module(f"surgery.cli.{name}")
     for name in (
-        "initialization", "conversion", "comparison", "inspection", "merging", "training.train", "training.recovery",
-        "hub.push", "reports.plots", "converters.to_giva", "converters.to_vera", "converters.to_lora",
+        "initialization.init", "comparison.compare", "comparison.picture", "inspection.inspect", "inspection.picture",
+        "merging.merge", "exporting.export", "training.train", "training.recovery", "publishing.push",
+        "publishing.picture", "converters.convert", "converters.to_giva", "converters.to_vera", "converters.to_lora",
         "converters.to_frod", "converters.to_smoa",
     ):  # fmt: skip
         importlib.import_module(f"surgery.{name}")
