@@ -100,9 +100,7 @@ def export(
     if out is not None:
         refuse_inputs(Path(out), opened.folder, base, called="the adapter or its base model")
         check_output(Path(out), overwrite)
-    source, lora, parts = plain_parts(
-        opened, target, base, rank, energy, None if dtype is None else dtype_name(dtype), str(device), seed
-    )
+    source, lora, parts = plain_parts(opened, target, base, rank, energy, dtype, str(device), seed)
     stored = target.stored(parts)
     report = _report(to, target, source, lora, parts, stored)
     _refuse_rounding(report, target)
