@@ -119,7 +119,8 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
     if found:
         raise AdapterError(f"{weights}: {found}")
     _refuse_not_finite(weights, header)
-    packed = opened if is_packed(opened.config) else None
+    # In memory codes are unpacked, and the experts of a fused parameter are layers of their own.
+    packed = opened if is_packed(opened.config) or not opened.tensors.keys() <= header.keys() else None
     if not opened.as_stored and any("names of wrappers" in note for note in opened.notes):
         raise AdapterError(
             f"{weights}: {opened.notes[0]}, but PEFT does not open them; write it anew by surgery convert"

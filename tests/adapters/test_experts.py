@@ -72,6 +72,7 @@ def test_each_expert_is_a_layer(tmp_path: Path) -> None:
         found = adapter.delta(f"{module}.gate_up_proj.{expert}").dense().double()
         assert torch.allclose(found, want, atol=1e-6)
     assert any("assumed" in note for note in adapter.notes)
+    assert surgery.push(made, "org/name", dry_run=True, base_model="org/base").dry_run
     joined = adapter.file_tensors()
     assert joined.keys() == stored.keys() and all(torch.equal(joined[name], stored[name]) for name in stored)
 
