@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from surgery.models.sites import EMBEDDING
 from surgery.passes.examples import Examples, read_examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
 from surgery.passes.loaded_model import RunSettings, load_model, prepared
+from surgery.storage.locks import exclusive_folder
 from surgery.storage.resume import file_identities
 from surgery.system.progress import Progress
 
@@ -321,23 +320,11 @@ def _grown(path: Path, source: Source, calibration: Calibration) -> tuple[Stored
 
     One process at a time adds to it.
     """
-    with _turn(path):
+    with exclusive_folder(path.resolve().parent):
         missing = StoredMoments(path, source).missing if path.exists() else list(source.sites)
         if missing:
             StoredMoments.add(path, calibration.moments_of(missing))
     return StoredMoments(path, source), bool(missing)
-
-
-@contextlib.contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Wait until no other process is adding to a file of statistics."""
-    folder = os.open(path.resolve().parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _brought(adapter: Adapter, contents: Contents, base: BaseModel) -> dict[str, torch.Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from surgery.errors import OutputError
+from surgery.storage.locks import Held, hold
 
 __all__ = ["atomic_file", "flush", "named_errors"]
 
@@ -23,10 +23,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
         OutputError: it cannot be written, or another process is writing it.
     """
     partial = target.absolute().with_name(f".{target.stem}.partial{target.suffix}")
-    lock: int | None = None
+    lock: Held | None = None
     with named_errors(target):
         try:
-            lock = _locked(partial)
+            lock = hold(partial, create=True)
             yield partial
             flush(partial)
             partial.replace(target.absolute())
@@ -37,7 +37,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             raise
         finally:
             if lock is not None:
-                os.close(lock)
+                lock.release()
 
 
 @contextlib.contextmanager
@@ -56,25 +56,7 @@ def named_errors(target: Path) -> Iterator[None]:
         raise OutputError(f"{target}: cannot be written ({reason}); nothing was changed") from None
 
 
-def _locked(path: Path) -> int:
-    """The descriptor of a file that this process alone writes.
-
-    Raises:
-        BlockingIOError: another one does.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between the opening and the locking another process may have finished, and given the file its name.
-        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
-            raise BlockingIOError
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove(partial: Path, lock: int | None) -> None:
+def _remove(partial: Path, lock: Held | None) -> None:
     if lock is not None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -82,7 +64,9 @@ def _remove(partial: Path, lock: int | None) -> None:
 
 def flush(path: Path) -> None:
     """Have the system write what it still holds of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

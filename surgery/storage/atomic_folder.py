@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import sys
@@ -18,10 +17,11 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 from surgery.storage.atomic_file import flush, named_errors
+from surgery.storage.locks import Held, hold
 from surgery.storage.output_paths import check_output
 from surgery.storage.resume import Parts
 
-__all__ = ["PartialFolder", "atomic_folder", "check_output", "lock_folder", "resumable_folder"]
+__all__ = ["PartialFolder", "atomic_folder", "check_output", "resumable_folder"]
 
 PARTIAL = ".partial"
 # Inside it: the finished parts, and what says whose they are.
@@ -52,9 +52,9 @@ class PartialFolder:
         self.parts = Parts(None if key is None else self._for_parts, self.path / PARTS, key or "")
         self._key = key
         self._new_parents = [folder for folder in self.target.parents if not folder.exists()]
-        self._held: int | None = None
+        self._held: Held | None = None
         if key is not None and self.path.is_dir():
-            self._held = lock_folder(self.path)
+            self._held = hold(self.path)
             try:
                 found = resume and _text(self.path / PARTS / KEY) == key
                 if found:
@@ -97,7 +97,7 @@ class PartialFolder:
             if self.path.exists():
                 _remove(self.path)  # left by a run that was killed
             self.path.mkdir()
-            self._held = lock_folder(self.path)
+            self._held = hold(self.path)
         return self.path
 
     def put_in_place(self) -> None:
@@ -106,7 +106,8 @@ class PartialFolder:
             if (folder / PARTS).is_dir():
                 shutil.rmtree(folder / PARTS)
             _flush(folder)
-            _put_in_place(folder, self.target)
+            assert self._held is not None
+            _put_in_place(folder, self.target, self._held)
 
     def keep(self) -> bool:
         """Leave finished parts to the next run, if there are any; returns whether there are."""
@@ -120,7 +121,7 @@ class PartialFolder:
         """Remove the folder and whatever was made for it, unless it is another process's."""
         with contextlib.suppress(OSError):
             if self._held is None:
-                self._held = lock_folder(self.path)
+                self._held = hold(self.path)
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._new_parents:
             with contextlib.suppress(OSError):
@@ -129,7 +130,7 @@ class PartialFolder:
     def release(self) -> None:
         """Let others write the target."""
         if self._held is not None:
-            os.close(self._held)
+            self._held.release()
             self._held = None
 
 
@@ -196,35 +197,17 @@ def _text(path: Path) -> str | None:
     return None
 
 
-def lock_folder(folder: Path) -> int:
-    """Mark a folder as being written by this process, until the descriptor is closed or the process ends.
-
-    Raises:
-        BlockingIOError: another process has marked it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between the opening and the marking another process may have removed the folder, or given it its name.
-        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise BlockingIOError
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _remove(folder: Path, ignore_errors: bool = False) -> None:
     """Remove a folder that no process is writing; until it is gone, none may begin to.
 
     Raises:
         BlockingIOError: one is.
     """
-    lock = lock_folder(folder)
+    lock = hold(folder)
     try:
         shutil.rmtree(folder, ignore_errors)
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def _flush(folder: Path) -> None:
@@ -232,7 +215,7 @@ def _flush(folder: Path) -> None:
         flush(path)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def _put_in_place(partial: Path, target: Path, held: Held) -> None:
     if target.exists() and not any(target.iterdir()):
         target.rmdir()
     if target.exists():
@@ -240,7 +223,10 @@ def _put_in_place(partial: Path, target: Path) -> None:
         # The new one is in place: what is left of the old one is no failure, and the next run clears it.
         with contextlib.suppress(OSError):
             partial.chmod(0o700)
-            _remove(partial, ignore_errors=True)
+            if held.by_name:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                _remove(partial, ignore_errors=True)
     else:
         os.rename(partial, target)
     with contextlib.suppress(OSError):  # not every file system lets a folder be opened and flushed

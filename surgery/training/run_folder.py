@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, OptionError
-from surgery.storage.atomic_folder import check_output, lock_folder
+from surgery.storage.atomic_folder import check_output
 from surgery.storage.json_files import read_json
+from surgery.storage.locks import Held, hold
 from surgery.storage.output_paths import unfinished_folder
 from surgery.training.trainer import last_checkpoint
 
@@ -30,7 +30,7 @@ class Unfinished:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = unfinished_folder(out)
-        self._lock: int | None = None
+        self._lock: Held | None = None
 
     @property
     def exists(self) -> bool:
@@ -71,7 +71,7 @@ class Unfinished:
         """
         noted: dict[str, Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.folder)
+        self._lock = hold(self.folder)
         if self.exists and resume:
             noted = read_json(self.folder / OPTIONS_FILE)
             if not isinstance(noted.get("options"), dict):
@@ -114,5 +114,5 @@ class Unfinished:
     def release(self) -> None:
         """Let others go on with it."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None

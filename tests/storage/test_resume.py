@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from surgery.errors import OutputError
 from surgery.storage import atomic_folder as atomic
+from surgery.storage import locks
 from surgery.storage import resume as module
 from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors, file_identities, run_key
@@ -225,7 +226,7 @@ def test_nobody_begins_in_a_folder_that_is_being_removed(which: str, at_once, tm
 
 
 def test_a_folder_that_was_removed_before_it_was_marked_is_not_written_to(at_once, tmp_path: Path, monkeypatch) -> None:
-    out, mark = tmp_path / "out", atomic.fcntl.flock
+    out, mark = tmp_path / "out", locks.fcntl.flock
     interrupted(out, key="key")
 
     def late(descriptor: int, operation: int) -> None:
@@ -233,7 +234,7 @@ def test_a_folder_that_was_removed_before_it_was_marked_is_not_written_to(at_onc
         shutil.rmtree(tmp_path / ".out.partial")
         mark(descriptor, operation)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     refused(out, key="key")
 
 
