@@ -227,7 +227,7 @@ def convert(
     own = {name: value for name, value in own.items() if value is not None}
     options = ConvertOptions(
         to=to,
-        budget=Budget(rank, energy, max_error, size, ratio),  # type: ignore[arg-type]
+        budget=Budget(rank, energy, max_error, size, ratio),
         form_options={**(form_options or {}), **own},
         dtype=None if dtype is None else dtype_name(dtype),
         recover=recover,

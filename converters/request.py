@@ -40,6 +40,17 @@ class Budget:
     size: int | None = None
     ratio: float | None = None
 
+    if TYPE_CHECKING:
+        # For callers: a size may be text, which is bytes once the object is made.
+        def __init__(
+            self,
+            rank: int | None = None,
+            energy: float | None = None,
+            max_error: float | None = None,
+            size: int | str | None = None,
+            ratio: float | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         if isinstance(self.size, str):
             try:

@@ -32,7 +32,7 @@ import torch
 
 import surgery
 
-budget = surgery.Budget(size=65536)
+budget = surgery.Budget(size="64KiB")
 data = surgery.DataSettings("texts.jsonl", samples=64)
 adapter = surgery.Adapter.from_pretrained("lora")
 adapter.save_pretrained(Path("copy"), overwrite=True)
