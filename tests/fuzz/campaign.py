@@ -29,7 +29,8 @@ __all__ = ["Campaign", "Mutant", "Verdict", "faults_of"]
 SECRET = "kept-elsewhere-71c3"
 LONGEST = 4000
 NOT_ENOUGH = "not enough memory for these options"
-PLEASANT = re.compile(r"^(Note|Warning): ")
+# Notes, and the course that a training announces.
+PLEASANT = re.compile(r"^(Note|Warning): |^[\d,]+ steps of ")
 ATTEMPTS = 20
 # Mutants that one child process takes: starting one takes longer than most commands.
 A_CHILD = 25
@@ -267,11 +268,20 @@ def faults_of(outcome: Outcome, writes: bool = True) -> list[str]:
             wrong.append(f"an error of {len(said[0])} characters")
         elif len(said[0]) < len("Error: ") + 12:
             wrong.append("an error that says little")
-        if outcome.stdout:
+        if outcome.stdout and not _is_told_as_json(outcome.stdout):
             wrong.append("output before an error")
     if any(line and not PLEASANT.match(line) and not line.startswith("Error: ") for line in lines) and not wrong:
         wrong.append("other lines on stderr")
     return wrong
+
+
+def _is_told_as_json(text: str) -> bool:
+    """Return whether a command that failed said so in one JSON object, as `--json` asks for."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and bool(said.get("command")) and ("error" in said or "adapters" in said)
 
 
 def _left(

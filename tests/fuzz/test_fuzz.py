@@ -54,6 +54,8 @@ SAID = "Error: /x/config.json: cannot be read as JSON\n"
         (1, "", "Error: \n", ["an error that says little"]),
         (1, "", f"Error: {'x' * 5000}\n", ["an error of 5007 characters"]),
         (1, "half\n", SAID, ["output before an error"]),
+        (1, '{"command": "merge", "error": "no such folder"}\n', SAID, []),
+        (1, '{"command": "merge", "error"', SAID, ["output before an error"]),
         (0, f"{SECRET}\n", "", ["tells what is elsewhere"]),
         (0, "\x1b[2J\n", "", ["control characters"]),
         (0, "done\n", "UserWarning: of a library\n", ["other lines on stderr"]),
