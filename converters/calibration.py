@@ -13,7 +13,7 @@ from surgery.adapters.fitting import located
 from surgery.adapters.source import Change, Source
 from surgery.adapters.tokens import tokens_on_base, with_rows
 from surgery.deltas.operators import LowRank
-from surgery.errors import DataError, MethodError
+from surgery.errors import DataError, MethodError, listing
 from surgery.models.sites import LINEAR, Site
 from surgery.passes.examples import Examples, batches
 from surgery.passes.hooks import applied
@@ -211,6 +211,11 @@ class StoredMoments:
     def __init__(self, path: Path, source: Source) -> None:
         self.path, self.source = path, source
         self.names = set(tensor_names(path))
+        other = sorted(name for name in self.names if not name.endswith((".C", ".F")))
+        if other:  # an adapter or a model, say: nothing is added to it
+            raise DataError(
+                f"{path}: holds no calibration statistics, but {listing(other, 2)}; give --stats another file"
+            )
 
     @property
     def missing(self) -> list[Site]:
