@@ -14,12 +14,13 @@ import peft
 import pytest
 
 import surgery
+from surgery.methods.registry import method_infos
 from tests.converters.test_convert import trained
 from tests.helpers.command_line import contents
 from tests.helpers.models import load_base, save_model
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("vera", "inilora", "inilora-alpha", "inilora-beta", "frod", "smoa")
+METHODS = tuple(info.name for info in method_infos() if not info.reads_gradients)
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "giva": {},

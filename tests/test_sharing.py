@@ -15,6 +15,7 @@ import surgery
 from surgery.errors import CheckpointError, OutputError
 from surgery.initialization import init as initialization
 from surgery.initialization.weight_start import Sharing
+from surgery.methods.registry import method_infos
 from surgery.storage import resume as parts_module
 from surgery.system import devices
 from surgery.system.processes import Processes
@@ -22,7 +23,7 @@ from tests.helpers.command_line import contents
 from tests.helpers.models import edit_tensors, save_model
 from tests.system.test_processes import launch
 
-METHODS = ("vera", "inilora", "inilora-beta", "frod", "smoa")
+METHODS = tuple(info.name for info in method_infos() if not info.reads_gradients)
 SCRIPT = """
 import json, sys, surgery
 for method in json.loads(sys.argv[1]):

@@ -11,11 +11,12 @@ import transformers
 
 import surgery
 from surgery.errors import DataError, MethodError, OptionError
+from surgery.methods.registry import method_names
 from tests.helpers.command_line import invoke
 from tests.helpers.models import build
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
-METHODS = ("vera", "inilora", "frod", "smoa", "giva")
+METHODS = tuple(method_names())
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_learning_rates() -> None:
 def test_a_rate_for_packed_factors_is_in_proportion_to_their_scale(place: Path, tmp_path: Path) -> None:
     """A step of 1e-2 would be many times s, the scale of whole numbers."""
     learned, _ = surgery.train(place / "giva", place / "llama", place / "texts.jsonl", **QUICK)
-    packed, _ = surgery.convert(learned, "giva", tmp_path / "packed", rank=1, bits=4)
+    packed, _ = surgery.convert(learned, "giva", tmp_path / "packed", rank=1, bits=4, accept_loss=True)
     trained, report = surgery.train(packed, place / "llama", place / "texts.jsonl", steps=3, batch_size=8)
     scales = torch.cat([t for name, t in packed.tensors.items() if name.endswith("giva_s")])
     assert report.learning_rate == pytest.approx(method_info("giva").training_rate * float(scales.abs().median()))
@@ -271,7 +271,12 @@ def test_command(place: Path, tmp_path: Path) -> None:
     options = ["--steps", STEPS, "--batch-size", BATCH, "--lr", LR, "--seed", 3]
     data = ["--base", place / "bert", "--data", place / "classes.jsonl", "--eval-data", place / "others.jsonl"]
     result = invoke("train", place / "classifier", *data, "-o", tmp_path / "a", *options, "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
+    announced = result.stderr.splitlines()
+    assert result.exit_code == 0 and len(announced) == 1, result.stderr
+    assert (
+        announced[0].startswith(f"{STEPS} steps of {BATCH} samples: ")
+        and f"learning rate {LR:g} (--lr)" in announced[0]
+    )
     found = json.loads(result.stdout)
     keys = {"command", "out", "method", "peft_type", "modules", "trainable_parameters", "bytes", "seconds"}
     assert keys <= set(found) and found["command"] == "train"
