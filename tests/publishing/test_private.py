@@ -178,22 +178,6 @@ def test_a_token_in_the_wrong_place_is_not_repeated(arguments: tuple[str, ...]) 
     assert OTHER_TOKEN not in result.stdout + result.stderr
 
 
-def test_a_token_on_the_command_line_leaves_the_process_list(fresh) -> None:
-    """The process looks at its own arguments, as every other may, before anything else is done."""
-    code = (
-        "import pathlib, surgery.cli.push as push\n"
-        "def look(*arguments):\n"
-        "    raise SystemExit(pathlib.Path('/proc/self/cmdline').read_text())\n"
-        "push.set_verbosity = look\n"
-        "from surgery.cli import main\n"
-        "main()\n"
-    )
-    result = fresh("-c", code, "push", "small", REPO, "--token", OWNER)
-    assert "--token\0***" in result.stderr and OWNER not in result.stderr
-    result = fresh("-c", code, "push", "small", REPO, f"--token={OWNER}")
-    assert "--token=***" in result.stderr and OWNER not in result.stderr
-
-
 def test_a_token_from_standard_input(hub: Hub, lora: Path, monkeypatch) -> None:
     from click.testing import CliRunner
 
