@@ -50,11 +50,11 @@ EQUIVALENT: dict[str, str] = {
     "surgery/linalg/joint.py::_with_inverse: V * _column_signs(V) -> (V / ": "the signs are 1 and -1",
     "surgery/adapters/source.py::_truncated: min(2 *": "more of a decomposition than is asked for, cut to the same",
     "converters/frod_fit.py::solved: TOLERANCE ** 2 -> (TOLERANCE ** 3)": "a later stop of an iteration",
-    "surgery/adapters/weight_change.py::_owner: adapter.layer(candidate)[stored].shape[0]": (
+    "surgery/adapters/types/own.py::_owner: self.file.layer(candidate)[stored].shape[0]": (
         "the shared basis is square"
     ),
-    "surgery/adapters/on_base.py::ChangesOnBase._regenerated: len(group) > 1": "what is kept, not what it is",
-    "surgery/adapters/on_base.py::_ByKey.__getitem__: self.base.raw_weight": "a weight that is read is checked anyway",
+    "surgery/adapters/types/own.py::_OwnChanges._regenerated: len(group) > 1": "what is kept, not what it is",
+    "surgery/adapters/types/own.py::_RawByKey.__getitem__: self.base.raw": "a weight that is read is checked anyway",
 }
 
 
