@@ -37,6 +37,7 @@ from surgery.errors import (
     WrongBaseError,
 )
 from surgery.models.base_model import BaseModel
+from surgery.storage.format_version import FORMAT_VERSION
 from surgery.storage.safetensors_write import write_tensors
 from tests.helpers.command_line import contents, flags, invoke
 from tests.helpers.models import edit_tensors, load_base, save_model
@@ -45,6 +46,7 @@ from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 READS_WEIGHTS = ("frod", "inilora", "smoa")
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PART = "part-1.safetensors"
+LATER, UP_TO = FORMAT_VERSION + 1, f"up to {FORMAT_VERSION}"
 WEIGHTS = "adapter_model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -932,13 +934,13 @@ def test_writing_fails(save, words, replaces: bool, llama: Path, tmp_path: Path,
 
 
 def test_config_is_read_back(llama: Path, tmp_path: Path, monkeypatch) -> None:
-    write_json = adapter_files._write_json
+    write_json = adapter_files.write_json
 
     def cut(path: Path, value: Any) -> None:
         write_json(path, value)
         os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(adapter_files, "_write_json", cut)
+    monkeypatch.setattr(adapter_files, "write_json", cut)
     check_refused(tmp_path, OutputError, ("adapter_config.json", "cannot be read back"), llama)
 
 
@@ -1049,7 +1051,9 @@ def test_interruption(
 
 def test_named_error_ends_the_program_with_1(tmp_path: Path, run_main) -> None:
     code, stdout, stderr = run_main("init", tmp_path, "--method", "vera", "-o", tmp_path / "out", "--json")
-    assert (code, stdout, stderr) == (1, "", f"Error: {tmp_path / CONFIG}: no such file\n")
+    reason = f"{tmp_path / CONFIG}: no such file"
+    assert (code, stderr) == (1, f"Error: {reason}\n")
+    assert json.loads(stdout) == {"command": "init", "error": reason}
 
 
 def test_usage_error_ends_the_program_with_2(run_main) -> None:
@@ -1184,8 +1188,10 @@ def drop_all_tensors(folder: Path) -> None:
     [
         case("lacks-one", drop_last_tensor, AdapterError, ("lacks 1 of", "layers.2.self_attn.v_proj.")),
         case("lacks-all", drop_all_tensors, AdapterError, ("the file lacks",)),
-        case("from-the-future", configure_adapter(format_version=3), AdapterError, ("version 3", "up to 2", "pip")),
-        case("format-not-a-number", configure_adapter(format_version="x"), AdapterError, ("version x", "up to 2")),
+        case(
+            "from-the-future", configure_adapter(format_version=LATER), AdapterError, (f"version {LATER}", UP_TO, "pip")
+        ),
+        case("format-not-a-number", configure_adapter(format_version="x"), AdapterError, ("version x", UP_TO)),
     ],
 )
 @pytest.mark.parametrize(

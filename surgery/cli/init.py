@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LABELLED_TASKS = ("seq-cls", "image-cls")
 FLAGS = {
     "rank": "--rank",
-    "alpha": "--lora-alpha",
+    "alpha": "--alpha",
     "sparse_rate": "--sparse-rate",
     "groups": "--groups",
     "branch_ranks": "--branch-ranks",

@@ -22,8 +22,8 @@ LIGHT = frozenset(
         *(
             f"surgery.adapters.{name}"
             for name in (
-                "adapter", "companions", "completeness", "config_schema", "contents", "foreign_formats",
-                "format_registry", "inner_folders", "lacking", "names", "packing", "regex_check",
+                "adapter", "companions", "completeness", "config_schema", "contents", "experts", "foreign_formats",
+                "format_registry", "inner_folders", "lacking", "names", "packing", "regex_check", "tokens", "tokens",
                 "types", "wrapper_names",
             )
         ),
@@ -31,7 +31,7 @@ LIGHT = frozenset(
             f"surgery.adapters.types.{name}"
             for name in (
                 "adalora", "base", "config_rules", "dora", "hira", "ia3", "loha", "lokr", "lora", "no_change",
-                "patterns", "randlora", "refused", "registry", "tensor_checks",
+                "patterns", "randlora", "refused", "registry", "tensor_checks", "through_peft",
             )
         ),
         "surgery.methods.catalogue",
