@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,6 +187,22 @@ class Adapter:
         """How the weight of one layer is stored, as far as the adapter's own files say."""
         kind = self.type
         return Form() if kind is None else kind.form(self.config, module, self.layer(module))
+
+    def opened_on(self, model: Any) -> Adapter:
+        """Return the adapter in the type that is opened on a loaded model: itself, but for stock FROD.
+
+        Args:
+            model: its base model, with its weights.
+
+        Raises:
+            AdapterError: it cannot be brought to that type.
+        """
+        address = self.type.opened_as if self.type is not None else None
+        if address is None:
+            return self
+        module, _, function = address.partition(":")
+        opened: Adapter = getattr(importlib.import_module(module), function)(self, model)
+        return opened
 
     def delta(self, module: str, weight: torch.Tensor | None = None) -> Delta:
         """Return the weight change of one layer, float32, `(out, in)` whatever the orientation of the layer's weight.

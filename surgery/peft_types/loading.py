@@ -79,10 +79,7 @@ def load(
                 raise
             advice = f"give base={unquantized_name(name) or '...'}"
             raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; {advice}") from None
-    if opened.peft_type == "FROD":
-        from surgery.adapters.stock_frod import portable_frod
-
-        opened = portable_frod(opened, model)
+    opened = opened.opened_on(model)
     if opened.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{opened.folder}: PEFT type {opened.peft_type} is known neither to PEFT nor to surgery")
     lacking = lacking_in(opened, ModelNames(model))

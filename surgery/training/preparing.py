@@ -125,10 +125,7 @@ def prepare(
     _refuse_untrained_head(adapter, opened)
     where = resolve_device(device) if device == "auto" else torch.device(device)
     model = load_model(opened, RunSettings(dtype=dtype_named(dtype, TRAINED_IN), device=where), heads)
-    if adapter.peft_type == "FROD":
-        from surgery.adapters.stock_frod import portable_frod
-
-        adapter = portable_frod(adapter, model)
+    adapter = adapter.opened_on(model)
     fitted = fit_to_model(adapter, model)
     peft_model = load(fitted, model, is_trainable=True)
     _keep_only(peft_model, only)
@@ -145,7 +142,7 @@ def base_for(
         them while the base is loaded.
     """
     opened = BaseModel.open(base, task or own_task(adapter), trust_remote_code)
-    if adapter.peft_type == "FROD":  # read on the loaded model
+    if adapter.type is not None and adapter.type.opened_as is not None:  # read on the loaded model
         return opened, {}
     contents = contents_of(adapter)
     if task is None:

@@ -110,6 +110,8 @@ class AdapterType(ABC):
         thin: whether its changes have thin factors, so that a LoRA holds them exactly.
         imported_by: the package that must be imported before PEFT opens it, where PEFT does not know it.
         whole_numbers: whether its tensors may be integers.
+        opened_as: `module:function` that brings an adapter of this type, on its loaded model, to the type that is
+            opened in its place: `(Adapter, model) -> Adapter`; None where it is opened as it is.
         layers: the kinds of layers that it is read on.
         form_by_base: whether a layer may be a convolution that its tensors do not tell from a linear.
         rules: the keys of `adapter_config.json` that it reads besides those of every type, with their rules.
@@ -122,6 +124,7 @@ class AdapterType(ABC):
     thin: bool = True
     imported_by: str | None = None
     whole_numbers: bool = False
+    opened_as: str | None = None
     form_by_base: bool = False
     layers: tuple[str, ...] = (LINEAR,)
     rules: Mapping[str, Rule] = {}

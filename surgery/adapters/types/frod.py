@@ -11,4 +11,5 @@ FROD = RefusedType(
     "FRoD",
     "doi 10.1609/aaai.v40i31.39813",
     "a stock FROD file lacks U; surgery.load(adapter, base) opens it as FROD_PORTABLE, which save_pretrained writes",
+    opened_as="surgery.adapters.stock_frod:portable_frod",
 )

@@ -20,10 +20,14 @@ class RefusedType(AdapterType):
         title: its name in its paper.
         paper: where it was published.
         reason: why it is refused, and the remedy.
+        opened_as: see `AdapterType`.
     """
 
-    def __init__(self, peft_type: str, title: str, paper: str | None, reason: str) -> None:
+    def __init__(
+        self, peft_type: str, title: str, paper: str | None, reason: str, opened_as: str | None = None
+    ) -> None:
         self.peft_type, self.title, self.paper, self.reason = peft_type, title, paper, reason
+        self.opened_as = opened_as
 
     @property
     def readable(self) -> bool:
