@@ -32,7 +32,8 @@ def check_saved(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], 
     Raises:
         AdapterError: they do not, or one is not.
     """
-    empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
+    # Sorted, since a file gives tensors of one place in no order, and these have no bytes.
+    empty = sorted(name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,))
     if empty:
         raise AdapterError(f"{label}: {listing(empty, 3)} has size 0: {NOT_GATHERED}")
     parts = [name.split(".") for name in tensors]
