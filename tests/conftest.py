@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 
+from tests.helpers.bad_input import learner, model  # noqa: F401
 from tests.helpers.models import minilm_folder, save_model
 
 transformers.logging.set_verbosity_error()

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import pytest
+import torch
+from peft import PeftModel
+
+import surgery
+from surgery.errors import AdapterError, WrongBaseError
 from surgery.models.fingerprint import Fingerprint, matches
+from tests.helpers.bad_input import check_words, configure_adapter, tensor
+from tests.helpers.models import load_base, save_model
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -65,3 +73,67 @@ def test_memory_order_does_not_matter() -> None:
     base = weights()
     transposed = {key: value.T.contiguous().T for key, value in base.items()}
     assert matches(digests(base), transposed)
+
+
+DEPENDS_ON_BASE = [
+    ("frod", {}),
+    ("frod", {"store_bases": False}),
+    ("smoa", {}),
+    ("inilora", {"store_bases": False}),
+]
+
+
+@pytest.fixture(scope="module")
+def other_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    return save_model("llama", tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "options"), DEPENDS_ON_BASE)
+def test_wrong_base(method: str, options, dtype, llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, method, tmp_path / "out", **options)
+    with pytest.raises(WrongBaseError) as caught:
+        PeftModel.from_pretrained(load_base(other_llama, dtype), tmp_path / "out")
+    check_words(("'default'", "made from other base weights", str(llama)), str(caught.value), tmp_path)
+
+
+def test_wrong_base_by_load(llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, "frod", tmp_path / "out")
+    with pytest.raises(WrongBaseError, match="other base weights"):
+        surgery.load(tmp_path / "out", other_llama)
+
+
+def test_one_changed_weight_is_a_wrong_base(model: Path, llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, "smoa", tmp_path / "out")
+    tensor(lambda weight: weight + torch.eye(32) * 1e-6)(model)
+    with pytest.raises(WrongBaseError):
+        PeftModel.from_pretrained(load_base(model), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["frod", "smoa"])
+def test_same_base_rounded_is_accepted(method: str, dtype, llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, method, tmp_path / "out")
+    PeftModel.from_pretrained(load_base(llama, dtype), tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"store_bases": True}])
+def test_inilora_with_stored_bases_opens_on_any_base(options, llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, "inilora", tmp_path / "out", **options)
+    PeftModel.from_pretrained(load_base(other_llama), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["frod", "inilora"])
+def test_bases_regenerated_from_a_rounded_base(method: str, llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, method, tmp_path / "out", store_bases=False)
+    with pytest.raises(WrongBaseError, match="bfloat16"):
+        PeftModel.from_pretrained(load_base(llama, torch.bfloat16), tmp_path / "out")
+
+
+@pytest.mark.parametrize("setting", [None, {}])
+def test_adapter_without_fingerprint(setting, llama: Path, tmp_path: Path) -> None:
+    surgery.init(llama, "frod", tmp_path / "out")
+    configure_adapter(base_fingerprint=setting)(tmp_path / "out")
+    with pytest.raises(AdapterError, match="lacks base_fingerprint"):
+        PeftModel.from_pretrained(load_base(llama), tmp_path / "out")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -12,7 +15,9 @@ from surgery.errors import TargetError
 from surgery.methods.inilora import IniloraConfig
 from surgery.models.base_model import BaseModel
 from surgery.models.sites import linear_sites, select_sites, target_modules, unsupported_modules
-from tests.helpers.models import build, llama_config
+from tests.helpers.bad_input import READS_WEIGHTS, case, check_refused, configure
+from tests.helpers.command_line import invoke
+from tests.helpers.models import build, llama_config, save_model
 
 
 def matched_by_peft(model: nn.Module, targets: list[str]) -> set[str]:
@@ -130,3 +135,58 @@ def test_tied_head_is_a_site_of_its_own(tmp_path) -> None:
 
 def test_meta_and_real_models_have_the_same_sites(llama) -> None:
     assert linear_sites(BaseModel.open(llama).model) == linear_sites(build("llama"))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
+
+
+@pytest.mark.parametrize("method", ["vera", *READS_WEIGHTS])
+def test_fused_experts_are_left_out_and_reported(method: str, mixtral: Path, tmp_path: Path) -> None:
+    result = invoke("init", mixtral, "--method", method, "-o", tmp_path / "out", "--json")
+    report = json.loads(result.stdout)
+    assert [site["module"] for site in report["sites"]] == [
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    ]
+    experts = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    refused = report["not_adapted"]
+    assert [name for name, reason in refused.items() if "3-D" in reason] == experts
+    assert [name for name in refused if name not in experts] == [f"model.layers.{n}.mlp.gate" for n in (0, 1)]
+    result = invoke("init", mixtral, "--method", method, "-o", tmp_path / "again")
+    assert "and 1 more (fused 3-D expert weights)" in result.stderr and experts[0] in result.stderr
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "experts.down_proj", r".*\.experts\..*", "experts"])
+def test_fused_experts_are_refused_by_name(target: str, mixtral: Path, tmp_path: Path) -> None:
+    check_refused(
+        tmp_path, TargetError, (repr(target), "model.layers.0.mlp.experts"), mixtral, target=["q_proj", target]
+    )
+
+
+ROLES = ("layers.*.self_attn.q_proj", "layers.*.mlp.down_proj", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        case("nothing", "no_such_layer", ("'no_such_layer' matches no module", "Available", *ROLES)),
+        case("empty", "", ("'' matches no module", *ROLES)),
+        case("regex-for-nothing", ".*no_such.*", ("'.*no_such.*' matches no module", *ROLES)),
+        case("invalid-regex", "(q_proj", ("'(q_proj'", "not a valid regular expression", "position 0")),
+        case("embedding", "embed_tokens", ("no linear layer", "model.embed_tokens (Embedding)", *ROLES)),
+        case("norm", "input_layernorm", ("no linear layer", "model.layers.0.input_layernorm (LlamaRMSNorm)", *ROLES)),
+        case("block", "layers.0", ("no linear layer", "model.layers.0 (LlamaDecoderLayer)", *ROLES)),
+        case("part-of-a-name", "proj", ("'proj' matches no module", *ROLES)),
+    ],
+)
+def test_target_that_matches_no_linear(target: str, words: tuple[str, ...], llama: Path, tmp_path: Path) -> None:
+    check_refused(tmp_path, TargetError, words, llama, target=[target])
+    check_refused(tmp_path, TargetError, words, llama, target=["q_proj", target])
+
+
+def test_model_without_repeated_blocks(model: Path, tmp_path: Path) -> None:
+    configure(num_hidden_layers=0)(model)
+    check_refused(tmp_path, TargetError, ("LlamaForCausalLM", "no repeated blocks", "--target", "lm_head"), model)
