@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from surgery.adapters.source import Source
+from surgery.adapters.types.registry import type_of
 
 __all__ = ["own_keys", "targets_of"]
 
@@ -30,8 +31,9 @@ def own_keys(config: PeftConfig, source: Source) -> dict[str, Any]:
         found["fan_in_fan_out"] = _transposed(source)
     bias = str(source.adapter.config.get("bias") or "none")
     if bias.endswith("_only"):
-        # Each type calls the biases of the layers that it adapts by its own name.
-        found["bias"] = "vera_only" if kind == "VERA" else "adapter_only"
+        entry = type_of({"peft_type": kind})
+        assert entry is not None  # a form makes adapters of a type that is read
+        found["bias"] = entry.bias_setting
     return found
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from surgery.adapters.names import MODEL_PREFIX
-from surgery.adapters.types.lora import A_NAME, B_NAME, expert_of, parameter_key
+from surgery.adapters.types.lora import A_NAME, B_NAME, FUSED_EXPERTS, expert_of, parameter_key
 from surgery.adapters.types.patterns import pattern_value
+from surgery.adapters.types.registry import type_of
 from surgery.errors import AdapterError, OptionError, listing
 
 __all__ = ["LAYOUTS", "experts_apart", "experts_joined"]
@@ -48,7 +49,7 @@ def experts_apart(
     if layout is not None and layout not in LAYOUTS:
         raise OptionError(f"unknown layout {layout!r}: use {', '.join(LAYOUTS)}")
     targets = config.get("target_parameters")
-    if config.get("peft_type") != "LORA" or not targets or not isinstance(targets, list):
+    if not _of_parameters(config) or not isinstance(targets, list):
         return dict(tensors), []
     rest, several = dict(tensors), False
     for module, levels in _wrappers(tensors).items():
@@ -124,13 +125,19 @@ def _apart(config: Mapping[str, Any], parameter: str, A: torch.Tensor, B: torch.
     return found
 
 
+def _of_parameters(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is of a type that is read on fused experts, and names parameters."""
+    kind = type_of(config) if config.get("target_parameters") else None
+    return kind is not None and FUSED_EXPERTS in kind.layers
+
+
 def experts_joined(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Return a LoRA's tensors as PEFT's file has them, for those with each expert as a layer.
 
     Raises:
         AdapterError: experts of a parameter are missing, or have other ranks.
     """
-    if config.get("peft_type") != "LORA" or not config.get("target_parameters"):
+    if not _of_parameters(config):
         return dict(tensors)
     rest: Tensors = {}
     factors: dict[str, dict[str, dict[int, torch.Tensor]]] = {}

@@ -12,6 +12,7 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.completeness import starts_otherwise
 from surgery.adapters.regex_check import check_patterns
 from surgery.adapters.types.lora import A_NAME, B_NAME
+from surgery.adapters.types.registry import type_of
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.models.sites import role_by_name
 from surgery.storage.folder_checks import check_files
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lacking", "lacking_in"]
 
-# Types that change nothing at their start, so that PEFT leaves a layer without tensors as it is in the base.
-IDLE_STARTS = {"LORA", "ADALORA", "LOHA", "LOKR", "HIRA", "VERA", "RANDLORA", "IA3", "MISS", "OFT", "BOFT"}
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -58,7 +57,8 @@ def lacking_in(adapter: Adapter, names: ModelNames | None = None) -> Lacking:
     if not changed:
         return Lacking([], [])
     layers = _lacking_layers(adapter, changed, base) if base is not None else []
-    if layers and (adapter.peft_type not in IDLE_STARTS or starts_otherwise(adapter.config)):
+    kind = type_of(adapter.config)
+    if layers and (kind is None or not kind.starts_idle or starts_otherwise(adapter.config)):
         raise AdapterError(
             f"{adapter.label}: the file lacks {len(layers)} of the layers that adapter_config.json names "
             f"({listing(layers, 3)}); save the adapter again"

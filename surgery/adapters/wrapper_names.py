@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from surgery.adapters.types.registry import type_of
 from surgery.errors import AdapterError, listing
 
 __all__ = ["plain_config", "plain_name", "plain_names", "type_prefix"]
 
 # Names of modules that wrappers put in between.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")
-# Part of PEFT's own table (PEFT_TYPE_TO_PREFIX_MAPPING): importing it takes seconds.
-PREFIXES = {
-    "ADALORA": "lora_", "HIRA": "hira_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_",
-    "RANDLORA": "randlora_", "VERA": "vera_lambda_",
-}  # fmt: skip
 PEFT_PREFIX = "base_model.model."
 # What follows the name of an adapter's part where the adapter's own name is not in between.
 ENDS = ("weight", "bias")
@@ -47,12 +43,8 @@ def plain_name(name: str) -> str:
 
 def type_prefix(peft_type: str) -> str:
     """Return how PEFT begins the names of a type's own parameters; the empty text for an unknown type."""
-    known = PREFIXES.get(peft_type)
-    if known is None:
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
-        known = str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, ""))
-    return known
+    kind = type_of({"peft_type": peft_type})
+    return "" if kind is None else kind.prefix
 
 
 def plain_names(tensors: Mapping[str, T], peft_type: str, who: str) -> tuple[dict[str, T], list[str]]:

@@ -45,6 +45,9 @@ ADALORA = TensorType(
     formula=_adalora,
     paper="arXiv 2303.10512",
     change="s B (A * E) / init_r",
+    prefix="lora_",
+    starts_idle=True,
+    bias_setting="lora_only",
     may_be_empty=True,
     rules={"lora_alpha": A_NUMBER, "init_r": A_RANK, "rank_pattern": (is_table, "an object of lists of switches")},
 )

@@ -107,6 +107,9 @@ class AdapterType(ABC):
         title: its name in its paper.
         paper: where it was published, or None.
         change: its formula for the weight change.
+        prefix: what PEFT begins the names of a layer's own parameters with.
+        starts_idle: whether it changes nothing at PEFT's default start, so that a layer without tensors is the base's.
+        bias_setting: how its configuration says that the biases of the layers which it adapts are trained.
         thin: whether its changes have thin factors, so that a LoRA holds them exactly.
         imported_by: the package that must be imported before PEFT opens it, where PEFT does not know it.
         whole_numbers: whether its tensors may be integers.
@@ -121,6 +124,9 @@ class AdapterType(ABC):
     title: str
     paper: str | None = None
     change: str | None = None
+    prefix: str = ""
+    starts_idle: bool = False
+    bias_setting: str = "adapter_only"
     thin: bool = True
     imported_by: str | None = None
     whole_numbers: bool = False
@@ -240,6 +246,9 @@ class TensorType(AdapterType):
     formula: Formula
     paper: str | None = None
     change: str | None = None
+    prefix: str = ""
+    starts_idle: bool = False
+    bias_setting: str = "adapter_only"
     refused: Mapping[str, str] = field(default_factory=dict)
     dimensions: Mapping[str, int] = field(default_factory=dict)
     base_needs: Needs = Needs.NOTHING

@@ -25,6 +25,7 @@ __all__ = [
     "BIAS_NAME",
     "B_NAME",
     "EMBEDDING_NAMES",
+    "FUSED_EXPERTS",
     "LORA",
     "LORA_RULES",
     "expert_of",
@@ -40,6 +41,8 @@ __all__ = [
 
 A_NAME, B_NAME, BIAS_NAME = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 EMBEDDING_NAMES = ("lora_embedding_A", "lora_embedding_B")
+# The experts of a layer in one parameter, which `target_parameters` names.
+FUSED_EXPERTS = "fused experts"
 # Settings under which a layer computes something else than W x + s B A x.
 VARIANTS = {
     "alora_invocation_tokens": "aLoRA, which acts on the tokens after its invocation only: no weight change does that",
@@ -203,11 +206,14 @@ LORA = TensorType(
     formula=lora_delta,
     paper="arXiv 2106.09685",
     change="s B A",
+    prefix="lora_",
+    starts_idle=True,
+    bias_setting="lora_only",
     refused={"lora_magnitude_vector": "a DoRA layer, though its configuration says use_dora=false"},
     dimensions={BIAS_NAME: 1},
     rules=LORA_RULES,
     check=refuse_variants,
     bias=lora_output_bias,
     forms=lora_form,
-    layers=(LINEAR, EMBEDDING, CONVOLUTION, "fused experts", "single tokens"),
+    layers=(LINEAR, EMBEDDING, CONVOLUTION, FUSED_EXPERTS, "single tokens"),
 )

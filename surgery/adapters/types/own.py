@@ -39,7 +39,7 @@ class OwnAdapterType(AdapterType):
         self.method = method
         self.peft_type = method.info.peft_type
         self.title, self.paper, self.change = method.info.title, method.info.paper, method.info.change
-        self.thin = method.thin
+        self.thin, self.prefix = method.thin, method.prefix
         self.layers = method.layers
 
     def needs(self, config: Mapping[str, Any]) -> Needs:

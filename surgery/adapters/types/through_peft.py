@@ -44,7 +44,6 @@ class PeftType(AdapterType):
     """A type that is read through PEFT.
 
     Attributes:
-        prefix: what the names of its tensors in a layer start with.
         base_needs: what the change needs of the base weight.
         shared: names of tensors that stand once above the model.
         dtype: in which PEFT computes it.
@@ -62,6 +61,8 @@ class PeftType(AdapterType):
     values_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     turns_bias: bool = False
+    starts_idle: bool = False
+    bias_setting: str = "adapter_only"
     thin: bool = False
     whole_numbers: bool = True  # positions of the numbers that are trained
     rules: Mapping[str, Rule] = field(default_factory=dict)
@@ -170,7 +171,9 @@ def _file_name(module: str, short: str, kind: PeftType) -> str:
 THROUGH_PEFT = {
     kind.peft_type: kind
     for kind in (
-        PeftType("MISS", "MiSS", "miss_", paper="arXiv 2409.15371", values_when={"init_weights": ("bat",)}),
+        PeftType(
+            "MISS", "MiSS", "miss_", paper="arXiv 2409.15371", starts_idle=True, values_when={"init_weights": ("bat",)}
+        ),
         PeftType("C3A", "C3A", "c3a_", paper="arXiv 2407.19342"),
         PeftType("DELORA", "DeLoRA", "delora_", Needs.VALUES, paper="arXiv 2503.18225"),
         PeftType("FOURIERFT", "FourierFT", "fourierft_", paper="arXiv 2405.03003"),

@@ -31,6 +31,9 @@ class VeraType(AdapterType):
     title = "VeRA"
     paper = "arXiv 2310.11454"
     change = "diag(b) B diag(d) A"
+    prefix = "vera_lambda_"
+    starts_idle = True
+    bias_setting = "vera_only"
     rules = {"projection_prng_key": A_SEED, "save_projection": A_SWITCH}  # noqa: RUF012 - an entry is never changed
 
     def needs(self, config: Mapping[str, Any]) -> Needs:
