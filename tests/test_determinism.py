@@ -15,8 +15,8 @@ import pytest
 
 import surgery
 from surgery.methods.registry import method_infos
-from tests.converters.test_convert import trained
 from tests.helpers.command_line import contents
+from tests.helpers.conversions import trained
 from tests.helpers.models import load_base, save_model
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from surgery.errors import SurgeryError
 from surgery.storage import resume as parts_module
 from surgery.storage.atomic_folder import PartialFolder
 from surgery.storage.resume import Parts
-from tests.converters.test_convert import trained
 from tests.helpers.command_line import contents, invoke
+from tests.helpers.conversions import trained
 from tests.helpers.models import edit_tensors, load_base, save_model
 
 Run = Callable[..., Any]

@@ -21,7 +21,7 @@ from surgery.system import devices
 from surgery.system.processes import Processes
 from tests.helpers.command_line import contents
 from tests.helpers.models import edit_tensors, save_model
-from tests.system.test_processes import launch
+from tests.helpers.processes import launch
 
 METHODS = tuple(info.name for info in method_infos() if not info.reads_gradients)
 SCRIPT = """

@@ -13,8 +13,8 @@ from peft import get_peft_model
 import surgery
 from surgery.adapters.companions import companion_files, replaced_by
 from surgery.errors import AdapterError
-from tests.adapters.test_stock_types import randomise
 from tests.helpers.models import load_base, save_model
+from tests.helpers.stock_adapters import randomise
 from tests.helpers.texts import save_tokenizer
 
 TEMPLATE = "<tool>{{ messages[0].content }}"

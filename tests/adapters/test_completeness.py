@@ -18,8 +18,8 @@ import surgery
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.lacking import lacking_in
 from surgery.errors import AdapterError
-from tests.adapters.test_stock_types import randomise
 from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
+from tests.helpers.stock_adapters import randomise
 
 MODULE = "model.layers.2.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]

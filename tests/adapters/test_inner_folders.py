@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.adapters.adapter import Adapter, bits_equal
 from surgery.errors import SurgeryError
-from tests.adapters.test_stock_types import randomise
 from tests.helpers.models import load_base, model_inputs, output, save_model
+from tests.helpers.stock_adapters import randomise
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,10 @@ import surgery
 from surgery.adapters.contents import contents_of, refuse_output_biases
 from surgery.errors import AdapterError
 from tests.helpers.models import edit_tensors, load_base
+from tests.helpers.stock_adapters import saved
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "bert": ["query", "dense"]}
 FILE = "adapter_model.safetensors"
-
-
-def randomise(model: PeftModel) -> None:
-    """Give every tensor of the adapter a value of its own."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
-def saved(folder: Path, config: peft.PeftConfig, out: Path) -> PeftModel:
-    """A PEFT adapter with values, saved by PEFT."""
-    model = get_peft_model(load_base(folder), config)
-    randomise(model)
-    model.save_pretrained(out)
-    return model
 
 
 def change(layer: Any) -> torch.Tensor:

@@ -15,8 +15,7 @@ from surgery.adapters.contents import contents_of
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.adapters.types import tensor_checks
 from surgery.errors import AdapterError
-from tests.helpers.models import load_base
-from tests.initialization.test_init import perturb
+from tests.helpers.models import load_base, perturb
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "t5": ["q", "wo"]}
 

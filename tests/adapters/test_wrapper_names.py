@@ -36,7 +36,7 @@ WRAPPED: dict[str, Rename] = {
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     import peft
 
-    from tests.adapters.test_stock_types import randomise
+    from tests.helpers.stock_adapters import randomise
 
     folder = tmp_path_factory.mktemp("wrapped")
     base = save_model("llama", folder / "base")

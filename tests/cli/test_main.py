@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,13 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
 
+import surgery
 from surgery.adapters import adapter as adapter_files
-from surgery.cli.main import main
+from surgery.cli.main import COMMANDS, main
 from surgery.models.base_model import BaseModel
 from tests.helpers.bad_input import CONFIG, case, fail, half_then, occupy
-from tests.helpers.command_line import contents, flags
+from tests.helpers.command_line import contents, flags, invoke
+from tests.helpers.init_runs import WEIGHTS, command_named
 
 
 @pytest.fixture
@@ -120,3 +126,90 @@ def test_signal_ends_a_real_process(number, where: str, code: int, llama: Path, 
     assert stdout == ""
     assert re.fullmatch(SAID, stderr)
     assert contents(tmp_path) == before
+
+
+HEAVY = ("torch", "transformers", "peft", "safetensors", "scipy")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import surgery",
+        "import surgery.cli",
+        *(
+            f"import sys; sys.argv[1:] = {args!r}; from surgery.cli import main; main()"
+            for args in (
+                *(["--help"], ["init", "--help"], ["--version"], ["methods"], ["init", "--method", "nope", "m"]),
+                *(["init", "--method", "frod", "no where"], ["merge", "no where", "--base", "m"]),
+                *(["convert", "no where", "--to", "lora"], ["inspect", "no where"], ["compare", "no where", "m"]),
+                ["train", "no where", "--base", "m", "--data", "d"],
+            )
+        ),
+    ],
+)
+def test_start_does_not_wait_for_torch(code: str) -> None:
+    check = f"import atexit, sys; atexit.register(lambda: print('heavy:', sorted({set(HEAVY)} & set(sys.modules))))\n"
+    result = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help(command: list[str], flag: str) -> None:
+    result = invoke(*command, flag)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: {' '.join(['surgery', *command])} ")
+    assert "Example" in result.stdout
+
+
+def test_help_lists_every_command() -> None:
+    lines = invoke("--help").stdout.partition("Commands:\n")[2].splitlines()
+    described = dict(line.split(maxsplit=1) for line in lines)
+    assert list(described) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_option_has_help(name: str) -> None:
+    without = [p.name for p in command_named(name).params if isinstance(p, click.Option) and not (p.help or "").strip()]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_examples_are_valid_command_lines(name: str) -> None:
+    command = command_named(name)
+    examples = re.findall(r"^\s+surgery (.*)$", command.help, flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        first, *args = shlex.split(example)
+        assert first == name
+        command.make_context(name, args)  # raises a usage error where the example is wrong
+
+
+def test_a_mistyped_command_is_guessed() -> None:
+    result = invoke("inspct", "lora")
+    assert result.exit_code == 2 and "No such command 'inspct'; did you mean inspect?" in result.output
+    assert "mean" not in invoke("coffee").output
+
+
+def test_version_lists_versions() -> None:
+    lines = invoke("--version").stdout.splitlines()
+    assert lines[0] == f"surgery {surgery.__version__}"
+    versions = dict(line.split() for line in lines)
+    assert {"torch", "transformers", "peft", "safetensors", "huggingface-hub", "python"} <= set(versions)
+    assert versions["torch"] == torch.__version__
+
+
+def test_real_process(texted_llama: Path, tmp_path: Path) -> None:
+    """The console script: nothing but the result on stdout, nothing of the libraries on stderr, the same file."""
+    code = "from surgery.cli import main; main()"
+    command = [sys.executable, "-c", code, "init", texted_llama, "--method", "smoa", "-o", "out", "--json"]
+    # One thread, as in the tests' own process.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert report["out"] == "out"
+    surgery.init(texted_llama, "smoa", tmp_path / "library")
+    assert contents(tmp_path / "out") == contents(tmp_path / "library")
+    assert report["bytes"] == (tmp_path / "out" / WEIGHTS).stat().st_size

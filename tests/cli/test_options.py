@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 import surgery
 from surgery.errors import MethodError
+from surgery.system.keywords import SHORT_SPELLINGS
 from tests.helpers.bad_input import case, check_refused, check_usage_error
-from tests.helpers.command_line import contents, flags
+from tests.helpers.command_line import contents, flags, invoke
+from tests.helpers.init_runs import command_named
 
 BAD_OPTIONS = [
     *(
@@ -97,3 +100,20 @@ def test_library_names_unknown_method_and_dtype(llama: Path, tmp_path: Path) -> 
     with pytest.raises(MethodError, match="unknown dtype 'int8': use float32, bfloat16, float16"):
         surgery.init(llama, "vera", tmp_path / "out", dtype="int8")
     assert contents(tmp_path) == {}
+
+
+def test_data_without_a_base_names_the_option() -> None:
+    result = invoke("convert", "lora", "--to", "giva", "--data", "texts.jsonl")
+    assert result.exit_code == 2 and "give it with --base MODEL" in result.output
+
+
+def test_options_are_the_words_of_the_library_call() -> None:
+    parameters = inspect.signature(surgery.init).parameters
+    full = {short: name for name, short in SHORT_SPELLINGS.items()}
+    options = {full.get(str(each.name), each.name): each for each in command_named("init").params}
+    for name in ("as_json", "quiet", "verbose"):
+        del options[name]
+    assert set(options) == set(parameters) - {"progress", "loss"}
+    defaults = {name: getattr(option, "default", None) for name, option in options.items()}
+    for name in ("device", "dtype", "seed"):
+        assert defaults[name] == parameters[name].default

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,47 +16,27 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import surgery
-from surgery.comparison.cost import bytes_of, loaded_cost
 from surgery.comparison.pair import Pair
 from surgery.deltas.operators import Delta
 from surgery.deltas.products import HadamardProduct
-from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError, WrongBaseError
+from surgery.errors import AdapterError, DataError, MethodError, OutputError, SurgeryError
 from surgery.methods.registry import method_info, method_infos
-from tests.adapters.test_stock_types import randomise
-from tests.helpers.command_line import contents, flags, invoke
-from tests.helpers.models import build, edit_tensors, llama_config, load_base, start_options
+from tests.helpers.comparisons import (
+    FILE,
+    LORA,
+    classifier,
+    divergence,
+    logits,
+    lora,
+    read_texts,
+    start,
+)
+from tests.helpers.merges import STOCK, TARGETS, tied_llama, trained
+from tests.helpers.models import edit_tensors, load_base
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
-from tests.initialization.test_init import perturb
-from tests.merging.test_merge import STOCK, TARGETS, tied_llama, trained
 
-FILE = "adapter_model.safetensors"
-LORA = peft.LoraConfig
 TRAINS = ("lora_B.weight", "w1_b", "w2", "w2_b", "hira_B", "randlora_lambda", "vera_lambda_b")
 OWN = [info.name for info in method_infos() if info.own_type]
-
-
-def lora(folder: Path, out: Path, scale: float = 1.0, **options: Any) -> Path:
-    """A LoRA saved by PEFT; `scale` makes its B another."""
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
-    made = trained(load_base(folder), LORA(**{**settings, **options}), out)
-    edit_tensors(made, lambda tensors: [t.mul_(scale) for name, t in tensors.items() if "lora_B" in name], FILE)
-    return made
-
-
-@pytest.fixture
-def pair(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two LoRAs of other ranks; the second leaves a role alone and changes another."""
-    a = lora(llama, tmp_path / "a", task_type="CAUSAL_LM")
-    b = lora(llama, tmp_path / "b", 0.3, r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    return a, b
-
-
-@pytest.fixture
-def texts(llama: Path, tmp_path: Path) -> Path:
-    """Texts for the tiny Llama, which gets a tokenizer."""
-    if not (llama / "tokenizer.json").exists():
-        save_tokenizer(llama)
-    return write_rows(tmp_path / "texts.jsonl", text_rows(11))
 
 
 def dense(folder: Path, base: Path | None = None) -> dict[str, torch.Tensor]:
@@ -92,9 +70,6 @@ def check_weights(found: surgery.Comparison, ours: dict[str, torch.Tensor], thei
         lost += float((first - second).square().sum())
         energy += float(first.square().sum())
     assert found.weight_error == pytest.approx(math.sqrt(lost / energy), rel=1e-4)
-
-
-# Weights
 
 
 def test_two_loras(pair, llama: Path) -> None:
@@ -148,17 +123,6 @@ def test_stock_types(first: str, second: str, llama: Path, tmp_path: Path) -> No
             surgery.compare(tmp_path / "a", tmp_path / "b")
     else:
         assert surgery.compare(tmp_path / "a", tmp_path / "b").weight_error == pytest.approx(found.weight_error)
-
-
-def start(method: str, base: Path, out: Path, store: bool = True) -> Path:
-    """An adapter of ours that has been trained, as `save_pretrained` leaves it."""
-    options = {"store_bases": False} if not store else {}
-    rank = {} if method == "frod" else {"rank": 4}
-    surgery.init(base, method, out.with_name(f"{out.name}-start"), **start_options(method, "llama"), **rank, **options)
-    model = surgery.load(out.with_name(f"{out.name}-start"), load_base(base), is_trainable=True)
-    perturb(model)
-    model.save_pretrained(out)
-    return out
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -243,90 +207,6 @@ def test_a_start_that_changes_nothing(pair, llama: Path, tmp_path: Path) -> None
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-# Names, bases and what is brought whole
-
-
-def test_an_adapter_of_the_bare_model_beside_one_of_a_class_with_a_head(llama: Path, tmp_path: Path) -> None:
-    """Their names differ by a prefix; with and without the base they are matched, whichever comes first."""
-    bare = trained(tf.LlamaModel.from_pretrained(llama), LORA(r=3, target_modules=["q_proj"]), tmp_path / "bare")
-    whole = lora(llama, tmp_path / "whole", 0.5, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    expected = surgery.compare(bare, whole, base=llama)
-    assert expected.weight_error and expected.model_class == "LlamaForCausalLM"
-    for first, second in ((bare, whole), (whole, bare)):
-        with_base = surgery.compare(first, second, base=llama)
-        found = surgery.compare(first, second)
-        assert len(found.sites) == len(with_base.sites) == 3
-        assert found.weight_error == pytest.approx(with_base.weight_error)
-        names = {site.module for site in found.sites}
-        assert names == set(surgery.Adapter.open(first).modules)
-    assert found.weight_error != pytest.approx(expected.weight_error)
-
-
-def test_adapters_of_other_models(pair, model_folder, tmp_path: Path) -> None:
-    a, _ = pair
-    other = trained(load_base(model_folder("bert")), LORA(target_modules=["query"]), tmp_path / "bert")
-    with pytest.raises(AdapterError, match="no layer in common"):
-        surgery.compare(a, other)
-    with pytest.raises(AdapterError, match="another base model"):
-        surgery.compare(a, other, base=model_folder("llama"))
-    small = build_llama(tmp_path / "small", hidden_size=16)
-    narrow = lora(small, tmp_path / "narrow")
-    with pytest.raises(AdapterError, match=r"32 x 48.*16 x 48.*different bases"):
-        surgery.compare(a, narrow)
-    with pytest.raises(AdapterError, match="another base model"):
-        surgery.compare(a, narrow, base=model_folder("llama"))
-
-
-def build_llama(folder: Path, **changes: Any) -> Path:
-    torch.manual_seed(1)
-    tf.LlamaForCausalLM(llama_config(**changes)).save_pretrained(folder)
-    return folder
-
-
-def test_bases_of_other_names_are_told(pair, llama: Path, tmp_path: Path) -> None:
-    a, b = pair
-    assert not any("names its base" in line for line in surgery.compare(a, b, base=llama).notes)
-    config = json.loads((b / "adapter_config.json").read_text())
-    (b / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
-    notes = surgery.compare(a, b).notes
-    assert f"A names its base '{llama.name}', B names its base 'other': taken for one" in notes
-    shutil.copytree(llama, tmp_path / "moved")
-    (notes,) = (n for n in surgery.compare(a, a, base=tmp_path / "moved").notes if "taken" in n)
-    assert notes.startswith(f"A names its base '{llama.name}'") and "the base given is 'moved'" in notes
-
-
-def test_another_base_is_refused_by_its_fingerprint(llama: Path, tmp_path: Path) -> None:
-    own = start("smoa", llama, tmp_path / "own")
-    other = build_llama(tmp_path / "other")
-    with pytest.raises(WrongBaseError):
-        surgery.compare(own, own, base=other)
-
-
-def test_what_is_brought_whole(model_folder, tmp_path: Path) -> None:
-    folder = model_folder("vit")
-    config = LORA(r=2, target_modules=["q_proj"], modules_to_save=["classifier"], bias="all")
-    a = trained(load_base(folder), config, tmp_path / "a")
-    b = tmp_path / "b"
-    shutil.copytree(a, b)
-    found = surgery.compare(a, b)
-    assert {each.state for each in found.carried} == {"equal"} and {each.difference for each in found.carried} == {0.0}
-    head = "base_model.model.classifier.weight"
-    bias = next(name for name in load_file(b / FILE) if name.endswith("fc1.bias"))
-
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[head] *= 1.25
-        del tensors[bias]
-
-    edit_tensors(b, edit, FILE)
-    for base in (None, folder):
-        carried = {each.name: each for each in surgery.compare(a, b, base=base).carried}
-        assert carried["classifier.weight"].state == "differs"
-        assert carried["classifier.weight"].difference == pytest.approx(0.25)
-        gone = carried[bias.removeprefix("base_model.model.")]
-        assert (gone.state, gone.difference, gone.shape_b) == ("only in a", None, None)
-        assert {each.state for each in carried.values()} == {"differs", "only in a", "equal"}
-
-
 def test_a_bias_of_loras_b(llama: Path, texts: Path, tmp_path: Path) -> None:
     """It is no weight change: it is compared among what is brought whole, and is there when the model answers."""
     a = lora(llama, tmp_path / "a", target_modules=["q_proj"], lora_bias=True)
@@ -337,29 +217,6 @@ def test_a_bias_of_loras_b(llama: Path, texts: Path, tmp_path: Path) -> None:
     assert found.weight_error == 0 and {each.difference for each in found.carried} == {2.0}
     assert found.kl > 0 and found.output_error > 0
     assert found.kl == pytest.approx(expected_kl(a, b, llama, texts), rel=1e-4)
-
-
-# With data
-
-
-def logits(folder: Path | None, base: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """What PEFT's model answers, text by text, in float64: every token but the last, or the class."""
-    model = PeftModel.from_pretrained(base, folder).eval() if folder is not None else base
-    rows = []
-    with torch.no_grad():
-        for text in texts:
-            output = model(**tokenizer(text, return_tensors="pt")).logits.double()
-            rows.append(output[0, :-1] if output.ndim == 3 else output)
-    return torch.cat(rows)
-
-
-def read_texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
-
-
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def expected_kl(a: Path, b: Path, base: Path, texts: Path) -> float:
@@ -420,37 +277,6 @@ def test_tied_weights(options: dict[str, Any], tmp_path: Path) -> None:
     assert found.scores.base == pytest.approx(perplexity, rel=1e-4)
 
 
-CLASSES = 5
-
-
-@pytest.fixture
-def classifiers(model_folder, tmp_path: Path) -> tuple[Path, Path, Path, Path]:
-    """A bare BERT, two classifiers on it by PEFT with heads of their own, and labelled texts."""
-    folder = tmp_path / "bert"
-    shutil.copytree(model_folder("bert"), folder)
-    save_tokenizer(folder, ends_texts=True)
-    config = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
-    for name, rank, size in (("a", 3, 1.0), ("b", 2, 0.5)):
-        base = tf.BertForSequenceClassification.from_pretrained(folder, num_labels=CLASSES)
-        model = peft.get_peft_model(base, LORA(r=rank, **config))
-        randomise(model)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                parameter.mul_(size if "lora_B" in key else 1)
-        model.save_pretrained(tmp_path / name)
-    rows = text_rows(12, labels=CLASSES)
-    return folder, tmp_path / "a", tmp_path / "b", write_rows(tmp_path / "labelled.jsonl", rows)
-
-
-def classifier(folder: Path, head: Path | None = None) -> Any:
-    model = tf.BertForSequenceClassification.from_pretrained(folder, num_labels=CLASSES).eval()
-    if head is not None:
-        tensors = load_file(head / FILE)
-        brought = {f"classifier.{name}": tensors[f"base_model.model.classifier.{name}"] for name in ("weight", "bias")}
-        model.load_state_dict(brought, strict=False)
-    return model
-
-
 def test_classifiers_with_heads_of_their_own(classifiers, tmp_path: Path) -> None:
     """The label count is the head's, not the configuration's; the bare base is scored with A's head."""
     folder, a, b, data = classifiers
@@ -475,61 +301,6 @@ def test_classifiers_with_heads_of_their_own(classifiers, tmp_path: Path) -> Non
         other = surgery.compare(a, b, base=folder, data=file, latency=False)
         assert other.scores is None and other.kl == pytest.approx(found.kl, rel=1e-6)
         assert any("labels are left out" in line for line in other.notes) == (file == odd)
-
-
-def test_heads_of_other_label_counts(classifiers, tmp_path: Path) -> None:
-    """Their files are compared, their answers cannot be."""
-    folder, a, _, data = classifiers
-    base = tf.BertForSequenceClassification.from_pretrained(folder, num_labels=3)
-    three = trained(base, LORA(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"), tmp_path / "three")
-    carried = {each.name: each for each in surgery.compare(a, three).carried}
-    assert carried["classifier.weight"].state == "differs" and carried["classifier.weight"].difference is None
-    assert (carried["classifier.weight"].shape_a, carried["classifier.weight"].shape_b) == ([5, 32], [3, 32])
-    assert surgery.compare(a, three, base=folder).weight_error > 0
-    with pytest.raises(AdapterError, match=r"classifier\.\w+ \(3.*answers cannot be compared; leave out --data"):
-        surgery.compare(a, three, base=folder, data=data)
-
-
-def test_a_head_that_only_one_brings(classifiers, tmp_path: Path) -> None:
-    """The checkpoint has none: the other is run with it, too; where neither brings one, that is said."""
-    folder, a, b, data = classifiers
-    edit_tensors(b, lambda t: [t.pop(name) for name in list(t) if "classifier" in name], FILE)
-    config = json.loads((b / "adapter_config.json").read_text())
-    (b / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None, "task_type": None}))
-    found = surgery.compare(a, b, base=folder, data=data, latency=False)
-    assert "B brings no classifier: it answers with A's" in found.notes
-    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
-    p = logits(a, classifier(folder), tokenizer, read_texts(data))
-    q = logits(b, classifier(folder, a), tokenizer, read_texts(data))
-    assert found.kl == pytest.approx(divergence(p, q), rel=1e-4)
-    assert {each.state for each in found.carried} == {"only in a"}
-    neither = surgery.compare(b, b, base=folder, data=data, task="seq-cls", latency=False)
-    assert any("neither adapter brings it" in line and "classifier" in line for line in neither.notes)
-
-
-def test_a_trained_head_of_the_base_stays_with_the_adapter_that_brings_none(classifiers, tmp_path: Path) -> None:
-    _, a, b, data = classifiers
-    folder = tmp_path / "trained"
-    torch.manual_seed(7)
-    model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=CLASSES)
-    torch.nn.init.normal_(model.classifier.weight, std=0.5)
-    model.save_pretrained(folder)
-    save_tokenizer(folder, ends_texts=True)
-    edit_tensors(b, lambda t: [t.pop(name) for name in list(t) if "classifier" in name], FILE)
-    config = json.loads((b / "adapter_config.json").read_text())
-    (b / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None, "task_type": None}))
-    found = surgery.compare(a, b, base=folder, data=data, latency=False)
-    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
-    p, q = (logits(each, classifier(folder), tokenizer, read_texts(data)) for each in (a, b))
-    assert found.kl == pytest.approx(divergence(p, q), rel=1e-4)
-    bare = logits(None, classifier(folder, a), tokenizer, read_texts(data))  # the base is scored with A's head
-    labels = torch.tensor([json.loads(line)["label"] for line in data.read_text().splitlines()])
-    accuracy = float((bare.argmax(-1) == labels).double().mean())
-    own = float((logits(None, classifier(folder), tokenizer, read_texts(data)).argmax(-1) == labels).double().mean())
-    assert found.scores.base == pytest.approx(accuracy) and accuracy != own
-    # A control: with A's head B would say something else.
-    wrong = divergence(p, logits(b, classifier(folder, a), tokenizer, read_texts(data)))
-    assert found.kl != pytest.approx(wrong, rel=1e-2)
 
 
 def test_embeddings(model_folder, tmp_path: Path) -> None:
@@ -590,68 +361,6 @@ def test_one_copy_of_the_base_is_loaded(pair, llama: Path, texts: Path, monkeypa
     assert len(loads) == 1
 
 
-# Time and memory
-
-
-def test_costs(pair, llama: Path, texts: Path) -> None:
-    """Times are per token; memory is what PEFT's layers hold, one form at a time on the same model."""
-    a, b = pair
-    costs = surgery.compare(a, b, base=llama, data=texts, batch_size=4).latency
-    assert costs is not None and costs.unit == "token" and costs.batch_size == 4
-    assert costs.base.bytes == bytes_of(load_base(llama))
-    for cost, folder in ((costs.a, a), (costs.b, b)):
-        assert cost.bytes == sum(tensor.nbytes for tensor in load_file(folder / FILE).values())
-    assert all(0 < cost.batch < 1 and 0 < cost.one < 1 for cost in (costs.base, costs.a, costs.b))
-
-
-def test_times_are_medians_for_each_token(pair, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock under control: of six runs the first does not count, and the others' median is 2, their mean 2.4."""
-    seconds = itertools.cycle([9.0, 1.0, 2.0, 3.0, 5.0, 1.0])
-    monkeypatch.setattr("surgery.comparison.cost._timed", lambda model, inputs: next(seconds))
-    model = load_base(llama)
-    batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
-    cost = loaded_cost(model, None, [(batch, 10), (batch, 10)])
-    assert cost.one == cost.batch == 0.2
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loaded_cost(model, surgery.Adapter.open(pair[0]), [(batch, 10), (batch, 10)])
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())  # taken off again
-    assert before.keys() == model.state_dict().keys()
-
-
-def test_costs_of_types_that_are_unpacked_in_memory(llama: Path, texts: Path, tmp_path: Path) -> None:
-    """A compact file is not a small adapter in memory: a base that is not stored is regenerated there."""
-    bare = start("frod", llama, tmp_path / "bare", store=False)
-    vera = trained(load_base(llama), peft.VeraConfig(r=16, save_projection=False, target_modules=["q_proj"]),
-                   tmp_path / "vera")  # fmt: skip
-    found = surgery.compare(bare, vera, base=llama, data=texts)
-    for cost, size in ((found.latency.a, found.source_bytes), (found.latency.b, found.bytes)):
-        assert cost.bytes > size
-
-
-def test_memory_is_counted_once_for_tensors_of_several_names() -> None:
-    model = build("t5")  # its embeddings are shared
-    assert bytes_of(model) == sum(parameter.nbytes for parameter in model.parameters())
-
-
-# Pictures, errors, the command line
-
-
-def test_picture(pair, llama: Path, texts: Path, tmp_path: Path) -> None:
-    target = tmp_path / "errors.png"
-    found = surgery.compare(*pair, plot=target)
-    assert found.out == str(target) and target.read_bytes().startswith(b"\x89PNG") and target.stat().st_size > 10_000
-    one = target.stat().st_size
-    surgery.compare(*pair, base=llama, data=texts, latency=False, plot=target)
-    assert target.stat().st_size > 1.2 * one  # two maps
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "errors.png", "texts.jsonl"]
-
-
-def test_picture_of_an_adapter_at_its_start(pair, llama: Path, tmp_path: Path) -> None:
-    peft.get_peft_model(load_base(llama), LORA(target_modules=["q_proj"])).save_pretrained(tmp_path / "start")
-    surgery.compare(tmp_path / "start", pair[0], plot=tmp_path / "start.svg")
-    assert b"<svg" in (tmp_path / "start.svg").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -670,76 +379,6 @@ def test_errors(options: dict[str, Any], kind: type[SurgeryError], message: str,
     given = {name: places.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
     with pytest.raises(kind, match=message):
         surgery.compare(*pair, **given)
-
-
-def test_a_picture_that_cannot_be_written_is_refused_before_the_work(pair, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("surgery.comparison.compare.Pair.open", lambda *args: pytest.fail("worked first"))
-    for target in (tmp_path / "nowhere" / "x.png", tmp_path / "x.txt", tmp_path):
-        with pytest.raises(SurgeryError):
-            surgery.compare(*pair, plot=target)
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(OutputError, match="may not be written"):
-        surgery.compare(*pair, plot=tmp_path / "x.png")
-
-
-def test_command_equals_library_call(pair, llama: Path, texts: Path) -> None:
-    options = {"base": llama, "data": texts, "batch_size": 4, "samples": 8, "seed": 3}
-    result = invoke("compare", *pair, *flags(**options), "--no-latency", "--json")
-    report = json.loads(result.stdout)
-    assert (result.exit_code, result.stderr) == (0, "")
-    library = surgery.compare(*pair, **options, latency=False).to_dict()
-    assert report.pop("seconds") > 0 and library.pop("seconds") > 0
-    for path in ("a", "b", "base"):
-        library[path] = str(library[path])
-    assert report == json.loads(json.dumps(library))
-    assert {"command", "a", "b", "base", "weight_error", "output_error", "agreement", "kl"} <= set(report)
-    assert {"source_bytes", "bytes", "ratio", "sites"} <= set(report) and report["command"] == "compare"
-    assert {"module", "rank_a", "rank_b", "weight_error", "output_error"} <= set(report["sites"][0])
-
-
-def test_what_is_shown(pair, llama: Path, texts: Path) -> None:
-    plain = invoke("compare", *pair)
-    assert plain.stderr.count("Note:") == 2
-    assert "model.layers.*.mlp.down_proj" in plain.stdout and "output error" not in plain.stdout
-    assert "LORA, 6 layers, rank 3" in plain.stdout and "weight error" in plain.stdout
-    verbose = invoke("compare", *pair, "-v").stdout
-    rows = [line.split() for line in verbose.splitlines() if line.startswith("model.layers.")]
-    assert len(rows) == 9 and all("up_proj" in row[0] for row in rows[:3])  # what only B changes leads
-    errors = [float(row[-1].rstrip("%")) for row in rows[3:]]
-    assert errors == sorted(errors, reverse=True)
-    quiet = invoke("compare", *pair, "-q")
-    assert quiet.stderr == "" and quiet.stdout.count("\n") == 1 and quiet.stdout.startswith("weight error ")
-    whole = invoke("compare", *pair, *flags(base=llama, data=texts)).stdout
-    for words in ("KL(A || B)", "agreement", "perplexity", "output error", "µs / token", "not a faster model"):
-        assert words in whole
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "x.jsonl"], "--base MODEL"),
-        (["--samples", "4"], "--samples"),
-        (["--no-latency", "--max-length", "9"], "--max-length, --no-latency"),
-        (["--task", "causal-lm"], "--base MODEL"),
-        (["--dtype", "float16"], "float16"),
-    ],
-)
-def test_usage_errors(arguments: list[str], message: str, pair) -> None:
-    result = invoke("compare", *pair, *arguments)
-    assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
-
-
-def test_a_named_error_is_one_line(pair, tmp_path: Path) -> None:
-    before = contents(tmp_path)
-    result = invoke("compare", pair[0], tmp_path / "missing")
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and result.stderr.startswith("Error: ")
-    assert contents(tmp_path) == before
-
-
-def test_progress(pair, llama: Path, texts: Path) -> None:
-    told: list[tuple[int, int, str]] = []
-    surgery.compare(*pair, base=llama, data=texts, batch_size=4, latency=False, progress=lambda *a: told.append(a))
-    assert [each[:2] for each in told] == [*((n, 9) for n in range(1, 10)), (4, 11), (8, 11), (11, 11)]
 
 
 def test_opened_adapters(pair, llama: Path, texts: Path) -> None:

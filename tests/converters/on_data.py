@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.converters.report import ConvertReport
-from tests.converters.test_convert import dense
+from tests.helpers.conversions import dense
 from tests.helpers.models import load_base, save_model
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 

@@ -23,7 +23,7 @@ import surgery
 from surgery.converters import batch as batch_module
 from surgery.converters.batch_members import adapter_folders, members_of
 from surgery.errors import AdapterError, MethodError, SurgeryError
-from tests.converters.test_convert import WEIGHTS, text_llama, trained  # noqa: F401
+from tests.helpers.conversions import WEIGHTS, trained
 from tests.helpers.models import llama_config, load_base
 from tests.helpers.texts import text_rows, write_rows
 
@@ -138,7 +138,7 @@ def test_members_go_to_the_base_that_they_name_or_fit(llama: Path, loras: Path, 
 
 def test_statistics_grow_and_a_layer_without_gradient_is_noted(
     loras: Path,
-    text_llama: Path,  # noqa: F811
+    text_llama: Path,
     tmp_path: Path,
 ) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")

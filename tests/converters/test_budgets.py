@@ -20,7 +20,7 @@ from surgery.converters.report import ConvertReport
 from surgery.converters.request import Budget
 from surgery.errors import MethodError
 from surgery.system.text import parse_bytes
-from tests.converters.test_convert import WEIGHTS, dense, lora, text_llama, trained  # noqa: F401
+from tests.helpers.conversions import WEIGHTS, dense, trained
 from tests.helpers.models import llama_config, load_base
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
@@ -62,7 +62,7 @@ def test_ratio_counts_factors_and_shows_the_head_apart(headed: Path, tmp_path: P
     assert report.source_bytes_bf16 == size - (size - head - (size - head) % 4) // 2 or report.source_bytes_bf16 < size
 
 
-def test_the_default_gives_way_where_it_keeps_too_little(lora: Path) -> None:  # noqa: F811
+def test_the_default_gives_way_where_it_keeps_too_little(lora: Path) -> None:
     draws, tensors = torch.Generator().manual_seed(0), load_file(lora / WEIGHTS)
     flat = {name: torch.randn(tensor.shape, generator=draws) for name, tensor in tensors.items()}
     save_file(flat, lora / WEIGHTS, metadata={"format": "pt"})
@@ -81,7 +81,7 @@ def test_the_default_gives_way_where_it_keeps_too_little(lora: Path) -> None:  #
 def test_a_refusal_names_a_size_that_keeps_ninety_percent(
     to: str,
     budget: dict[str, Any],
-    lora: Path,  # noqa: F811
+    lora: Path,
     tmp_path: Path,
 ) -> None:
     try:
@@ -98,15 +98,15 @@ def test_a_refusal_names_a_size_that_keeps_ninety_percent(
     assert report.kept == pytest.approx(1 - report.weight_error**2)
 
 
-def test_little_is_noted_with_the_option_that_helps(lora: Path) -> None:  # noqa: F811
+def test_little_is_noted_with_the_option_that_helps(lora: Path) -> None:
     _, report = surgery.convert(lora, "lora", max_error=0.6)
     assert 0.5 < report.kept < 0.8
     assert any("--ratio" in note and "--base" in note for note in report.notes)
 
 
 def test_with_data_kept_is_a_share_of_the_divergence(
-    lora: Path,  # noqa: F811
-    text_llama: Path,  # noqa: F811
+    lora: Path,
+    text_llama: Path,
     tmp_path: Path,
 ) -> None:
     data = write_rows(tmp_path / "texts.jsonl", text_rows(48))
@@ -164,7 +164,7 @@ def readers(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_every_reader_finds_the_same_change(
     budget: dict[str, Any],
     dtype: str,
-    lora: Path,  # noqa: F811
+    lora: Path,
     tmp_path: Path,
 ) -> None:
     _, report = surgery.convert(lora, "lora", tmp_path / "out", dtype=dtype, **budget)
@@ -184,7 +184,7 @@ def test_every_reader_finds_the_same_change(
         assert report.padding_bytes == 0 and {site.rank for site in report.sites} == {config["r"]}
 
 
-def test_per_layer_ranks_leave_the_zeros_out(lora: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_per_layer_ranks_leave_the_zeros_out(lora: Path, tmp_path: Path) -> None:
     _, padded = surgery.convert(lora, "lora", tmp_path / "padded", energy=0.9)
     _, own = surgery.convert(lora, "lora", tmp_path / "own", energy=0.9, per_layer_ranks=True)
     assert own.bytes < padded.bytes - 0.9 * padded.padding_bytes and own.weight_error == pytest.approx(

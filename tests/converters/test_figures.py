@@ -15,7 +15,7 @@ from surgery.converters import figures as conversion_figures
 from surgery.converters.figures import converted_sites, largest_difference, squared_norms
 from surgery.converters.request import Result
 from surgery.deltas.operators import Delta, LowRank
-from tests.converters.test_convert import trained
+from tests.helpers.conversions import trained
 from tests.helpers.models import load_base
 
 # Out, in, ranks of old and new: thin, flat, wider than a block of columns, and layers of one number.

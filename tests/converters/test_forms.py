@@ -15,7 +15,6 @@ from surgery.converters import forms
 from surgery.converters.forms import BUDGETS, FORMS, Form, FormOption, form_named
 from surgery.converters.to_lora import to_lora
 from surgery.errors import MethodError
-from tests.converters.test_convert import lora  # noqa: F401
 
 
 def test_names_are_known_without_torch() -> None:
@@ -25,7 +24,7 @@ def test_names_are_known_without_torch() -> None:
 
 
 @pytest.mark.parametrize("name", FORMS.names())
-def test_every_form_refuses_what_it_does_not_take(name: str, lora: Path, llama: Path) -> None:  # noqa: F811
+def test_every_form_refuses_what_it_does_not_take(name: str, lora: Path, llama: Path) -> None:
     form = form_named(name)
     assert callable(form.load()) and form.title and form.holds
     with pytest.raises(MethodError, match="unknown dtype"):
@@ -55,7 +54,7 @@ def twice(source: Any, request: Any) -> Any:
 ADDED = Form("twice", "a LoRA", "nothing", twice, options=(FormOption("doubled", "no", ("yes", "no"), "twice"),))
 
 
-def test_a_package_adds_a_form_through_its_entry_point(lora: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_a_package_adds_a_form_through_its_entry_point(lora: Path, tmp_path: Path, monkeypatch: Any) -> None:
     point = importlib.metadata.EntryPoint("twice", "tests.converters.test_forms:ADDED", "surgery.forms")
     monkeypatch.setattr(FORMS, "_added", {"twice": point})
     monkeypatch.setattr(FORMS, "_loaded", dict(FORMS._loaded))

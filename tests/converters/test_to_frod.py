@@ -16,10 +16,10 @@ from surgery.adapters.source import Change
 from surgery.converters.frod_fit import Problem, fit_role, solved
 from surgery.converters.to_frod import _problem
 from surgery.errors import MethodError, WrongBaseError
-from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
-from tests.converters.test_convert import WEIGHTS, dense, trained
+from tests.helpers.conversions import WEIGHTS, dense, trained
 from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
+from tests.helpers.stock_adapters import randomise
 
 PREFIX = "frod_portable_"
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.converters.smoa_fit import fit_masked
 from surgery.errors import MethodError, WrongBaseError
-from tests.adapters.test_stock_types import randomise
 from tests.converters.on_data import output_errors
-from tests.converters.test_convert import WEIGHTS, dense, trained
+from tests.helpers.conversions import WEIGHTS, dense, trained
 from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 from tests.helpers.smoa_reference import parts_of
+from tests.helpers.stock_adapters import randomise
 
 
 @pytest.fixture

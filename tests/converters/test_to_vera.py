@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.converters.vera_random import fitted_vectors
 from surgery.errors import MethodError
-from tests.adapters.test_stock_types import randomise
-from tests.converters.test_convert import WEIGHTS, dense, logits, trained
+from tests.helpers.conversions import WEIGHTS, dense, logits, trained
 from tests.helpers.models import load_base, relative_difference, save_model
+from tests.helpers.stock_adapters import randomise
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
 MODEL = "base_model.model."

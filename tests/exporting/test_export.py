@@ -18,10 +18,9 @@ from surgery.adapters.format_registry import FORMATS, AdapterParts
 from surgery.errors import AdapterError, OptionError, OutputError
 from surgery.exporting.export import export_targets, plain_parts, target_format
 from tests.helpers.adapters import make_adapter, peft_output, weight_changes
-from tests.helpers.models import load_base, model_inputs
-from tests.initialization.test_init import perturb
+from tests.helpers.exports import NAMES, converted, lora, stock
+from tests.helpers.models import load_base, model_inputs, perturb
 
-NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the gguf package is not installed")
 TARGETS = [
     "vllm",
@@ -30,10 +29,6 @@ TARGETS = [
     pytest.param("llama.cpp", marks=needs_gguf),
     pytest.param("ollama", marks=needs_gguf),
 ]
-
-
-def stock(config: Callable[[], Any]) -> Callable[[Path, Path], Path]:
-    return lambda base, folder: make_adapter(base, folder, config())
 
 
 def own(method: str) -> Callable[[Path, Path], Path]:
@@ -45,19 +40,6 @@ def own(method: str) -> Callable[[Path, Path], Path]:
         return folder
 
     return made
-
-
-def converted(to: str, **options: Any) -> Callable[[Path, Path], Path]:
-    def made(base: Path, folder: Path) -> Path:
-        plain = make_adapter(base, folder.with_name("plain"), lora())
-        surgery.convert(plain, to, folder, base=base, **options)
-        return folder
-
-    return made
-
-
-def lora(**settings: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": NAMES, "task_type": "CAUSAL_LM", **settings})
 
 
 # Types that a LoRA holds exactly, and those whose change has full rank.

@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from tests.exporting.test_export import converted, lora, stock
-from tests.formats.test_gguf import qwen
 from tests.helpers.adapters import peft_output, weight_changes
+from tests.helpers.exports import converted, lora, qwen, stock
 from tests.helpers.gguf_base import write_base
 from tests.helpers.models import load_base
 

@@ -8,25 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers as tf
 
 import surgery
 from surgery.errors import AdapterError
 from tests.helpers.adapters import make_adapter
-from tests.helpers.models import VOCAB, spread
+from tests.helpers.exports import qwen
 
 gguf = pytest.importorskip("gguf")
-
-
-def qwen(folder: Path, **settings: Any) -> Path:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    rope = {"rope_type": "default", "rope_theta": 1e6}  # which is what mlx-lm takes where it reads none
-    config = tf.Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, rope_parameters=rope, **{**sizes, **settings})
-    torch.manual_seed(0)
-    model = tf.Qwen2ForCausalLM(config)
-    spread(model)
-    model.save_pretrained(folder)
-    return folder
 
 
 def lora(targets: list[str], **settings: Any) -> peft.LoraConfig:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import AdapterError
-from tests.adapters.test_stock_types import saved
 from tests.helpers.models import load_base, model_inputs, output
+from tests.helpers.stock_adapters import saved
 
 
 @pytest.fixture

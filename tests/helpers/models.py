@@ -13,6 +13,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from surgery.passes.examples import Examples
+
 VOCAB = 61
 
 
@@ -201,3 +203,31 @@ def edit_tensors(
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Move every trained tensor by a seeded step, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(step.to(parameter.dtype) * 0.2)
+
+
+def ragged(kind: str, samples: int = 5) -> Examples:
+    """Samples of unequal length, labelled."""
+    generator = torch.Generator().manual_seed(5)
+    if kind == "vit":
+        batch = labelled_inputs(kind, samples)
+        return Examples([{name: value[i] for name, value in batch.items()} for i in range(samples)], [1] * samples, {})
+    features = []
+    for index in range(samples):
+        ids = torch.randint(3, VOCAB, (4 + 2 * index,), generator=generator)
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if kind == "t5":
+            row["labels"] = torch.randint(3, VOCAB, (9 - index,), generator=generator)
+        elif kind != "bert":
+            row["labels"] = torch.where(torch.arange(len(ids)) < index, -100, ids)  # part of it is the prompt
+        features.append(row)
+    return Examples(features, [1] * samples, {"input_ids": 0, "attention_mask": 0, "labels": -100})

@@ -14,23 +14,13 @@ from peft import PeftModel
 
 import surgery
 from surgery.methods.registry import method_names
-from tests.helpers.models import distance, load_base, model_inputs, output, relative_difference, start_options
+from tests.helpers.models import distance, load_base, model_inputs, output, perturb, relative_difference, start_options
 
 KINDS = ("minilm", "bert", "llama", "gpt2", "t5", "vit", "llama-bf16-sharded")
 # Exact zero by construction, except where the frozen bases are regenerated (tested further down).
 START_TOLERANCE = 1e-5
 
 ADAPTED = {"minilm": 36, "bert": 12, "llama": 21, "gpt2": 8, "t5": 36, "vit": 12, "llama-bf16-sharded": 21}
-
-
-def perturb(model: torch.nn.Module) -> None:
-    """Move every trained tensor by a seeded step, as training would."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                step = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(step.to(parameter.dtype) * 0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,71 +14,13 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import surgery
-from surgery.deltas.operators import LowRank, Sum
-from surgery.deltas.products import HadamardProduct, Kronecker, as_low_rank
-from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
-from surgery.display.heat_maps import short_number, short_roles
+from surgery.deltas.spectrum import effective_rank
 from surgery.errors import AdapterError, CheckpointError, MethodError, OutputError
 from surgery.storage import safetensors_read as tensor_files
-from tests.helpers.command_line import contents, invoke
+from tests.helpers.merges import trained
 from tests.helpers.models import edit_tensors, llama_config, load_base
-from tests.merging.test_merge import trained
 
 FILE = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def lora(llama: Path, tmp_path: Path) -> Path:
-    config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    return trained(load_base(llama), config, tmp_path / "lora")
-
-
-def pair(out: int, rank: int, size: int, seed: int) -> LowRank:
-    generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(out, rank, generator=generator), torch.randn(rank, size, generator=generator), 0.7)
-
-
-@pytest.mark.parametrize(
-    "delta",
-    [
-        pair(13, 4, 9, 0),
-        Sum([(1.5, pair(13, 2, 9, 0)), (-1.0, pair(13, 2, 9, 1))]),
-        HadamardProduct(pair(30, 2, 20, 0), pair(30, 3, 20, 1), 2.0),
-        Kronecker(pair(4, 2, 5, 0), pair(6, 1, 3, 1), -0.5),
-        Kronecker(as_low_rank(torch.randn(3, 4)), as_low_rank(torch.randn(5, 2)), 3.0),
-    ],
-)
-def test_singular_values_are_those_of_the_dense_matrix(delta: Any) -> None:
-    assert has_cheap_spectrum(delta)
-    expected = torch.linalg.svdvals(delta.dense().double())
-    found = singular_values(delta)
-    assert len(found) <= len(expected)
-    torch.testing.assert_close(found, expected[: len(found)], atol=1e-5, rtol=1e-5)
-    assert float(expected[len(found) :].sum()) < 1e-4
-    assert not torch.allclose(found * 1.01, expected[: len(found)], rtol=1e-5)
-
-
-def test_a_change_without_factors_is_decomposed_whole() -> None:
-    full = HadamardProduct(pair(6, 3, 5, 0), pair(6, 3, 5, 1))
-    assert not has_cheap_spectrum(full)
-    torch.testing.assert_close(singular_values(full), torch.linalg.svdvals(full.dense().double()))
-
-
-@pytest.mark.parametrize("share", [0.5, 0.95, 0.99, 1.0])
-def test_effective_rank_is_tight(share: float) -> None:
-    values = torch.rand(50, generator=torch.Generator().manual_seed(0)).sort(descending=True).values.double()
-    energy = values.square()
-    rank = effective_rank(values, share)
-    assert float(energy[:rank].sum() / energy.sum()) >= share - 1e-12
-    assert float(energy[: rank - 1].sum() / energy.sum()) < share
-
-
-def test_effective_rank_at_its_edges() -> None:
-    assert effective_rank(torch.zeros(4), 0.95) == 0
-    assert effective_rank(torch.zeros(0), 0.95) == 0
-    assert effective_rank(torch.tensor([2.0, 0.0, 0.0]), 1.0) == 1
-    assert effective_rank(torch.ones(7), 1.0) == 7
-    assert effective_rank(torch.tensor([3.0, 1.0]), 0.9) == 1  # exactly 9 of 10
 
 
 def test_an_adapter(lora: Path, llama: Path) -> None:
@@ -196,48 +138,6 @@ def test_carried_tensors_are_listed(llama: Path, tmp_path: Path) -> None:
     assert surgery.inspect(trained(load_base(llama), config, tmp_path / "lora")).carried == ["lm_head.weight"]
 
 
-@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
-def test_pictures(ending: str, lora: Path, model_folder, tmp_path: Path) -> None:
-    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending]
-    for name, path, options in (
-        ("lora", lora, {}),
-        ("model", model_folder("t5"), {}),
-        ("spectra", model_folder("gpt2"), {"spectra": True}),
-    ):
-        picture = tmp_path / f"{name}{ending}"
-        assert surgery.inspect(path, picture, **options).out == str(picture)
-        assert picture.read_bytes().startswith(begins) and picture.stat().st_size > 5000
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_picture_shows_every_layer_and_role(lora: Path, tmp_path: Path) -> None:
-    surgery.inspect(lora, tmp_path / "lora.svg")
-    text = (tmp_path / "lora.svg").read_text()
-    for words in ("self_attn.q_proj", "mlp.down_proj", "share of the squared norm", "lora: LORA adapter"):
-        assert f"<!-- {words}" in text
-
-
-def test_pictures_leave_pyplot_alone(lora: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = f"import sys, surgery; surgery.inspect({str(lora)!r}, {str(tmp_path / 'x.png')!r}); " + (
-        "sys.exit('matplotlib.pyplot' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
-
-
-def test_short_roles() -> None:
-    assert short_roles(["model.layers.*.self_attn.q_proj", "lm_head"]) == ["self_attn.q_proj", "lm_head"]
-    both = ["encoder.block.*.layer.0.q", "decoder.block.*.layer.0.q"]
-    assert short_roles(both) == ["encoder: layer.0.q", "decoder: layer.0.q"]
-
-
-def test_short_numbers() -> None:
-    numbers = [0.0, 0.0123, 4.56, 99.4, 99.6, 108.7, 1234.0, 1e6]
-    assert [short_number(number) for number in numbers] == ["0", "0.012", "4.6", "99", "100", "109", "1234", "1e+06"]
-
-
 def test_bad_input_is_named(lora: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(MethodError, match=r"ends with \.png"):
         surgery.inspect(lora, tmp_path / "lora.gif")
@@ -253,28 +153,3 @@ def test_bad_input_is_named(lora: Path, llama: Path, tmp_path: Path) -> None:
     (lora / FILE).write_bytes((lora / FILE).read_bytes()[:-10])
     with pytest.raises(AdapterError, match="not a complete safetensors file"):
         surgery.inspect(lora)
-
-
-class TestCommand:
-    """`surgery inspect` in the terminal."""
-
-    def test_the_table(self, lora: Path, tmp_path: Path) -> None:
-        before = contents(tmp_path)
-        result = invoke("inspect", lora, "-v")
-        assert result.exit_code == 0 and contents(tmp_path) == before
-        for words in ("LORA adapter, CAUSAL_LM", "6 changed", "95 % in", "model.layers.*.mlp.down_proj", "32 x 48"):
-            assert words in result.stdout
-        assert "model.layers.2.mlp.down_proj" in result.stdout
-
-    def test_json_is_all_there_is_on_stdout(self, lora: Path, tmp_path: Path) -> None:
-        result = invoke("inspect", lora, "--json", "--plot", tmp_path / "x.png")
-        found = json.loads(result.stdout)
-        assert {"command", "out", "bytes", "seconds", "modules"} <= set(found)
-        assert found["command"] == "inspect" and found["out"] == str(tmp_path / "x.png") and len(found["sites"]) == 6
-
-    def test_quiet_prints_the_size(self, lora: Path) -> None:
-        assert invoke("inspect", lora, "-q").stdout.endswith("iB\n")
-
-    def test_wrong_input_is_one_line_and_exit_1(self, tmp_path: Path) -> None:
-        result = invoke("inspect", tmp_path / "nowhere")
-        assert result.exit_code == 1 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1

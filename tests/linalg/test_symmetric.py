@@ -7,7 +7,7 @@ import torch
 
 from surgery.linalg import symmetric
 from surgery.linalg.joint import joint_basis
-from tests.linalg.test_joint import category
+from tests.helpers.joint_reference import category
 
 
 @pytest.fixture(params=["lapack", "torch"])

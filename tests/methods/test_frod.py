@@ -14,8 +14,8 @@ from peft import FrodConfig, PeftModel, get_peft_model
 
 import surgery
 from surgery.methods.frod import narrow_positions
+from tests.helpers.joint_reference import reference_basis, separated, up_to_signs
 from tests.helpers.models import load_base
-from tests.linalg.test_joint import reference_basis, separated, up_to_signs
 
 
 def stock_frod(folder: Path, targets: list[str]):

@@ -26,11 +26,11 @@ from tests.helpers.models import (
     minilm_folder,
     model_inputs,
     output,
+    perturb,
     relative_difference,
 )
 from tests.helpers.reference import Spectrum, angle, own_loss, spectrum, true_gradients
 from tests.helpers.texts import docstring_rows, write_rows
-from tests.initialization.test_init import perturb
 
 # (model, how its fused layers are split)
 MODELS: dict[str, tuple[str, dict[str, int] | None]] = {

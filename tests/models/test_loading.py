@@ -18,9 +18,9 @@ from surgery.models.base_model import BaseModel
 from surgery.models.loading import lacking_note
 from surgery.models.quantized import unquantized_name
 from surgery.storage.hub_cache import check_names
-from tests.adapters.test_stock_types import randomise
 from tests.architectures.specimens import save_specimen
 from tests.helpers.models import load_base, model_inputs, output, relative_difference, save_model
+from tests.helpers.stock_adapters import randomise
 
 
 def _lora(base: Path, folder: Path, *targets: str) -> Path:

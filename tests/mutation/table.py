@@ -51,6 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "adapters/test_weight_change.py",
         "adapters/test_stock_types.py",
         "merging/test_merge.py",
+        "merging/test_plan.py",
     ),
     "surgery/methods/frod.py": (
         "methods/test_frod.py",
@@ -65,12 +66,13 @@ TESTS: dict[str, tuple[str, ...]] = {
         NUMERICS,
         "peft_types/test_layer.py",
     ),
-    "surgery/adapters/on_base.py": (ON_BASE, "merging/test_merge.py"),
+    "surgery/adapters/on_base.py": (ON_BASE, "merging/test_merge.py", "merging/test_plan.py"),
     "surgery/methods/regeneration.py": (
         "methods/test_regeneration.py",
         "methods/test_inilora.py",
         "methods/test_frod.py",
         "merging/test_merge.py",
+        "merging/test_plan.py",
     ),
     "surgery/deltas/blocks.py": ("deltas/test_blocks.py", "peft_types/test_layer.py"),
     "surgery/linalg/spectral_scores.py": ("linalg/test_spectral_scores.py", "methods/test_smoa.py"),

@@ -20,29 +20,11 @@ from surgery.errors import AdapterError, MethodError
 from surgery.models.sites import linear_sites
 from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, Fidelity, fidelity
-from tests.helpers.models import VOCAB, build, labelled_inputs, load_base, spread
-from tests.merging.test_merge import TARGETS, trained
+from tests.helpers.merges import TARGETS, trained
+from tests.helpers.models import VOCAB, build, load_base, ragged, spread
 
 KINDS = ["llama", "gpt2", "t5", "vit", "bert"]
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-
-
-def ragged(kind: str, samples: int = 5) -> Examples:
-    """Samples of unequal length, labelled."""
-    generator = torch.Generator().manual_seed(5)
-    if kind == "vit":
-        batch = labelled_inputs(kind, samples)
-        return Examples([{name: value[i] for name, value in batch.items()} for i in range(samples)], [1] * samples, {})
-    features = []
-    for index in range(samples):
-        ids = torch.randint(3, VOCAB, (4 + 2 * index,), generator=generator)
-        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if kind == "t5":
-            row["labels"] = torch.randint(3, VOCAB, (9 - index,), generator=generator)
-        elif kind != "bert":
-            row["labels"] = torch.where(torch.arange(len(ids)) < index, -100, ids)  # part of it is the prompt
-        features.append(row)
-    return Examples(features, [1] * samples, PADDING)
 
 
 def applied_from(folder: Path) -> Applied:

@@ -22,9 +22,8 @@ from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, fidelity
 from surgery.passes.hooks import applied
 from surgery.passes.moments import gather_moments
-from tests.helpers.models import load_base, relative_difference
-from tests.merging.test_merge import outputs, tied_llama, trained
-from tests.passes.test_fidelity import ragged
+from tests.helpers.merges import outputs, tied_llama, trained
+from tests.helpers.models import load_base, ragged, relative_difference
 
 CASES: dict[str, dict[str, Any]] = {
     "copy of the head": {"modules_to_save": ["lm_head"]},

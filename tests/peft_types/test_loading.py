@@ -12,8 +12,7 @@ import transformers
 from peft import PeftModel
 
 import surgery
-from tests.helpers.models import load_base, model_inputs, output, relative_difference, start_options
-from tests.initialization.test_init import perturb
+from tests.helpers.models import load_base, model_inputs, output, perturb, relative_difference, start_options
 
 METHODS = ("vera", "giva", "inilora", "frod", "smoa")
 

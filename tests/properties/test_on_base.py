@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 
 import surgery
 from surgery.adapters.adapter import Adapter
-from tests.converters.test_convert import trained
+from tests.helpers.conversions import trained
 from tests.helpers.models import load_base, model_inputs, output, relative_difference, start_options
 from tests.properties.examples import SEEDS, examples, generator
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import surgery
 from surgery.errors import HubError
 from surgery.publishing.card import BEGIN, END, make_card, own_text
 from surgery.publishing.checks import Checked
+from tests.helpers.cards import BASE, REPO
 from tests.helpers.hub import make_adapter
 from tests.helpers.models import load_base
-
-REPO, BASE = "org/small", "bases/llama"
 
 
 def checked(**changes: Any) -> Checked:
@@ -143,9 +141,6 @@ def test_what_the_adapter_is(changes: dict[str, Any], words: list[str]) -> None:
     assert all(word in card for word in words), card
 
 
-# A user's own card
-
-
 OWN = """---
 license: mit
 # a comment of mine
@@ -219,9 +214,6 @@ def test_pefts_empty_template_is_nobodys_text(llama: Path, tmp_path: Path) -> No
     assert own_text(filled) != ""
 
 
-# The picture
-
-
 def test_the_picture(llama: Path, tmp_path: Path) -> None:
     """Drawn where the file says what it changes; the same each time; one of the folder's own is taken first."""
     lora = make_adapter("lora", llama, tmp_path / "lora")
@@ -239,18 +231,3 @@ def test_the_picture(llama: Path, tmp_path: Path) -> None:
             opened.tensors = {name: torch.zeros_like(tensor) for name, tensor in opened.tensors.items()}
             opened.save(made, force=True)
         assert ".png" not in surgery.push(made, REPO, base_model=BASE, dry_run=True).card
-
-
-def test_the_picture_is_of_the_numbers(llama: Path, tmp_path: Path) -> None:
-    """Other numbers, another picture."""
-    lora = make_adapter("lora", llama, tmp_path / "lora")
-    other = shutil.copytree(lora, tmp_path / "other")
-    opened = surgery.Adapter.open(other)
-    name = next(name for name in opened.tensors if "layers.0.self_attn.v_proj.lora_B" in name)
-    opened.tensors[name] *= 3
-    opened.save(other, force=True)
-    sizes = [
-        [file for file in surgery.push(folder, REPO, base_model=BASE, dry_run=True).files if file.path == "layers.png"]
-        for folder in (lora, other)
-    ]
-    assert sizes[0] != sizes[1]

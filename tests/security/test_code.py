@@ -16,8 +16,8 @@ import surgery
 from surgery.errors import CheckpointError
 from tests.fuzz.files import Canary
 from tests.helpers.command_line import invoke
+from tests.helpers.training_resumed import stopped
 from tests.security.conftest import Folders
-from tests.training.test_train_resume import stopped
 
 COMMANDS = list(Folders(Path()).commands())
 READS_WEIGHTS = [name for name in COMMANDS if name != "push"]
@@ -77,7 +77,7 @@ def test_state_of_a_training_is_numbers_alone(file: str, tmp_path: Path, folders
     (place / "data.jsonl").symlink_to(folders.data)
     stopped(place, tmp_path / "out", 12)
     write_pickle(tmp_path / ".out.unfinished" / "checkpoint-12" / file, tmp_path / "canary")
-    from tests.training.test_train_resume import OPTIONS
+    from tests.helpers.training_resumed import OPTIONS
 
     with pytest.raises(CheckpointError, match="holds more than numbers, of which nothing was run"):
         surgery.train(folders.lora, folders.model, folders.data, out=tmp_path / "out", resume=True, **OPTIONS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import surgery
-from tests.exporting.test_export import lora
 from tests.helpers.adapters import make_adapter
+from tests.helpers.exports import lora
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from surgery.errors import AdapterError, OptionError, OutputError, SurgeryError,
 from surgery.formats.vllm import VLLM
 from surgery.serving.cache import ENTRY
 from surgery.serving.store import INDEX, Store
-from tests.exporting.test_export import lora
 from tests.helpers.adapters import make_adapter, weight_changes
+from tests.helpers.exports import lora
 from tests.serving.conftest import edit
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import transformers
 import surgery
 from surgery.system.processes import Processes, processes
 from tests.helpers.models import build, spread
+from tests.helpers.processes import launch
 from tests.helpers.reference import angle
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 
@@ -39,13 +38,6 @@ for name, (model, data, options) in json.loads(sys.argv[1]).items():
     _, report = surgery.init(model, "giva", f"two/{name}", data=data, **options)
     sys.stdout.write(json.dumps([name, report.loss, report.samples]) + "\\n")  # in one piece
 """
-
-
-def launch(place: Path, *args: str, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a Python script in processes that talk to one another."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 import surgery
 from surgery.errors import AdapterError
-from tests.adapters.test_stock_types import saved
 from tests.helpers.models import load_base, model_inputs, output
+from tests.helpers.stock_adapters import saved
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -13,8 +13,9 @@ import surgery
 from surgery.adapters.types.base import TensorType
 from surgery.adapters.types.registry import ADAPTER_TYPES
 from surgery.errors import AdapterError
-from tests.adapters.test_stock_types import OTHERS, saved
+from tests.adapters.test_stock_types import OTHERS
 from tests.helpers.models import load_base, model_inputs, output
+from tests.helpers.stock_adapters import saved
 
 NAMES = ["q_proj", "k_proj", "down_proj"]
 

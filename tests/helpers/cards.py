@@ -1,0 +1,5 @@
+"""The names on the cards of the tests."""
+
+from __future__ import annotations
+
+REPO, BASE = "org/small", "bases/llama"
