@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from tests.helpers.bad_input import learner, model  # noqa: F401
+from tests.helpers.calls import calls_place  # noqa: F401
 from tests.helpers.models import minilm_folder, save_model
 
 transformers.logging.set_verbosity_error()

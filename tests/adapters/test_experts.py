@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import surgery
 from surgery.adapters.experts import experts_apart, experts_joined
 from surgery.errors import AdapterError, OptionError
+from tests.helpers.expert_cases import BOTH, made_on_experts
 from tests.helpers.kinds import base_of, trained, verbs
 from tests.helpers.models import edit_tensors, load_base
 
 FILE = "adapter_model.safetensors"
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Base, target modules, target parameters, further settings.
 KINDS: dict[str, tuple[str, list[str], list[str], dict[str, Any]]] = {
     "both parameters and attention": ("qwen_moe", ["q_proj"], BOTH, {}),
@@ -51,13 +51,6 @@ def test_as_stock_peft_has_it(name: str, tmp_path: Path) -> None:
     each = surgery.compare(tmp_path / "made", tmp_path / "each", base=base).weight_error
     assert 0 < each < 0.8
     peft.PeftModel.from_pretrained(load_base(base), tmp_path / "each")
-
-
-def made_on_experts(folder: Path, kind: str = "qwen_moe") -> tuple[Path, Path]:
-    base = base_of(kind, folder / "base")
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=BOTH)
-    trained(base, folder / "made", config, 0.3)
-    return base, folder / "made"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -137,29 +130,3 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     del apart[f"{name}.down_proj.2.lora_A.weight"]
     with pytest.raises(AdapterError, match="experts are missing"):
         experts_joined(config, apart)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_packed_experts_train_merge_and_unload(tmp_path: Path) -> None:
-    base, made = made_on_experts(tmp_path)
-    giva, report = surgery.convert(made, "giva", tmp_path / "giva", base=base, ratio=8)
-    assert report.kept > 0.3 and set(giva.config["target_parameters"]) >= {"model.layers.0.mlp.experts.down_proj"}
-    model = surgery.load(tmp_path / "giva", load_base(base), is_trainable=True)
-    ids = torch.arange(3, 33).reshape(2, 15)
-    want = model(input_ids=ids, labels=ids)
-    want.loss.backward()
-    gradients = [p.grad for n, p in model.named_parameters() if "experts" in n and n.endswith("giva_o.default")]
-    assert gradients and any(g is not None and bool(g.any()) for g in gradients)
-    model.merge_adapter()
-    merged = model(input_ids=ids).logits
-    model.unmerge_adapter()
-    again = model(input_ids=ids).logits
-    with model.disable_adapter():
-        bare = model(input_ids=ids).logits
-    assert torch.equal(bare, load_base(base)(input_ids=ids).logits) and torch.equal(again, want.logits)
-    assert torch.allclose(merged, want.logits, atol=1e-4) and not torch.allclose(bare, merged, atol=1e-2)
-    model.save_pretrained(tmp_path / "again")
-    assert surgery.compare(tmp_path / "giva", tmp_path / "again").weight_error < 1e-6
-    unloaded = model.merge_and_unload()
-    assert torch.allclose(unloaded(input_ids=ids).logits, merged, atol=1e-5)
-    assert type(unloaded.get_submodule("model.layers.0.mlp.experts")).__name__ == "Qwen3MoeExperts"

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.prototype import uniform
-from surgery.codec import workers
 from surgery.codec.factors import decode_factors
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Metric, compress
+from tests.helpers.coded_models import Factors, in_bytes, layer_of, metric_of, model
 
-Factors = tuple[torch.Tensor, torch.Tensor]
 DAMPING = 0.1
-
-
-def layer_of(out: int, into: int, rank: int, seed: int, power: float = 1.0) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    falling = torch.arange(1, rank + 1) ** -power * float(torch.randn(1, generator=generator).exp())
-    return torch.randn(out, rank, generator=generator) * falling, torch.randn(rank, into, generator=generator) * 0.1
-
-
-def model(count: int = 8, power: float = 1.0) -> list[Factors]:
-    shapes = [(64, 48), (48, 64), (160, 48), (48, 160)]
-    return [layer_of(*shapes[index % 4], 8, index, power) for index in range(count)]
-
-
-def moment(size: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.randn(2 * size, size, generator=generator).double()
-    samples = samples @ torch.randn(size, size, generator=generator).double() * torch.arange(1, size + 1) ** -0.6
-    return samples.T @ samples / len(samples)
-
-
-def metric_of(layers: list[Factors]) -> Metric:
-    pairs = [(moment(A.shape[1], 2 * index), moment(B.shape[0], 2 * index + 1)) for index, (B, A) in enumerate(layers)]
-    return lambda index: pairs[index]
-
-
-def in_bytes(layers: list[Factors], size: int, **options: object) -> Compressed:
-    return compress(layers, Goal(size=size), **options)  # type: ignore[arg-type]
 
 
 def losses(
@@ -225,58 +196,3 @@ def test_budgets_that_hold_nothing() -> None:
         with pytest.raises(DoesNotFit) as caught:
             in_bytes(nothing, 1000)
         assert caught.value.enough == 0
-
-
-@pytest.mark.parametrize("with_metric", [False, True])
-def test_threads_and_memory_change_nothing(with_metric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = model(10)
-    metric = metric_of(layers) if with_metric else None
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(in_bytes(layers, 3000, metric=metric).data)
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert all(np.array_equal(each, found[0]) for each in found)
-    asked: list[int] = []
-
-    def counted(index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        asked.append(index)
-        return metric(index) if metric else (None, None)
-
-    kept = in_bytes(layers, 3000, metric=counted)
-    few = len(asked)
-    monkeypatch.setattr(workers, "KEPT", 100_000)
-    monkeypatch.setattr(workers, "AT_WORK", 800_000)
-    dropped = in_bytes(layers, 3000, metric=counted)
-    if with_metric:
-        assert few == len(layers) + 1 < len(asked) - few
-    assert dropped.relative_error == pytest.approx(kept.relative_error, rel=0.01)
-
-
-def test_progress_and_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int]] = []
-    in_bytes(model(5), 1000, progress=lambda done, whole: seen.append((done, whole)))
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
-    assert all(done <= whole for done, whole in seen) and len(seen) >= 10
-
-    class Stopped(Exception):
-        pass
-
-    def stop(done: int, whole: int) -> None:
-        raise Stopped
-
-    asked: list[int] = []
-
-    def none(index: int) -> tuple[None, None]:
-        asked.append(index)
-        time.sleep(0.01)
-        return None, None
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(Stopped):
-        in_bytes(model(100), 1000, metric=none, progress=stop)
-    assert len(asked) < 50  # the rest is not worked on any more

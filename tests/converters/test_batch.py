@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,33 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.converters import batch as batch_module
-from surgery.converters.batch_members import adapter_folders, members_of
-from surgery.errors import AdapterError, MethodError, SurgeryError
-from tests.helpers.conversions import WEIGHTS, trained
-from tests.helpers.models import llama_config, load_base
-from tests.helpers.texts import text_rows, write_rows
-
-
-@pytest.fixture
-def loras(llama: Path, tmp_path: Path) -> Path:
-    """A folder of three small LoRAs."""
-    for seed, name in enumerate("abc"):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        trained(load_base(llama), config, tmp_path / "loras" / name, seed)
-    return tmp_path / "loras"
-
-
-def truncate(folder: Path) -> None:
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[:100])
+from surgery.errors import SurgeryError
+from tests.helpers.batches import truncate
+from tests.helpers.conversions import WEIGHTS
 
 
 def states(report: surgery.BatchReport) -> dict[str, str]:
@@ -103,56 +82,6 @@ def test_an_output_that_is_not_a_batchs_is_left_alone(loras: Path, tmp_path: Pat
     assert states(report) == {"a": "failed", "b": "done", "c": "done"}
     assert "not empty" in str(report.entries[0].error)
     assert (tmp_path / "out" / "a" / "notes.txt").read_text() == "mine"
-
-
-def test_members_are_found_and_named(loras: Path, llama: Path, tmp_path: Path) -> None:
-    (loras / "logs").mkdir()
-    shutil.copytree(llama, loras / "base")
-    assert [each.name for each in adapter_folders(loras)] == ["a", "b", "c"]
-    assert adapter_folders(loras / "a") == [] and adapter_folders(Path("org/name")) == []
-    other = tmp_path / "others" / "a"
-    shutil.copytree(loras / "a", other)
-    names = [member.name for member in members_of([loras, loras / "a", other], None)]
-    assert names == ["loras-a", "b", "c", "others-a"]
-    run = tmp_path / "run"
-    for step in (9, 10):
-        shutil.copytree(loras / "a", run / f"checkpoint-{step}")
-    with pytest.raises(AdapterError, match=r"newest, .*checkpoint-10"):
-        adapter_folders(run)
-    with pytest.raises(MethodError, match="folder of 3 adapters: give it in a list"):
-        surgery.convert(loras, "giva")
-
-
-def test_members_go_to_the_base_that_they_name_or_fit(llama: Path, loras: Path, tmp_path: Path) -> None:
-    wide = tmp_path / "wide"
-    transformers.LlamaForCausalLM(llama_config(hidden_size=64)).save_pretrained(wide)
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trained(load_base(wide), config, loras / "w")
-    for name, base in (("a", str(llama)), ("b", ""), ("c", str(llama)), ("w", "")):
-        path = loras / name / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
-    report = surgery.convert([loras], "giva", ratio=2, base=[wide, llama])
-    assert [entry.error for entry in report.entries] == [None] * 4
-    assert [each.base for _, each in report] == [str(llama)] * 3 + [str(wide)]
-
-
-def test_statistics_grow_and_a_layer_without_gradient_is_noted(
-    loras: Path,
-    text_llama: Path,
-    tmp_path: Path,
-) -> None:
-    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
-    trained(load_base(text_llama), config, loras / "k")
-    data, stats = write_rows(tmp_path / "texts.jsonl", text_rows(40)), tmp_path / "base.stats"
-    options: dict[str, Any] = {"base": text_llama, "data": data, "samples": 16, "ratio": 2, "stats": stats}
-    narrow = surgery.convert(loras / "a", "giva", **options)[1]
-    size = stats.stat().st_size
-    both = surgery.convert([loras / "k", loras / "a"], "giva", **options)
-    assert stats.stat().st_size > size and not both.failed
-    assert both[1][1].output_error == narrow.output_error
-    size = stats.stat().st_size
-    surgery.convert([loras / "a", loras / "k"], "giva", **options)
-    assert stats.stat().st_size == size
 
 
 def test_processes_do_what_one_does(loras: Path, tmp_path: Path) -> None:
@@ -221,18 +150,3 @@ def test_an_interruption_says_what_is_finished(jobs: int, loras: Path, tmp_path:
     assert 1 <= said <= len(stamps(tmp_path / "out")) < 43
     report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
     assert not report.failed and sum(entry.state == "skipped" for entry in report.entries) >= said
-
-
-def test_the_command_prints_a_row_for_each_and_draws(loras: Path, tmp_path: Path) -> None:
-    truncate(loras / "c")
-    call = [sys.executable, "-m", "surgery", "convert", loras, "--to", "giva", "--ratio", "2", "-o", tmp_path / "out"]
-    words = [*map(str, call), "--plot", str(tmp_path / "batch.svg")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    rows = done.stdout.splitlines()
-    assert done.returncode == 1 and rows[0].split()[0] == "adapter"
-    assert [row.split()[0] for row in rows[1:4]] == ["a", "b", "c"] and "failed: " in rows[3]
-    assert rows[-1].startswith("2 done, 1 failed")
-    picture = (tmp_path / "batch.svg").read_text()
-    assert "2 adapters as giva, 1 failed" in picture and "LORA" in picture
-    told = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=False).stdout)
-    assert [each["state"] for each in told["adapters"]] == ["skipped", "skipped", "failed"]

@@ -2,86 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.adapters.format_registry import FORMATS, AdapterParts
+from surgery.adapters.format_registry import FORMATS
 from surgery.errors import AdapterError, OptionError, OutputError
 from surgery.exporting.export import export_targets, plain_parts, target_format
 from tests.helpers.adapters import make_adapter, peft_output, weight_changes
-from tests.helpers.exports import NAMES, converted, lora, stock
-from tests.helpers.models import load_base, model_inputs, perturb
-
-needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the gguf package is not installed")
-TARGETS = [
-    "vllm",
-    "sglang",
-    "mlx",
-    pytest.param("llama.cpp", marks=needs_gguf),
-    pytest.param("ollama", marks=needs_gguf),
-]
-
-
-def own(method: str) -> Callable[[Path, Path], Path]:
-    def made(base: Path, folder: Path) -> Path:
-        surgery.init(base, method, folder.with_name("start"), target=NAMES)
-        model = peft.PeftModel.from_pretrained(load_base(base), folder.with_name("start"), is_trainable=True)
-        perturb(model)
-        model.save_pretrained(folder)
-        return folder
-
-    return made
-
-
-# Types that a LoRA holds exactly, and those whose change has full rank.
-EXACT: dict[str, Callable[[Path, Path], Path]] = {
-    "lora": stock(lora),
-    "lora with patterns": stock(lambda: lora(rank_pattern={"k_proj": 2}, alpha_pattern={"q_proj": 11})),
-    "rslora": stock(lambda: lora(use_rslora=True)),
-    "adalora": stock(lambda: peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=10, target_modules=NAMES)),
-    "loha": stock(lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=NAMES)),
-    "lokr": stock(lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=NAMES, decompose_both=True)),
-    "vera": stock(lambda: peft.VeraConfig(r=5, target_modules=["q_proj"])),
-    "packed giva": converted("giva", energy=1.0),
-    "inilora": own("inilora"),
-}
-FULL: dict[str, Callable[[Path, Path], Path]] = {
-    "dora": stock(lambda: lora(use_dora=True)),
-    "hira": stock(lambda: peft.HiraConfig(r=4, target_modules=NAMES)),
-    "ia3": stock(lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"])),
-    "frod": own("frod"),
-    "smoa": own("smoa"),
-}
-
-
-def written_changes(to: str, folder: Path, parts: AdapterParts) -> dict[str, torch.Tensor]:
-    """dW of the files by the target's rule, under the model's names and with the model's rows."""
-    target = target_format(to)
-    modules = {place.name: (module, place.rows) for module, place in target.places(parts).items()}
-    found = {}
-    for name, change in target.changes(folder):
-        module, rows = modules[name]
-        back = change.clone()
-        if rows is not None:
-            back[rows] = change
-        found[module] = back.double()
-    return found
-
-
-def difference(want: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
-    """Root of the summed squared differences over that of the wanted changes; what only one has counts as zeros."""
-    zeros = {name: torch.zeros(1, dtype=torch.float64) for name in {*want, *found}}
-    lost = sum(float((want.get(name, zeros[name]) - found.get(name, zeros[name])).square().sum()) for name in zeros)
-    return (lost / sum(float(change.square().sum()) for change in want.values())) ** 0.5
+from tests.helpers.exports import EXACT, TARGETS, difference, lora, written_changes
+from tests.helpers.models import model_inputs
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -94,63 +27,6 @@ def test_the_server_computes_what_peft_does(kind: str, to: str, llama: Path, tmp
     _, _, parts = plain_parts(surgery.Adapter.open(folder), target_format(to), llama)
     assert difference(want, written_changes(to, tmp_path / "out", parts)) <= 1e-5
     assert report.exact and report.weight_error <= 1e-6 and report.to == to and report.modules == len(report.sites)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("to", TARGETS)
-@pytest.mark.parametrize("kind", FULL)
-def test_a_full_change_is_refused_or_cut_with_its_error(kind: str, to: str, llama: Path, tmp_path: Path) -> None:
-    folder = FULL[kind](llama, tmp_path / "adapter")
-    want = weight_changes(llama, folder)
-    with pytest.raises(AdapterError, match="full rank; say with --rank or --energy"):
-        surgery.export(folder, to, tmp_path / "out", base=llama)
-    assert not (tmp_path / "out").exists()
-    report = surgery.export(folder, to, tmp_path / "out", base=llama, rank=6)
-    _, _, parts = plain_parts(surgery.Adapter.open(folder), target_format(to), llama, rank=6)
-    error = difference(want, written_changes(to, tmp_path / "out", parts))
-    # No matrix of rank 6 is nearer (Eckart and Young).
-    tails = [torch.linalg.svdvals(change)[6:].square().sum() for change in want.values()]
-    best = float(sum(tails) / sum(change.square().sum() for change in want.values())) ** 0.5
-    assert 0.001 < best <= 1.00001 * error and error <= 1.001 * best + 1e-5
-    assert report.weight_error == pytest.approx(error, rel=1e-3) and not report.exact and report.rank == 6
-
-
-def test_the_file_is_one_rank_and_one_scale(llama: Path, tmp_path: Path) -> None:
-    folder = EXACT["lora with patterns"](llama, tmp_path / "adapter")
-    report = surgery.export(folder, "vllm", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 4 and not config["rank_pattern"] and not config["alpha_pattern"]
-    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {4}
-    assert report.padding_bytes > 0 and any("zeros" in note for note in report.notes)
-    assert report.settings == {"max_lora_rank": 8} and "--max-lora-rank 8" in report.commands[0]
-
-
-def test_a_plain_lora_stays_as_it_is_to_the_last_bit(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "adapter", lora(lora_alpha=7), dtype=torch.bfloat16)
-    report = surgery.export(folder, "vllm", tmp_path / "out")
-    old, new = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
-    assert report.dtype == "bfloat16" and report.weight_error == 0 and old.keys() == new.keys()
-    assert surgery.export(folder, "vllm", dry_run=True, dtype=torch.float16).dtype == "float16"
-    assert surgery.export(folder, "vllm", dry_run=True, dtype="fp32").dtype == "float32"
-    assert all(torch.equal(old[name], new[name]) for name in old)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 7
-
-
-def test_rank_and_energy_cut_and_say_what_is_lost(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "adapter", lora(r=8))
-    want = weight_changes(llama, folder)
-    by_rank = surgery.export(folder, "vllm", dry_run=True, rank=3)
-    tails = sum(torch.linalg.svdvals(change)[3:].square().sum() for change in want.values())
-    assert by_rank.weight_error == pytest.approx(
-        float(tails / sum(change.square().sum() for change in want.values())) ** 0.5, rel=1e-4
-    )
-    by_energy = surgery.export(folder, "vllm", dry_run=True, energy=0.9)
-    assert all(1 - site.weight_error**2 >= 0.9 for site in by_energy.sites) and 3 < by_energy.rank < 8
-    lower = surgery.export(folder, "vllm", dry_run=True, rank=by_energy.rank - 1)
-    assert any(1 - site.weight_error**2 < 0.9 for site in lower.sites)
-    assert surgery.export(folder, "vllm", dry_run=True, energy=1.0).exact
-    assert surgery.export(folder, "vllm", dry_run=True, rank=16).rank == 8
 
 
 def test_a_dry_run_says_what_the_run_says_and_writes_nothing(llama: Path, tmp_path: Path) -> None:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
 
 import surgery
 from surgery.errors import AdapterError
 from tests.helpers.adapters import make_adapter
-from tests.helpers.exports import qwen
+from tests.helpers.exports import gguf_lora, qwen
 
 gguf = pytest.importorskip("gguf")
 
 
-def lora(targets: list[str], **settings: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **settings)
-
-
 def test_header_names_and_shapes(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj", "down_proj"]))
+    folder = make_adapter(llama, tmp_path / "lora", gguf_lora(["q_proj", "down_proj"]))
     surgery.export(folder, "llama.cpp", tmp_path / "out", base=llama)
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
     facts = {name: reader.get_field(name).contents() for name in reader.fields if not name.startswith("GGUF.")}
@@ -38,7 +32,7 @@ def test_header_names_and_shapes(llama: Path, tmp_path: Path) -> None:
 
 
 def test_q_and_k_of_llama_are_in_the_order_of_pairs(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj", "k_proj", "v_proj"]))
+    folder = make_adapter(llama, tmp_path / "lora", gguf_lora(["q_proj", "k_proj", "v_proj"]))
     surgery.export(folder, "llama.cpp", tmp_path / "out", base=llama)
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
@@ -61,7 +55,7 @@ def test_q_and_k_of_llama_are_in_the_order_of_pairs(llama: Path, tmp_path: Path)
 )
 def test_types(dtype: str, expected: set[str], error: float, tmp_path: Path) -> None:
     base = qwen(tmp_path / "model")
-    folder = make_adapter(base, tmp_path / "lora", lora(["q_proj"]))
+    folder = make_adapter(base, tmp_path / "lora", gguf_lora(["q_proj"]))
     report = surgery.export(folder, "llama.cpp", tmp_path / "out", base=base, dtype=dtype)
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} == expected
@@ -72,14 +66,14 @@ def test_types(dtype: str, expected: set[str], error: float, tmp_path: Path) -> 
 
 
 def test_what_llama_cpp_does_not_adapt_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj", "lm_head"]))
+    folder = make_adapter(llama, tmp_path / "lora", gguf_lora(["q_proj", "lm_head"]))
     with pytest.raises(AdapterError, match=r"lm_head is the output head, which llama\.cpp does not adapt"):
         surgery.export(folder, "llama.cpp", tmp_path / "out", base=llama)
 
 
 def test_another_kind_of_model_is_refused_by_name(model_folder, tmp_path: Path) -> None:
     base = model_folder("mixtral")
-    folder = make_adapter(base, tmp_path / "lora", lora(["q_proj"]))
+    folder = make_adapter(base, tmp_path / "lora", gguf_lora(["q_proj"]))
     with pytest.raises(
         AdapterError, match=r"models of the type mixtral are not exported to llama\.cpp yet, only .*llama"
     ):
@@ -88,21 +82,14 @@ def test_another_kind_of_model_is_refused_by_name(model_folder, tmp_path: Path) 
 
 def test_conv1d_of_gpt2(model_folder, tmp_path: Path) -> None:
     base = model_folder("gpt2")
-    folder = make_adapter(base, tmp_path / "lora", lora(["c_attn"], fan_in_fan_out=True))
+    folder = make_adapter(base, tmp_path / "lora", gguf_lora(["c_attn"], fan_in_fan_out=True))
     surgery.export(folder, "llama.cpp", tmp_path / "out", base=base)
     shapes = {t.name: [int(n) for n in t.shape] for t in gguf.GGUFReader(tmp_path / "out" / "adapter.gguf").tensors}
     assert shapes["blk.0.attn_qkv.weight.lora_b"] == [4, 96]
 
 
 def test_a_folder_of_gguf_is_named_when_it_is_read(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj"]))
+    folder = make_adapter(llama, tmp_path / "lora", gguf_lora(["q_proj"]))
     surgery.export(folder, "llama.cpp", tmp_path / "out", base=llama)
     with pytest.raises(AdapterError, match=r"adapters for llama\.cpp are written, not read"):
         surgery.Adapter.open(tmp_path / "out")
-
-
-def test_ollamas_modelfile(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj"]))
-    report = surgery.export(folder, "ollama", tmp_path / "out", base=llama)
-    assert (tmp_path / "out" / "Modelfile").read_text().endswith("ADAPTER ./adapter.gguf\n")
-    assert report.commands[0].startswith("ollama create out -f")

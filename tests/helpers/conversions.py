@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from tests.helpers.models import load_base, model_inputs, output
+from tests.helpers.models import llama_config, load_base, model_inputs, output, save_model
+from tests.helpers.texts import save_tokenizer
 
 
 def trained(model: Any, config: Any, folder: Path, seed: int = 0) -> Path:
@@ -55,3 +57,35 @@ def dense(adapter: Path, module: str) -> torch.Tensor:
     rank = A.shape[0]
     alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
     return B @ A * (alpha / rank)
+
+
+@pytest.fixture
+def headed(tmp_path: Path) -> Path:
+    """A LoRA beside a head that is most of its file."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(llama_config(num_labels=700, pad_token_id=0))
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
+    return trained(model, config, tmp_path / "headed")
+
+
+def head_bytes(folder: Path) -> int:
+    return sum(t.nbytes for name, t in load_file(folder / WEIGHTS).items() if "score" in name)
+
+
+def readers(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """dW of every layer by the rules of llama.cpp (alpha / own rank) and of SGLang (alpha / r)."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
+    found: dict[str, dict[str, torch.Tensor]] = {"llama.cpp": {}, "sglang": {}}
+    for name, A in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            product = tensors[name.replace("lora_A", "lora_B")].double() @ A.double()
+            found["llama.cpp"][module] = config["lora_alpha"] / A.shape[0] * product
+            found["sglang"][module] = config["lora_alpha"] / config["r"] * product
+    return found
+
+
+@pytest.fixture
+def text_llama(tmp_path: Path) -> Path:
+    """The tiny Llama with a tokenizer; its weights are those of `llama`."""
+    return save_tokenizer(save_model("llama", tmp_path / "text-llama"))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from enum import Enum
 from pathlib import Path
 
@@ -26,94 +23,7 @@ from surgery.methods.registry import (
     own_infos,
     own_types,
 )
-
-# One file holds the row and the formulas: dW = diag(t), a vector on the diagonal of a square weight.
-FORMULAS = """
-from dataclasses import dataclass
-from typing import ClassVar
-import torch
-from surgery.deltas.operators import LowRank
-from surgery.methods.base import OwnConfig, OwnMethod, Role, Spec
-from surgery.methods.catalogue import MethodInfo
-
-INFO = MethodInfo(
-    name="tilt", title="Tilt", peft_type="TILT", module="tilting", change="diag(t)", trains="t (out)",
-    stores="nothing", paper="none", reads_weights=False,
-)
-
-@dataclass
-class TiltConfig(OwnConfig):
-    info: ClassVar[MethodInfo] = INFO
-
-class Tilt(OwnMethod):
-    config_class = TiltConfig
-    high, wide = ("t",), ()
-    specs = (Spec("t", Role.TRAINABLE),)
-
-    def make_config(self, options, common):
-        return TiltConfig(**common)
-
-    def shapes(self, config, site):
-        return {"t": (site.out_features,)}
-
-    def trainables(self, config, site, frozen):
-        return {"t": torch.zeros(site.out_features)}
-
-    def delta(self, config, tensors, weight, module=""):
-        return LowRank(torch.diag(tensors["t"]), torch.eye(len(tensors["t"])))
-
-METHODS = {"tilt": Tilt(INFO)}
-"""
-
-
-@pytest.fixture
-def installed(tmp_path: Path):
-    """Install a package with an entry point `name = value` beside its modules; returns how to run code with it."""
-
-    def install(modules: dict[str, str], name: str = "tilt", value: str = "tilting:INFO"):
-        place = tmp_path / "site"
-        for module, text in modules.items():
-            (place / module).parent.mkdir(parents=True, exist_ok=True)
-            (place / module).write_text(text)
-        (place / "tilting-1.dist-info").mkdir()
-        (place / "tilting-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tilting\nVersion: 1\n")
-        (place / "tilting-1.dist-info" / "entry_points.txt").write_text(f"[surgery.methods]\n{name} = {value}\n")
-        paths = os.pathsep.join([str(place), str(Path(__file__).parents[2])])
-
-        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-            environment = {**os.environ, "PYTHONPATH": paths}
-            return subprocess.run(
-                [sys.executable, *arguments], check=False, capture_output=True, text=True, env=environment, cwd=tmp_path
-            )
-
-        return run
-
-    return install
-
-
-KNOWN_TO_PEFT = """
-import torch, peft, pickle
-from torch import nn
-base = nn.Sequential(nn.Linear(4, 4))
-model = peft.get_peft_model(base, tilting.TiltConfig(target_modules=["0"]))
-with torch.no_grad():
-    model.get_parameter("base_model.model.0.tilt_t.default").fill_(0.5)
-x = torch.randn(2, 4)
-expected = base(x)
-model.save_pretrained("saved")
-again = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "saved")
-again.base_model.model[0].base_layer.load_state_dict(base[0].base_layer.state_dict())
-assert torch.equal(again(x), expected)
-assert torch.equal(pickle.loads(pickle.dumps(again))(x), expected)
-import surgery
-assert surgery.Adapter.open("saved").delta("0").dense().diagonal().tolist() == [0.5] * 4
-"""
-
-
-@pytest.mark.parametrize("first", ["import tilting", "import peft, surgery, tilting", "import surgery, peft, tilting"])
-def test_a_plugins_type_is_known_to_peft_whatever_is_imported_first(installed, first: str) -> None:
-    result = installed({"tilting.py": FORMULAS})("-c", first + KNOWN_TO_PEFT)
-    assert result.returncode == 0, result.stderr
+from tests.helpers.plugin_methods import FORMULAS
 
 
 def test_a_plugins_method_is_on_the_command_line(installed, model_folder, tmp_path: Path) -> None:

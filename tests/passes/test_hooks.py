@@ -7,45 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import PeftModel
 
-import surgery
-from surgery.adapters.source import Source
-from surgery.converters.calibration import Calibration, carried_in
+from surgery.converters.calibration import carried_in
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError
-from surgery.models.base_model import BaseModel
 from surgery.passes.examples import Examples
 from surgery.passes.fidelity import Applied, fidelity
 from surgery.passes.hooks import applied
-from surgery.passes.moments import gather_moments
-from tests.helpers.merges import outputs, tied_llama, trained
-from tests.helpers.models import load_base, ragged, relative_difference
-
-CASES: dict[str, dict[str, Any]] = {
-    "copy of the head": {"modules_to_save": ["lm_head"]},
-    "copy of the embeddings": {"modules_to_save": ["embed_tokens"]},
-    "copies of both": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "one copy for both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "LoRA on the head": {"target_modules": ["q_proj", "down_proj", "lm_head"]},
-}
-
-
-@pytest.fixture(params=CASES)
-def tied(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A Llama whose head is its embedding, and a LoRA that changes one or both of the two."""
-    base = tied_llama(tmp_path / "base")
-    config = peft.LoraConfig(
-        r=3, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "down_proj"], **CASES[request.param]}
-    )
-    return base, trained(load_base(base), config, tmp_path / "adapter")
-
-
-def source_on(base: Path, adapter: Path) -> Source:
-    return Source.open(surgery.Adapter.open(adapter), BaseModel.open(base), torch.device("cpu"))
+from tests.helpers.hooked import source_on
+from tests.helpers.merges import outputs, tied_llama
+from tests.helpers.models import load_base, relative_difference
 
 
 def test_tied_weights_come_apart_as_they_do_in_peft(tied: tuple[Path, Path]) -> None:
@@ -66,26 +40,6 @@ def test_tied_weights_come_apart_as_they_do_in_peft(tied: tuple[Path, Path]) -> 
     if source.adapter.config["modules_to_save"]:
         with applied(model, deltas):
             assert relative_difference(outputs(model), expected) > 0.03
-
-
-def test_calibration_measures_the_model_that_peft_makes(tied: tuple[Path, Path]) -> None:
-    base, adapter = tied
-    source = source_on(base, adapter)
-    examples = ragged("llama")
-    calibration = Calibration(load_base(base), source, examples, batch_size=2)
-    given = calibration.moments_of(source.sites)
-    found = {site: moments for site, moments in given.items() if moments is not None}
-    assert len(found) == len(source.sites)
-    reference = PeftModel.from_pretrained(load_base(base), adapter).eval().get_base_model()
-    expected = gather_moments(reference, calibration.feed(), list(source.sites))
-    for site, moments in found.items():
-        wanted = expected[site.module]
-        assert relative_difference(moments.F, wanted.F) < 1e-4, site.module
-        # A first token's query has one key to choose from: rounding decides whether the loss feels it.
-        assert "q_proj" in site.module or relative_difference(moments.C, wanted.C) < 1e-4, site.module
-    # A control: the bare model's are others.
-    bare = gather_moments(load_base(base), calibration.feed(), list(source.sites))
-    assert max(relative_difference(found[site].F, bare[site.module].F) for site in found) > 0.1
 
 
 def test_what_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:

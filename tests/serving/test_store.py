@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,22 +18,11 @@ from safetensors.torch import load_file
 
 from surgery.errors import AdapterError, OptionError, OutputError, SurgeryError, WrongBaseError
 from surgery.formats.vllm import VLLM
-from surgery.serving.cache import ENTRY
 from surgery.serving.store import INDEX, Store
 from tests.helpers.adapters import make_adapter, weight_changes
 from tests.helpers.exports import lora
+from tests.helpers.stores import entries
 from tests.serving.conftest import edit
-
-
-@pytest.fixture
-def store(packed: Path, tmp_path: Path) -> Store:
-    for name in ("ada", "bob", "team/cy"):
-        shutil.copytree(packed, tmp_path / "adapters" / name)
-    return Store(tmp_path / "adapters", tmp_path / "cache", dtype="float32")
-
-
-def entries(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if not path.name.startswith("."))
 
 
 def test_a_request_gets_the_lora_that_peft_computes(store: Store, packed: Path, llama: Path) -> None:
@@ -87,15 +74,6 @@ def test_absent_and_wrong_base(store: Store) -> None:
     assert Store(store.folder, store.cache.folder, base="org/base").get("ada").is_dir()
 
 
-def test_ids_are_the_same_everywhere(store: Store) -> None:
-    code = "from surgery.serving.store import Store; print(Store.id_of('ada'), Store.id_of('team/cy'))"
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    assert other.stdout.split() == [str(store.id_of("ada")), str(store.id_of("team/cy"))]
-    ids = {Store.id_of(f"user-{number}") for number in range(20_000)}
-    assert len(ids) == 20_000 and min(ids) >= 1 and max(ids) < 1 << 53
-
-
 def test_a_replaced_adapter_is_expanded_anew(store: Store) -> None:
     first = store.get("ada")
     edit(store.folder / "ada", base_model_name_or_path="org/new")
@@ -126,46 +104,6 @@ def test_the_index_tells_damage_that_the_format_does_not(store: Store, llama: Pa
     with pytest.raises(AdapterError, match=r"is not what surgery-store\.json says"):
         store.get("plain")
     assert store.get("ada").is_dir()
-
-
-def test_a_damaged_entry_is_made_again(store: Store) -> None:
-    path = store.get("ada") / "adapter_model.safetensors"
-    good = {name: each.clone() for name, each in load_file(path).items()}
-    path.write_bytes(path.read_bytes()[:-100])
-    again = store.get("ada")
-    assert again == path.parent and all(torch.equal(load_file(path)[name], each) for name, each in good.items())
-    (again / ENTRY).unlink()
-    assert (store.get("ada") / ENTRY).is_file()
-
-
-def test_the_longest_unused_goes_first_and_what_is_leased_stays(store: Store) -> None:
-    size = sum(path.stat().st_size for path in store.get("ada").iterdir())
-    small = Store(store.folder, store.folder.with_name("small"), 2 * size + 100, dtype="float32")
-    ada, bob = small.get("ada"), small.get("bob")
-    os.utime(ada, (1, 1))
-    os.utime(bob, (2, 2))
-    small.get("ada")  # used last now
-    small.get("team/cy")
-    assert ada.is_dir() and not bob.exists() and small.cache.bytes <= 2 * size + 100
-    with small.lease("ada") as path:
-        small.get("bob")
-        small.get("team/cy")
-        assert path.is_dir()
-    tiny = Store(store.folder, store.folder.with_name("tiny"), size // 2, dtype="float32")
-    with pytest.raises(OutputError, match=r"and the cache may have .*; raise max_bytes"):
-        tiny.get("ada")
-    assert entries(tiny.cache.folder) == []
-
-
-def test_a_full_disk_is_a_named_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("surgery.adapters.adapter.write_tensors", full)
-        with pytest.raises(OutputError, match="No space left on device"):
-            store.get("ada")
-    assert entries(store.cache.folder) == [] and store.get("ada").is_dir()
 
 
 def test_options(store: Store, tmp_path: Path) -> None:

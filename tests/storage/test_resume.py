@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from surgery.errors import OutputError
 from surgery.storage import atomic_folder as atomic
@@ -16,7 +15,6 @@ from surgery.storage import locks
 from surgery.storage import resume as module
 from surgery.storage.atomic_folder import PartialFolder, resumable_folder
 from surgery.storage.resume import Parts, PartTensors, file_identities, run_key
-from surgery.storage.safetensors_write import DTYPE_OF_CODE, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 FACTS = {"energy": 0.1 + 0.2, "notes": ["one", "two"]}
@@ -289,12 +287,3 @@ def test_the_key_counts_everything(monkeypatch) -> None:
     keys.add(run_key("init", {"rank": 8}, {"base": 1}))
     assert len(keys) == 6
     assert run_key("init", {"rank": 8, "b": 1}, {}) == run_key("init", {"b": 1, "rank": 8}, {})
-
-
-def test_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
-    tensors = {"empty": torch.zeros(0), "scalar": torch.tensor(1.5)}
-    for number, dtype in enumerate(DTYPE_OF_CODE.values()):
-        tensors.update({f"{name}.{number}": torch.arange(6).reshape(3, 2).to(dtype) for name in ("b", "a", "c.10")})
-    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
-    write_tensors(tmp_path / "found", tensors, {"format": "pt"})
-    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()

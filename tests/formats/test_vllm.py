@@ -1,8 +1,7 @@
-"""The rules of vLLM and SGLang, on files that break them and on files that keep them."""
+"""vLLM: its rule, names and refusals."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +10,13 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import AdapterError
-from surgery.formats.sglang import SGLANG
 from surgery.formats.vllm import VLLM
 from tests.helpers.adapters import make_adapter, weight_changes
 from tests.helpers.models import load_base
-
-
-def lora(targets: list[str], **settings: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **settings)
+from tests.helpers.servers import lora
 
 
 def test_vllms_rule_is_pefts(llama: Path, tmp_path: Path) -> None:
@@ -42,31 +36,6 @@ def test_what_vllm_refuses(settings: dict[str, Any], message: str, llama: Path, 
     folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj"], **settings))
     with pytest.raises(AdapterError, match=message):
         list(VLLM.changes(folder))
-
-
-def test_sglangs_rule_refuses_what_sglang_asserts(llama: Path, tmp_path: Path) -> None:
-    mixed = make_adapter(llama, tmp_path / "mixed", lora(["o_proj", "down_proj"], rank_pattern={"o_proj": 2}))
-    with pytest.raises(AdapterError, match="o_proj has rank 2, SGLang asserts r, 4"):
-        list(SGLANG.changes(mixed))
-    lone = make_adapter(llama, tmp_path / "lone", lora(["q_proj"]))
-    with pytest.raises(AdapterError, match=r"SGLang stacks .*q_proj with .*v_proj"):
-        list(SGLANG.changes(lone))
-
-
-def test_zeros_stand_for_what_sglang_stacks(llama: Path, tmp_path: Path) -> None:
-    folder = make_adapter(llama, tmp_path / "lora", lora(["q_proj", "up_proj"]))
-    with pytest.raises(AdapterError, match=r"is adapted without .*v_proj, which SGLang reads with it; give the model"):
-        surgery.export(folder, "sglang", tmp_path / "out")
-    report = surgery.export(folder, "sglang", tmp_path / "out", base=llama)
-    found, want = dict(SGLANG.changes(tmp_path / "out")), weight_changes(llama, folder)
-    added = {name for name in found if name not in want}
-    assert {name.rpartition(".")[2] for name in added} == {"v_proj", "gate_proj"} and len(added) == 6
-    assert found["model.layers.0.self_attn.v_proj"].shape == (16, 32)
-    assert not any(bool(found[name].any()) for name in added)
-    assert all(torch.allclose(found[name].double(), want[name], atol=1e-6) for name in want)
-    assert any("6 layers are zeros" in note for note in report.notes)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert added <= set(config["target_modules"])
 
 
 def test_experts_of_a_fused_parameter_have_names_of_their_own_in_vllm() -> None:
@@ -113,17 +82,3 @@ def test_fused_experts_go_to_vllm_one_by_one(tmp_path: Path) -> None:
             torch.testing.assert_close(mine, change, atol=1e-5, rtol=1e-4)
     with pytest.raises(AdapterError, match="which is of the kind expert, and SGLang reads changes of linear layers"):
         surgery.export(folder, "sglang", tmp_path / "no", base=tmp_path / "model")
-
-
-def test_a_score_goes_to_vllm_and_not_to_sglang(llama: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = tf.LlamaForSequenceClassification.from_pretrained(llama, num_labels=3)
-    model.save_pretrained(tmp_path / "classifier")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
-    folder = make_adapter(tmp_path / "classifier", tmp_path / "lora", config)
-    surgery.export(folder, "vllm", tmp_path / "out")
-    old, new = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
-    name = next(name for name in old if "score" in name)
-    assert torch.equal(old[name], new[name])
-    with pytest.raises(AdapterError, match=r"score\.weight is saved whole, and SGLang reads factors alone"):
-        surgery.export(folder, "sglang", tmp_path / "no")

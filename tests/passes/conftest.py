@@ -1,0 +1,3 @@
+"""Fixtures of the tests of this folder."""
+
+from tests.helpers.hooked import tied  # noqa: F401
