@@ -73,7 +73,7 @@ def test_interrupted(monkeypatch) -> None:
 
     monkeypatch.setattr("surgery.inspection.inspect.inspect", stopped)
     result = invoke("inspect", "org/x", "--json")
-    assert result.exit_code == 1  # 130 from the console script, see test_bad_input
+    assert result.exit_code == 1  # 130 from the console script, see test_main
     assert json.loads(result.stdout)["error"].startswith("Interrupted; nothing was written")
 
 

@@ -41,7 +41,7 @@ TESTS = (
     "tests/peft_types/test_loading.py",
     "tests/peft_types/test_layer.py",
     "tests/checkpoints",
-    "tests/adapters/test_weight_change.py",
+    "tests/adapters/test_contents.py",
     "tests/storage/test_hub_cache.py",
 )
 
