@@ -1,0 +1,17 @@
+"""Types without a weight change are known by name, and refused with the reason."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+
+from surgery.adapters.types.no_change import NO_CHANGE
+from surgery.adapters.types.registry import type_of
+
+
+@pytest.mark.parametrize("name", NO_CHANGE)
+def test_each_is_a_type_of_peft_that_is_refused_with_its_reason(name: str) -> None:
+    assert name in peft.PeftType.__members__
+    entry = type_of({"peft_type": name})
+    assert entry is not None and entry is NO_CHANGE[name]
+    assert entry.title in entry.reason and entry.reason.count("has no weight change") + entry.reason.count("keeps") == 1
