@@ -16,7 +16,7 @@ def test_a_language_model_carries_nothing(llama: Path) -> None:
 
 
 def test_a_fresh_head_is_drawn_by_the_seed(llama: Path) -> None:
-    base = BaseModel.open(llama, task="seq-cls", num_labels=3)
+    base = BaseModel.open(llama, task="seq-cls", labels=["a", "b", "c"])
     assert carried_modules(base) == ["score"] and missing_modules(base) == ["score"]
     (one, fresh), (same, _), (other, _) = (carried_tensors(base, seed) for seed in (0, 0, 1))
     assert fresh == ["score"] and set(one) == {"score.weight"} and one["score.weight"].shape == (3, 32)

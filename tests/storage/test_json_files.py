@@ -35,7 +35,7 @@ def test_nesting_has_an_end(depth: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"{", b"\xff", b"1" * 5000, b"[" * 100_000])
 def test_what_is_no_json_is_named(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match="x.json: cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"x\.json: cannot be read as JSON"):
         read_json(tmp_path / "x.json")
 
 

@@ -10,6 +10,7 @@ from surgery.storage.provenance import provenance_of
 def test_it_says_what_made_the_output() -> None:
     made = provenance_of("init", rank=4)
     assert made == {
-        "format_version": FIRST_VERSION, "tool": "surgery", "version": surgery.__version__, "command": "init", "rank": 4,
+        "format_version": FIRST_VERSION, "tool": "surgery", "version": surgery.__version__,
+        "command": "init", "rank": 4,
     }  # fmt: skip
     assert provenance_of("convert", BLOCKS_VERSION)["format_version"] == BLOCKS_VERSION

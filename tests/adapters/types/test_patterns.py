@@ -31,7 +31,7 @@ def test_a_value_that_is_no_number_is_named(value: Any) -> None:
 
 
 def test_ranks_that_are_not_positive_and_factors_that_are_no_pair() -> None:
-    with pytest.raises(AdapterError, match="q: adapter_config.json says rank 0"):
+    with pytest.raises(AdapterError, match=r"q: adapter_config\.json says rank 0"):
         rank_scale({"r": 0}, "q")
     with pytest.raises(AdapterError, match=r"q: B \(5, 2\) and A \(3, 7\) are no pair of factors"):
         factor_pair("q", {"B": torch.ones(5, 2), "A": torch.ones(3, 7)}, "B", "A")
