@@ -9,11 +9,10 @@ from tests.lint import imports, mirror, types
 
 ROOT = Path(__file__).resolve().parents[2]
 
-found = (
-    types.problems(ROOT)
-    if sys.argv[1:] == ["types"]
-    else imports.problems(imports.import_graph(ROOT)) + mirror.problems(ROOT)
-)
+if sys.argv[1:] == ["types"]:
+    found = types.problems(ROOT)
+else:
+    found = imports.problems(imports.import_graph(ROOT)) + mirror.problems(ROOT)
 for line in found:
     print(line)
 sys.exit(1 if found else 0)

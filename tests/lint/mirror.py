@@ -30,6 +30,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/adapters/test_experts.py tests/models/test_write_back.py",
         "tested through layers that are fused in files",
     ),
+    "surgery/adapters/lacking.py": (
+        "tests/adapters/test_completeness.py",
+        "one check with completeness",
+    ),
     "surgery/adapters/on_base.py": (
         "tests/properties/test_on_base.py tests/merging/test_merge.py",
         "tested by properties",
