@@ -222,19 +222,19 @@ def joint(layers: int, shapes: dict[str, tuple[int, int]], device: str) -> Measu
     return {**result, "device_name": name}
 
 
-def smoa_scores(size: int, device: str) -> Measured:
+def smoa_scores(rows: int, columns: int, device: str) -> Measured:
     """Which block each row and column of one weight is in."""
     from surgery.methods.smoa import block_order
 
-    weight = _drawn(size, device)
+    weight = _drawn(rows, columns, device)
     return measured(lambda: {"words": block_order(weight, 2).numel()}, device)
 
 
-def smoa_full_svd(size: int, device: str) -> Measured:
+def smoa_full_svd(rows: int, columns: int, device: str) -> Measured:
     """The order of rows and columns from a full decomposition of one weight."""
     import torch
 
-    weight = _drawn(size, device)
+    weight = _drawn(rows, columns, device)
 
     def work() -> None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -246,13 +246,15 @@ def smoa_full_svd(size: int, device: str) -> Measured:
     return measured(work, device)
 
 
-def _drawn(size: int, device: str) -> Any:
-    """A weight of that many rows and columns whose singular values fall, as trained ones do."""
+def _drawn(rows: int, columns: int, device: str) -> Any:
+    """A weight of that many rows and columns whose singular values fall, as trained ones do, below some outliers."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    low = torch.randn(size, size // 8, generator=generator) @ torch.randn(size // 8, size, generator=generator)
-    return (torch.randn(size, size, generator=generator) + 0.1 * low).to(device)
+    rank = min(rows, columns) // 8
+    low = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    outliers = torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
+    return (torch.randn(rows, columns, generator=generator) + 0.1 * low + outliers).to(device)
 
 
 def _weights(model: str, targets: list[str], device: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import contextlib
 
 import torch
 
+from surgery.linalg.single_spectrum import single_spectrum
+from surgery.linalg.symmetric import add_gram_
 from surgery.system.threads import one_torch_thread
 
 __all__ = ["block_labels", "pack_labels", "packed_length", "part_sizes", "spectral_scores", "unpack_labels"]
@@ -19,49 +21,68 @@ CHUNK = 512  # rows widened to float64 at a time
 SMALL = 1 << 20  # below this many entries one thread is faster than several
 # Rows whose norm is this share of the largest are rounding: the eigenvectors say nothing of them.
 SILENT = 1e-12
+# From so many singular values on float32 is tried; below, float64 takes milliseconds.
+LARGE = 512
+# Columns whose norm is this share of a typical one, or less, are left to float64.
+FAINT = 1e-2
+# Error of scores by float32, as a share of the number of singular values.
+TOLERANCE = 1e-6
 # Scores are compared in steps of this share of one spectral index: what is equal but for rounding is a tie.
 STEP = 1e-6
 WORD_VALUES = 2**31  # of a non-negative int32
 
 
-def spectral_scores(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spectral_scores(weight: torch.Tensor, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the spectral scores of the rows `(out,)` and columns `(in,)` of a weight, float64, on its device.
 
     One eigendecomposition of the Gram matrix of the smaller side gives the scores of that side; one product with the
-    eigenvectors gives those of the other, `W v_j = s_j u_j`. Both are in float64, a chunk of rows at a time, so that
-    memory is a few matrices of the smaller side. Singular values that are equal but for rounding share their mean
-    index: which singular vectors they have is arbitrary. A row or column without energy has the score 0.
+    eigenvectors gives those of the other, `W v_j = s_j u_j`. A chunk of rows is widened at a time, so that memory is
+    a few matrices of the smaller side. Singular values that are equal but for rounding share their mean index: which
+    singular vectors they have is arbitrary. A row or column without energy has the score 0.
+
+    The decomposition of a large Gram matrix is in float32 where that is accurate enough (`single_spectrum`): scores
+    are then right to `TOLERANCE` of the number of singular values. All else is in float64.
 
     Args:
         weight: `(out, in)`, finite, of any floating dtype.
+        exact: float64 throughout, for an order that another machine can find again.
     """
     small = weight.device.type == "cpu" and weight.numel() < SMALL
     with one_torch_thread() if small else contextlib.nullcontext():
         if weight.shape[0] >= weight.shape[1]:
-            return _tall_scores(weight)
-        columns, rows = _tall_scores(weight.T)
+            return _tall_scores(weight, exact)
+        columns, rows = _tall_scores(weight.T, exact)
         return rows, columns
 
 
-def _tall_scores(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _tall_scores(weight: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of a weight with at least as many rows as columns."""
     size = weight.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
     for chunk in weight.split(CHUNK):
-        wide = chunk.double()
-        gram.addmm_(wide.T, wide)
+        add_gram_(gram, chunk.double())
     energies = gram.diagonal().clone()
-    values, vectors = torch.linalg.eigh(gram)  # rising
+    vectors = None if exact or size < LARGE or _uneven(energies) else single_spectrum(gram)
+    if vectors is None:
+        values, vectors = torch.linalg.eigh(gram)  # rising, from the lower triangle
+        index = _mean_indices(values.clamp_min(0))
+    else:
+        index = torch.arange(size - 1, -1, -1, dtype=torch.float64, device=weight.device)
     del gram
-    values = values.clamp_min(0)
-    index = _mean_indices(values)
-    parts, norms = [], []
+    parts, norms, values = [], [], torch.zeros_like(index)
     for chunk in weight.split(CHUNK):
-        wide = chunk.double()
-        norms.append(wide.square().sum(1))
-        parts.append(_means((wide @ vectors).square_(), index))
-    columns = _means(vectors.square_() * values, index)
+        norms.append(chunk.double().square().sum(1))
+        squares = (chunk.to(vectors.dtype) @ vectors).double().square_()
+        values += squares.sum(0)  # the squared singular values, as |W v_j|^2
+        parts.append(_means(squares, index))
+    columns = torch.cat([_means(chunk.double().square_().mul_(values), index) for chunk in vectors.split(CHUNK)])
     return _silenced(torch.cat(parts), torch.cat(norms)), _silenced(columns, energies)
+
+
+def _uneven(energies: torch.Tensor) -> bool:
+    """Whether some column, which has energy, has too little for float32."""
+    loud = energies[energies > SILENT**2 * energies.max()]
+    return bool(loud.numel() == 0 or loud.min() < FAINT**2 * loud.mean())
 
 
 def _mean_indices(values: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,9 @@ class DiagonalBlocks(Variant):
         }
 
     def bases(self, config: SmoaConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
-        return Bases(own=[{"order": block_order(matrix, config.groups)} for matrix in weight.each(sites)])
+        # What is not stored has to be found again by other machines, whose float32 rounds in another way.
+        exact = not config.store_bases
+        return Bases(own=[{"order": block_order(matrix, config.groups, exact)} for matrix in weight.each(sites)])
 
     def trainables(self, config: SmoaConfig, site: Site) -> Tensors:
         generator, shapes = generator_for(config.seed, site.key), self.shapes(config, site)
@@ -370,11 +372,17 @@ def _variant(config: SmoaConfig) -> Variant:
     return VARIANTS[config.variant]
 
 
-def block_order(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """Which block each row, then each column, of a weight is in: int32, as stored."""
+def block_order(weight: torch.Tensor, groups: int, exact: bool = False) -> torch.Tensor:
+    """Return which block each row, then each column, of a weight is in: int32, as stored.
+
+    Args:
+        weight: `(out, in)`.
+        groups: K.
+        exact: as for `spectral_scores`.
+    """
     if groups == 1:
         return pack_labels(torch.zeros(sum(weight.shape), dtype=torch.int64), groups)
-    labels = [block_labels(scores, groups) for scores in spectral_scores(weight)]
+    labels = [block_labels(scores, groups) for scores in spectral_scores(weight, exact)]
     return pack_labels(torch.cat(labels), groups)
 
 

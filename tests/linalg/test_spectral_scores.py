@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from surgery.linalg import spectral_scores as spectral
+from surgery.linalg.single_spectrum import single_spectrum
 from surgery.linalg.spectral_scores import (
     block_labels,
     pack_labels,
@@ -82,6 +84,47 @@ def test_ties_are_sorted_by_index() -> None:
         for scores in spectral_scores(weight):
             assert torch.allclose(scores, torch.full_like(scores, 5.5))
             assert block_labels(scores, 3).tolist() == sorted([0, 1, 2] * 4)
+
+
+def falling(rows: int, columns: int, outliers: int = 0) -> torch.Tensor:
+    """A weight whose singular values fall by 10, below outliers of 30 to 60 times the largest of these."""
+    size = min(rows, columns)
+    U, V = (torch.linalg.qr(drawn(side, size, seed=side)).Q for side in (rows, columns))
+    values = torch.linspace(1, 0.1, size, dtype=torch.float64)
+    values[:outliers] *= torch.linspace(60, 30, outliers, dtype=torch.float64)
+    return (U * values) @ V.T
+
+
+@pytest.mark.parametrize("outliers", [0, 1, 9])
+@pytest.mark.parametrize(("shape", "dtype"), [((600, 520), torch.float32), ((520, 1100), torch.bfloat16)])
+def test_large_weights_are_decomposed_in_float32(
+    shape: tuple[int, int], dtype: torch.dtype, outliers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are right to the stated tolerance; outliers in the spectrum are no harm."""
+    made: list[torch.Tensor | None] = []
+    monkeypatch.setattr(
+        spectral, "single_spectrum", lambda gram: made.append(single_spectrum(gram)) or made[-1]
+    )  # fmt: skip
+    weight = falling(*shape, outliers=outliers).to(dtype)
+    found, exact = spectral_scores(weight), spectral_scores(weight, exact=True)
+    assert [vectors is not None and vectors.dtype == torch.float32 for vectors in made] == [True]
+    for ours, theirs, wanted in zip(found, exact, full(weight), strict=True):
+        torch.testing.assert_close(theirs, wanted, rtol=1e-8, atol=1e-7)
+        assert 0 < float((ours - wanted).abs().max()) < spectral.TOLERANCE * min(shape)
+
+
+def test_what_float32_cannot_tell_is_decomposed_in_float64() -> None:
+    """A degenerate spectrum, one without scale, a column of almost no energy."""
+    orthogonal, steep, faint = torch.linalg.qr(drawn(512, 512)).Q, falling(512, 512), falling(600, 512)
+    steep = steep * torch.logspace(0, -6, 512, dtype=torch.float64)
+    faint[:, 7] *= 1e-3
+    low = drawn(600, 3) @ drawn(3, 512, seed=1)
+    for weight in (orthogonal, steep, faint, low):
+        for found, exact in zip(spectral_scores(weight), spectral_scores(weight, exact=True), strict=True):
+            assert torch.equal(found, exact)
+    assert torch.allclose(spectral_scores(orthogonal)[0], torch.tensor(255.5, dtype=torch.float64))
+    zero = torch.zeros(512, 512)
+    assert not any(scores.any() for scores in spectral_scores(zero))
 
 
 def test_parts_are_those_of_tensor_split() -> None:

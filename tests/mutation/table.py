@@ -95,6 +95,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "merging/test_plan.py",
     ),
     "surgery/deltas/blocks.py": ("peft_types/test_layer.py",),
+    "surgery/linalg/single_spectrum.py": ("linalg/test_spectral_scores.py",),
     "surgery/linalg/spectral_scores.py": ("methods/test_smoa.py",),
     "surgery/methods/smoa.py": (
         "methods/test_smoa_components.py",
