@@ -35,6 +35,14 @@ examples: .venv/examples  ## every script of examples/, one after another, in ex
 	  echo "== took $$(($$(date +%s) - began)) s"; \
 	done
 
+.PHONY: help quick
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{printf "%-12s %s\n", $$1, $$2}'
+
+quick: .venv/ready  ## a chosen part of the tests that touches every package, after each change
+	$(BIN)/python -m tests.quick
+
 test: .venv/ready  ## all offline tests
 	$(BIN)/python -m pytest
 
@@ -73,7 +81,7 @@ audit: .venv/ready  ## known vulnerabilities of the packages that are installed 
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
 
-lint: .venv/ready  ## ruff, and the contract of imports
+lint: .venv/ready  ## ruff, the contract of imports, and that each module has its test file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.lint
@@ -82,7 +90,7 @@ types: .venv/ready  ## mypy, and the control that it sees across surgery and sur
 	$(BIN)/mypy
 	$(BIN)/python -m tests.lint types
 
-format: .venv/ready
+format: .venv/ready  ## ruff mends what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -103,5 +111,5 @@ site: .venv/docs  ## the docs site, in site/; any warning is an error
 build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
-clean:
+clean:  ## remove environments and everything that was built
 	rm -rf .venv .venv-servers build dist demo-out examples-out sample site *.egg-info

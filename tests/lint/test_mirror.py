@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.lint import mirror
+from tests.lint.imports import LAYERS
+from tests.quick import QUICK
 
 
 @pytest.fixture
@@ -45,3 +47,11 @@ def test_problems(table: dict, words: list[str], root: Path, monkeypatch: pytest
 
 def test_the_house_keeps_it() -> None:
     assert mirror.problems(Path(__file__).parents[2]) == []
+
+
+def test_the_quick_part_touches_every_package() -> None:
+    tests = Path(__file__).parents[1]
+    packages = {name.replace(".", "/") for names in LAYERS for name in names} - {"", "errors", "version"}
+    assert packages - set(QUICK) == set()
+    for folder, names in QUICK.items():
+        assert [name for name in names.split() if not (tests / folder / f"{name}.py").is_file()] == []
