@@ -17,6 +17,8 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery import codec, errors
     from surgery.adapters.adapter import Adapter
+    from surgery.blending.blend import blend
+    from surgery.blending.report import BlendReport
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
     from surgery.converters.convert import convert
@@ -66,6 +68,7 @@ __all__ = [
     "BaseModel",
     "BatchEntry",
     "BatchReport",
+    "BlendReport",
     "Budget",
     "CheckpointError",
     "Comparison",
@@ -97,6 +100,7 @@ __all__ = [
     "TrainingInterrupted",
     "WrongBaseError",
     "__version__",
+    "blend",
     "codec",
     "compare",
     "convert",
@@ -117,6 +121,7 @@ _HOMES = {
     "BaseModel": "surgery.models.base_model",
     "BatchEntry": "surgery.converters.report",
     "BatchReport": "surgery.converters.report",
+    "BlendReport": "surgery.blending.report",
     "Budget": "surgery.converters.request",
     "CheckpointError": "surgery.errors",
     "Comparison": "surgery.comparison.report",
@@ -148,6 +153,7 @@ _HOMES = {
     "TrainingInterrupted": "surgery.training.interruption",
     "WrongBaseError": "surgery.errors",
     "codec": "surgery.codec",
+    "blend": "surgery.blending.blend",
     "compare": "surgery.comparison.compare",
     "convert": "surgery.converters.convert",
     "errors": "surgery.errors",

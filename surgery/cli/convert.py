@@ -61,6 +61,73 @@ def default_ratios() -> str:
 STORED_IN = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes))
 
 
+def making_options() -> Callable[[Command], Command]:
+    """Return a decorator that adds the options by which a result is made: its budget, data, form, type and writing."""
+
+    def decorate(function: Command) -> Command:
+        options: list[Callable[[Command], Command]] = [
+            click.option("--data", metavar="FILE", help="Calibration data, as for init; labels are not needed."),
+            click.option(
+                "--samples", type=int, default=512, show_default=True, metavar="N", help="Samples to calibrate with."
+            ),
+            click.option(
+                "--batch-size", type=int, default=32, show_default=True, metavar="N", help="Samples run at a time."
+            ),
+            click.option(
+                "--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]"
+            ),
+            click.option(
+                "--rank", type=int, metavar="R", help="Budget: rank of each layer; vera: of the shared bases."
+            ),
+            click.option(
+                "--energy", type=float, metavar="E", help="Budget: share of each layer's squared norm to keep."
+            ),
+            click.option(
+                "--max-error", type=float, metavar="E", help="Budget: largest relative error, over all layers together."
+            ),
+            click.option("--size", type=Size(), metavar="BYTES", help="Budget: size of the whole file, as in 64KiB."),
+            click.option(
+                "--ratio",
+                type=float,
+                metavar="X",
+                help="Budget: old size over new, of the factors; tensors saved whole do not count.  "
+                f"[default for {default_ratios()}, or more where that keeps too little]",
+            ),
+            form_options(),
+            click.option(
+                "--recover",
+                type=int,
+                metavar="STEPS",
+                help="Steps in which the result learns the original's answers on the data.",
+            ),
+            click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter."),
+            click.option(
+                "--chat-template", metavar="FILE", help="Chat template for data of messages, in place of the model's."
+            ),
+            click.option(
+                "--stats", metavar="FILE", help="Calibration statistics: read from FILE; what it lacks is added."
+            ),
+            click.option(
+                "--dtype", type=click.Choice(STORED_IN), help="Type of the stored factors. [default: the adapter's]"
+            ),
+            task_option(),
+            click.option(
+                "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
+            click.option("--plot", metavar="FILE", help="Draw size against error: .png, .svg or .pdf."),
+            click.option("--dry-run", is_flag=True, help="Do all but write."),
+            click.option("--overwrite", "--force", "force", is_flag=True, help="Replace OUT where it exists."),
+            resume_option(),
+            click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL."),
+        ]
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 @click.command("convert")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--to", type=click.Choice(FORMS.names()), required=True, help="Form of the result.")
@@ -68,39 +135,9 @@ STORED_IN = list(dict.fromkeys(dtype for form in FORMS for dtype in form.dtypes)
 @click.option(
     "--base", multiple=True, metavar="MODEL", help="Their base model: a folder or a Hub id. Several for several bases."
 )
-@click.option("--data", metavar="FILE", help="Calibration data, as for init; labels are not needed.")
-@click.option("--samples", type=int, default=512, show_default=True, metavar="N", help="Samples to calibrate with.")
-@click.option("--batch-size", type=int, default=32, show_default=True, metavar="N", help="Samples run at a time.")
-@click.option("--max-length", type=int, metavar="T", help="Tokens of the longest sample.  [default: up to 512]")
-@click.option("--rank", type=int, metavar="R", help="Budget: rank of each layer; vera: of the shared bases.")
-@click.option("--energy", type=float, metavar="E", help="Budget: share of each layer's squared norm to keep.")
-@click.option("--max-error", type=float, metavar="E", help="Budget: largest relative error, over all layers together.")
-@click.option("--size", type=Size(), metavar="BYTES", help="Budget: size of the whole file, as in 64KiB.")
-@click.option(
-    "--ratio",
-    type=float,
-    metavar="X",
-    help="Budget: old size over new, of the factors; tensors saved whole do not count.  "
-    f"[default for {default_ratios()}, or more where that keeps too little]",
-)
-@form_options()
-@click.option(
-    "--recover", type=int, metavar="STEPS", help="Steps in which the result learns the original's answers on the data."
-)
-@click.option("--accept-loss", is_flag=True, help="Write even what keeps less than half of the adapter.")
-@click.option("--chat-template", metavar="FILE", help="Chat template for data of messages, in place of the model's.")
-@click.option("--stats", metavar="FILE", help="Calibration statistics: read from FILE; what it lacks is added.")
-@click.option("--dtype", type=click.Choice(STORED_IN), help="Type of the stored factors. [default: the adapter's]")
-@task_option()
+@making_options()
 @layout_option()
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes for several adapters.")
-@click.option("--plot", metavar="FILE", help="Draw size against error: .png, .svg or .pdf.")
-@click.option("--dry-run", is_flag=True, help="Do all but write.")
-@click.option("--overwrite", "--force", "force", is_flag=True, help="Replace OUT where it exists.")
-@resume_option()
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with MODEL.")
 @common_options()
 def command(
     adapters: tuple[str, ...],
@@ -295,12 +332,13 @@ def _show(report: ConvertReport, verbose: bool) -> None:
         ]  # fmt: skip
         header = ["module", "shape", "rank", "bits", "size", "weight error", "output error"]
         show(table(header, rows, right=(1, 2, 3, 4, 5, 6)) + "\n")
-    show(summary(_lines(report)))
+    show(summary(result_lines(report)))
     if report.output_error is None and not report.dry_run and report.weight_error > 0:
         show("\nWhat that does to predictions: give --base MODEL --data FILE; they also make the result better.")
 
 
-def _lines(report: ConvertReport) -> list[tuple[str, str]]:
+def result_lines(report: ConvertReport) -> list[tuple[str, str]]:
+    """Return the lines of a report: name and figure."""
     planned = "would be " if report.dry_run else ""
     of_bf16 = ""
     if report.source_bytes_bf16 is not None:

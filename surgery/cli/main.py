@@ -22,6 +22,7 @@ from surgery.version import __version__
 __all__ = ["INTERRUPTED", "TERMINATED", "Stopped", "cli", "main"]
 
 COMMANDS = {
+    "blend": "surgery.cli.blend",
     "compare": "surgery.cli.compare",
     "convert": "surgery.cli.convert",
     "export": "surgery.cli.export",

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publishing",),
     ("training",),
     ("converters",),
+    ("blending",),
     ("exporting",),
     ("serving",),
     ("cli",),

@@ -44,6 +44,7 @@ settings = surgery.TrainSettings(max_steps=10, learning_rate=1e-3)
 trained, training = surgery.train(made, "model", data, settings=settings, device="cuda:1")
 tuned, tuning = surgery.train("lora", "model", "x.jsonl", max_steps=5, warmup_ratio=0.1, lr_scheduler_type="cosine")
 merged = surgery.merge(adapter, "model", "out", dtype=torch.float16, overwrite=True)
+blended, blending = surgery.blend([("a", 0.5), adapter], "out", how="ties", rank=8, overwrite=True)
 exported = surgery.export(adapter, to="vllm", out="out", dtype="bfloat16")
 comparison = surgery.compare(adapter, made, base="model", data=data)
 inspection = surgery.inspect("lora")
@@ -71,6 +72,7 @@ USER_TYPES = {
     "training": "surgery.training.report.TrainReport",
     "merged": "surgery.merging.report.MergeReport",
     "exported": "surgery.exporting.report.ExportReport",
+    "blending": "surgery.blending.report.BlendReport",
     "comparison": "surgery.comparison.report.Comparison",
     "inspection": "surgery.inspection.report.Inspection",
     "pushed": "surgery.publishing.report.PushReport",
