@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from surgery.adapters.adapter import Adapter
+from surgery.adapters.adapter import Adapter, bits_equal
 from surgery.adapters.contents import contents_of
 from surgery.adapters.source import Source
 from surgery.blending.combinations import Combination, combination_named
@@ -34,6 +34,8 @@ __all__ = ["blend"]
 
 # Keys of a configuration that belong to what an adapter saves whole.
 SAVED_KEYS = ("auto_mapping", "bias", "modules_to_save", "task_type", "trainable_token_indices")
+# More than any layer has: its change is decomposed whole.
+EVERY_RANK = 1 << 30
 Given = str | Path | Adapter
 
 
@@ -157,7 +159,8 @@ def _head(opened: Sequence[Adapter], parsed: Sequence[tuple[Given, float]], head
     having = [place for place, adapter in enumerate(opened) if contents_of(adapter).carried_tensors]
     names = [_name(given, adapter) for (given, _), adapter in zip(parsed, opened, strict=True)]
     if head is None:
-        if len(having) > 1:
+        saved = [contents_of(opened[place]).carried_tensors for place in having]
+        if any(not _equal(saved[0], each) for each in saved[1:]):
             raise OptionError(
                 f"{listing([names[place] for place in having])} each save modules whole (heads, biases, embeddings), "
                 f"which cannot be added: say with --head whose to take, as in --head {names[having[0]]}"
@@ -171,13 +174,19 @@ def _head(opened: Sequence[Adapter], parsed: Sequence[tuple[Given, float]], head
     return place
 
 
+def _equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(bits_equal(first[name], second[name]) for name in first)
+
+
 def _head_notes(members: Sequence[Member], chosen: int | None) -> list[str]:
     if chosen is None:
         return []
     left = [
         member.name
         for place, member in enumerate(members)
-        if place != chosen and member.source.contents.carried_tensors
+        if place != chosen
+        and member.source.carried
+        and not _equal(members[chosen].source.carried, member.source.carried)
     ]
     lost = f"; what {listing(left, 3)} saves whole is left out" if left else ""
     return [f"saved modules are those of {members[chosen].name}{lost}"]
@@ -187,9 +196,7 @@ def _first_cut(rule: Combination, combined: Blended, options: dict[str, Any]) ->
     """How changes of full rank become factors: at the rank that is asked for, otherwise whole."""
     thin = rule.rule is None and all(member.source.contents.type.thin for member in combined.members)
     given = options.get("rank") or getattr(options.get("budget"), "rank", None)
-    if thin:
-        return Budget()
-    return Budget(rank=given) if given is not None else Budget(energy=1.0)
+    return Budget() if thin else Budget(rank=given if given is not None else EVERY_RANK)
 
 
 def _as_lora(combined: Blended, with_saved: bool, cut: Budget, seed: int) -> Adapter:

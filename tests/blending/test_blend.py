@@ -11,6 +11,8 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig
 from peft.utils.merge_utils import ties
 
 import surgery
+from surgery.blending.combinations import COMBINATIONS
+from surgery.cli.blend import HOW
 from surgery.errors import AdapterError, OptionError
 from tests.helpers.adapters import make_adapter, weight_changes
 from tests.helpers.command_line import invoke
@@ -204,3 +206,7 @@ def test_on_the_command_line(members: dict[str, Path], tmp_path: Path) -> None:
     assert odd.exit_code == 1 and "write ADAPTER=WEIGHT" in odd.output
     density = invoke("blend", members["lora"], members["rslora"], "--density", "0.5", "-o", tmp_path / "four")
     assert density.exit_code == 1 and "drops no entries" in density.output
+
+
+def test_the_commands_choices_are_the_table() -> None:
+    assert HOW == tuple(COMBINATIONS)
