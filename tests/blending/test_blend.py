@@ -209,4 +209,4 @@ def test_on_the_command_line(members: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_commands_choices_are_the_table() -> None:
-    assert HOW == tuple(COMBINATIONS)
+    assert tuple(COMBINATIONS) == HOW
