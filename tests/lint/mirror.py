@@ -54,6 +54,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/adapters/types/test_own.py tests/methods/test_vera.py",
         "read by the formula of the method",
     ),
+    "surgery/blending/report.py": ("tests/blending/test_blend.py tests/cli/test_blend.py", REPORT),
     "surgery/cli/convert.py": (
         "tests/converters tests/properties tests/cli/test_failures.py tests/cli/test_options.py",
         "its options are those of the library call",
