@@ -121,7 +121,24 @@ def _time(found: Measured) -> Measured:
     return {"seconds": found["seconds"]}
 
 
-CASES: dict[str, Case] = {"frod": frod, "forms": forms, "merge": merge}
+def smoa(bench: Bench) -> None:
+    """A training step of SMoA, as published, on linears of 1024 alone: a LoRA's of the same rank."""
+    size, layers, rank = (64, 2, 8) if bench.quick else (1024, 8, 32)
+    for tokens in (8,) if bench.quick else (512, 2048):
+        ours, lora = bench.alternating(
+            *(
+                lambda form=form, tokens=tokens: bench.work(
+                    "stack_step", form=form, layers=layers, size=size, rank=rank, tokens=tokens
+                )
+                for form in ("smoa", "lora")
+            )
+        )
+        case = f"training step of SMoA, {layers} linears of {size}, {tokens:,} tokens: of a LoRA r = {rank}"
+        target = ("<= 1.4 x", at_most("seconds", 1.4)) if tokens == 2048 else ("", None)
+        bench.row(case, _time(ours), _time(lora), *target)
+
+
+CASES: dict[str, Case] = {"frod": frod, "forms": forms, "smoa": smoa, "merge": merge}
 
 if __name__ == "__main__":
     main(CASES, "Measure what adapters cost in use.")

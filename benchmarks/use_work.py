@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.process import Measured, measured
 
-__all__ = ["forward_pass", "loaded", "merge", "peft_merge", "started", "training_step"]
+__all__ = ["forward_pass", "loaded", "merge", "peft_merge", "stack_step", "started", "training_step"]
 
 WARM_UP, STEPS = 2, 8
 
@@ -58,6 +58,27 @@ def training_step(model: str, adapter: str, device: str, samples: int, tokens: i
         opened(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return _repeated(step, device)
+
+
+def stack_step(form: str, layers: int, size: int, rank: int, tokens: int, device: str) -> Measured:
+    """Forward and backward pass of a stack of linears with an adapter, `lora` or `smoa`, the median of several."""
+    import peft
+    import torch
+
+    from surgery.methods.smoa import SmoaConfig
+
+    torch.manual_seed(0)
+    stack = torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(layers))).to(device)
+    names = [str(number) for number in range(layers)]
+    settings = {"r": rank, "lora_alpha": rank, "target_modules": names}
+    model = peft.get_peft_model(stack, (peft.LoraConfig if form == "lora" else SmoaConfig)(**settings))
+    x = torch.randn(tokens, size, device=device)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        model.zero_grad()
 
     return _repeated(step, device)
 

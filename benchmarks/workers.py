@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.conversion_work import convert, exported, peft_exported, trained_vera
 from benchmarks.gradient_work import frozen_step, giva_bases, giva_energy, plain_recipe
 from benchmarks.process import Measured, measured
-from benchmarks.use_work import forward_pass, loaded, merge, peft_merge, started, training_step
+from benchmarks.use_work import forward_pass, loaded, merge, peft_merge, stack_step, started, training_step
 
 __all__ = ["WORKERS", "run"]
 
@@ -288,6 +288,7 @@ WORKERS: dict[str, Callable[..., Measured]] = {
         started,
         loaded,
         training_step,
+        stack_step,
         forward_pass,
         merge,
         peft_merge,

@@ -98,10 +98,10 @@ def test_few_tokens_have_no_form_with_the_base() -> None:
 def test_a_bias_that_trains_and_an_input_that_does_not() -> None:
     _, delta = parts_and_delta("ragged")
     bias = draw(11).requires_grad_()
-    y = delta.adapted(draw(200, 7), bias)
+    y = delta.adapted(draw(blocks.MANY_TOKENS, 7), bias)
     assert y is not None
     y.sum().backward()
-    assert torch.allclose(bias.grad, torch.full((11,), 200.0, dtype=torch.float64))
+    assert torch.allclose(bias.grad, torch.full((11,), float(blocks.MANY_TOKENS), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("way", ["apply", "adapted"])
@@ -142,7 +142,7 @@ def test_autocast_and_mixed_dtypes(way: str) -> None:
     parts, delta = parts_and_delta("two", torch.float32)
     dense = reference(parts, delta, delta.B, delta.A)
     A, B = delta.A.clone().requires_grad_(), delta.B.clone().requires_grad_()
-    x = draw(130, 8).float()
+    x = draw(blocks.MANY_TOKENS, 8).float()
     with torch.autocast("cpu", torch.bfloat16):
         change = Blocks(delta.whole, delta.rows, delta.columns, B, A, delta.layout.ranks, SCALE)
         y = change.apply(x) if way == "apply" else change.adapted(x)
@@ -162,7 +162,7 @@ def test_autocast_and_mixed_dtypes(way: str) -> None:
 @pytest.mark.parametrize("way", ["apply", "adapted"])
 def test_compiled_in_one_graph_it_is_the_same(way: str) -> None:
     _, delta = parts_and_delta("three")
-    x = draw(130, delta.shape[1])
+    x = draw(blocks.MANY_TOKENS, delta.shape[1])
 
     def product(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor | None:
         change = Blocks(delta.whole, delta.rows, delta.columns, B, A, delta.layout.ranks, SCALE)

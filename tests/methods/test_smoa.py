@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.adapters.adapter import Adapter
+from surgery.deltas.blocks import MANY_TOKENS
 from surgery.errors import AdapterError, MethodError, WrongBaseError
 from surgery.methods import smoa
 from surgery.methods.smoa import SmoaConfig, split_rank
@@ -97,7 +98,7 @@ def test_layers_that_store_their_weight_transposed(model_folder, tmp_path: Path)
         assert torch.allclose(found, expected(layer, [2, 2, 1], 1.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
 def test_gradients_are_those_of_the_definition(tokens: int, llama: Path, tmp_path: Path) -> None:
     """In training, of few tokens and of many: the base's part may be in the same product."""
     model = trained(llama, tmp_path / "out", rank=5).train()
