@@ -44,4 +44,4 @@ QUICK: dict[str, str] = {
 if __name__ == "__main__":
     tests = Path(__file__).parent
     files = [str(tests / folder / f"{name}.py") for folder, names in QUICK.items() for name in names.split()]
-    sys.exit(pytest.main([*files, "--dist", "worksteal", *sys.argv[1:]]))
+    sys.exit(pytest.main([*files, *sys.argv[1:]]))

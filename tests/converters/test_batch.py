@@ -148,5 +148,9 @@ def test_an_interruption_says_what_is_finished(jobs: int, loras: Path, tmp_path:
     assert "of 43 adapters are finished and in" in told and "nothing was written" not in told
     said = int(told.partition(" of 43 adapters")[0].split()[-1])
     assert 1 <= said <= len(stamps(tmp_path / "out")) < 43
+    finished = set(stamps(tmp_path / "out"))
+    for number in range(39):  # one of them that was not finished is enough to go on with
+        if f"n{number:02}" not in finished:
+            shutil.rmtree(loras / f"n{number:02}")
     report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2)
     assert not report.failed and sum(entry.state == "skipped" for entry in report.entries) >= said
