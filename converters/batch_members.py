@@ -46,7 +46,7 @@ def adapter_folders(folder: Path) -> list[Path]:
         AdapterError: all that it holds are checkpoints of one training run.
     """
     try:
-        if not folder.is_dir() or (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+        if not folder.is_dir() or (folder / CONFIG_FILE).exists() or (folder / "config.json").exists():
             return []
         inside = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".") and _is_adapter(each)]
     except OSError as error:

@@ -20,7 +20,7 @@ def inner_adapter(folder: Path) -> Path:
         AdapterError: it holds several adapters, or checkpoints of a training.
     """
     try:
-        if any((folder / name).is_file() for name in (CONFIG_FILE, "config.json")):
+        if any((folder / name).exists() for name in (CONFIG_FILE, "config.json")):
             return folder
         inside = sorted(path for path in folder.iterdir() if (path / CONFIG_FILE).is_file())
     except OSError:

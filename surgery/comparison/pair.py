@@ -11,6 +11,7 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import Contents, contents_of
+from surgery.adapters.lacking import lacking_in
 from surgery.adapters.tokens import ROWS, tokens_on_base, with_rows
 from surgery.adapters.types.lora import BIAS_NAME
 from surgery.deltas.operators import Delta
@@ -53,6 +54,7 @@ class Side:
         adapter: it.
         contents: what is in its file.
         names: the pair's name for a layer -> the adapter's.
+        notes: what its file lacks of what its configuration names.
         carried: what it brings whole, by the pair's name for the parameter; biases of LoRA's B among them, each under
             the name of its tensor.
     """
@@ -61,6 +63,7 @@ class Side:
     contents: Contents
     names: dict[str, str] = field(default_factory=dict)
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     changes: ChangesOnBase | None = None  # with a base
     base: BaseModel | None = None
 
@@ -101,7 +104,7 @@ class Pair:
     def __init__(self, a: Side, b: Side, base: BaseModel | None, layers: Sequence[Layer], relabelled: bool) -> None:
         self.a, self.b, self.base, self.layers, self.relabelled = a, b, base, list(layers), relabelled
         self.same = a.adapter.same_as(b.adapter)
-        self.notes = [*_base_notes(a, b, base), *_one_sided(a, b, self.layers)]
+        self.notes = [*_file_notes(a, b), *_base_notes(a, b, base), *_one_sided(a, b, self.layers)]
 
     @classmethod
     def open(
@@ -133,6 +136,9 @@ class Pair:
             sides = (Side(a, contents_of(a)), Side(b, contents_of(b)))
         if base is None:
             for side in sides:
+                side.notes += lacking_in(side.adapter).notes
+        if base is None:
+            for side in sides:
                 adapter = side.adapter
                 if side.contents.needs:
                     raise AdapterError(
@@ -148,6 +154,8 @@ class Pair:
         if task is None:
             for side in sides:
                 opened = with_place_for(opened, side.adapter, side.contents, trust_remote_code)
+        for side in sides:
+            side.notes += lacking_in(side.adapter, opened.names).notes
         return _on_base(*sides, opened, device)
 
     def deltas(self, weight_of: WeightOf | None) -> Iterator[tuple[Layer, Delta | None, Delta | None]]:
@@ -318,6 +326,14 @@ def _carried_on(base: BaseModel, side: Side) -> dict[str, torch.Tensor]:
     for parameter, tokens in tokens_on_base(side.adapter, base).items():
         found[parameter] = with_rows(found.get(parameter, base.parameter(parameter)), tokens)
     return found
+
+
+def _file_notes(a: Side, b: Side) -> list[str]:
+    """Return what the user should know of the two files; what holds for both is said once."""
+    said = {letter: [*side.adapter.notes, *side.notes] for letter, side in (("A", a), ("B", b))}
+    of_both = [note for note in said["A"] if note in said["B"]]
+    alone = [f"{letter}: {note}" for letter, notes in said.items() for note in notes if note not in of_both]
+    return [*(f"A and B: {note}" for note in of_both), *alone]
 
 
 def _base_notes(a: Side, b: Side, base: BaseModel | None) -> list[str]:

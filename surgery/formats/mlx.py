@@ -139,7 +139,7 @@ def _settings(folder: Path) -> tuple[str, Mapping[str, Any], str | None]:
     check_link(folder / CONFIG_FILE, folder)
     config = read_json(folder / CONFIG_FILE)
     kind, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
-    if kind not in {"lora", "dora"}:
+    if kind not in ("lora", "dora"):  # whatever is there, tables too
         raise AdapterError(
             f"{folder}: was made by mlx-lm with fine_tune_type {kind!r:.40}: only lora and dora are adapters; fuse it "
             "with mlx_lm.fuse"

@@ -230,7 +230,17 @@ class BaseModel:
         """
         if name not in self.sources:
             raise CheckpointError(f"{self.folder}: no tensor for {name} in the checkpoint")
-        tensor = self.sources[name].read(name, self.model, self.files.read)
+        source = self.sources[name]
+        try:
+            tensor = source.read(name, self.model, self.files.read)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # of transformers' rules
+            if source.converter is None:
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(
+                f"{self.folder}: transformers joins or splits {len(source.keys)} tensors ({source.keys[0][0]}, ...) "
+                f"for {name}, and they do not go together: one is missing or of another shape ({reason})"
+            ) from None
         expected = self.shapes[name] if name in self.shapes else self._file_shapes[name]
         if tuple(tensor.shape) != expected:
             raise CheckpointError(

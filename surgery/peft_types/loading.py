@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -29,7 +30,7 @@ from surgery.models.quantized import unquantized_name
 from surgery.models.tasks import TaskName
 from surgery.system.dtypes import FloatDtype
 
-__all__ = ["load"]
+__all__ = ["attached", "load"]
 
 
 def load(
@@ -79,20 +80,37 @@ def load(
                 raise
             advice = f"give base={unquantized_name(name) or '...'}"
             raise CheckpointError(f"{opened.folder}: names its base model {name!r}; {error}; {advice}") from None
-    opened = opened.opened_on(model)
+    model, notes = attached(opened, model, is_trainable)
+    for note in notes:
+        logging.getLogger("surgery").warning("%s: %s", opened.label, note)
+    return model
+
+
+def attached(adapter: Adapter, model: Any, is_trainable: bool = False) -> tuple[PeftModel, list[str]]:
+    """Return an adapter on a loaded base model, and what the user should know of its file.
+
+    Args:
+        adapter: the adapter.
+        model: its base model.
+        is_trainable: leave the adapter trainable.
+
+    Raises:
+        AdapterError: the adapter does not fit the model, or its configuration is not understood.
+        WrongBaseError: the adapter was made from other base weights.
+    """
+    opened = adapter.opened_on(model)
     if opened.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{opened.folder}: PEFT type {opened.peft_type} is known neither to PEFT nor to surgery")
     lacking = lacking_in(opened, ModelNames(model))
-    for note in [*opened.notes, *lacking.notes]:
-        logging.getLogger("surgery").warning("%s: %s", opened.label, note)
+    notes = [*opened.notes, *lacking.notes]
     fitted = fit_to_model(opened, model)
     if fitted is opened and opened.folder is not None and opened.as_stored:
-        return _open(model, opened, opened.folder, is_trainable, lacking.layers)
+        return _open(model, opened, opened.folder, is_trainable, lacking.layers), notes
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        if fitted is not opened:
-            fitted.companions = {}  # PEFT reads none of them
-        fitted.save(Path(folder) / "adapter")
-        return _open(model, fitted, Path(folder) / "adapter", is_trainable, lacking.layers)
+        alone = fitted.like(fitted.config, fitted.tensors)
+        alone.companions = {}  # PEFT reads none of them
+        alone.save(Path(folder) / "adapter")
+        return _open(model, fitted, Path(folder) / "adapter", is_trainable, lacking.layers), notes
 
 
 def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool, lacking: Collection[str] = ()) -> PeftModel:
@@ -123,33 +141,50 @@ def _open(model: Any, adapter: Adapter, folder: Path, is_trainable: bool, lackin
     names = ModelNames(model)
     places = {names.located(module, names.modules) or module for module in lacking}
     starts = tuple(f"{MODEL_PREFIX}{place}." for place in places)
-    there = set(adapter.file_tensors())
+    there = adapter.file_tensors()
     missing = sorted(name for name in wanted if name not in there and not (starts and name.startswith(starts)))
     if missing:
         raise AdapterError(f"{folder}: the file lacks {len(missing)} of the adapter's tensors: {listing(missing, 3)}")
+    lost = [name for name, tensor in wanted.items() if name in there and not _is_loaded(tensor, there[name])]
+    if lost:
+        raise AdapterError(
+            f"{folder}: PEFT {peft.__version__} does not load {listing(lost, 3)} on {type(model).__name__}; add the "
+            "adapter to its base with surgery merge"
+        )
     return loaded
+
+
+def _is_loaded(mine: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Return whether a tensor of the opened adapter has the file's values, as far as their shapes are the same."""
+    if mine.is_meta or mine.shape != stored.shape:  # offloaded, or kept in another form than in the file
+        return True
+    return bool(torch.equal(mine.detach(), stored.to(mine.device, mine.dtype)))
 
 
 @contextlib.contextmanager
 def _names_as_they_are() -> Iterator[None]:
-    """Keep PEFT from taking targets of dense layers (`gate_proj` outside of experts) for those of joined experts.
+    """Keep PEFT from translating names, all of which are today's already.
 
-    Its translation of old names goes by the last part of a name alone; here all names are today's already.
+    It takes targets of dense layers (`gate_proj` outside of experts) for those of joined experts, by the last part of
+    their names alone; and names that a rule of transformers leads from, and to, it translates twice.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # a PEFT that translates nothing
         yield
         return
-    table = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", None)
-    if table is None:
-        yield
-        return
-    conversion._MODEL_TO_CONVERSION_PATTERN = {}
+    neutral: dict[str, Any] = {
+        "_MODEL_TO_CONVERSION_PATTERN": {},
+        "convert_peft_adapter_state_dict_for_transformers": lambda *_, adapter_state_dict, **__: adapter_state_dict,
+    }
+    before = {name: getattr(conversion, name) for name in neutral if hasattr(conversion, name)}
     try:
+        for name in before:
+            setattr(conversion, name, neutral[name])
         yield
     finally:
-        conversion._MODEL_TO_CONVERSION_PATTERN = table
+        for name, value in before.items():
+            setattr(conversion, name, value)
 
 
 def _named_base(adapter: Adapter) -> str:

@@ -301,8 +301,9 @@ def _loading(checked: Checked, repo: str, revision: str | None) -> str:
 def _base_class(checked: Checked) -> tuple[str, str]:
     """The transformers class of the base model, and further arguments: the labels of a head that the adapter brings."""
     task, mapping = _task(checked), checked.config.get("auto_mapping") or {}
-    if task is None and str(mapping.get("parent_library", "")).startswith("transformers."):
-        return str(mapping["base_model_class"]), _labels(checked)
+    known = mapping.get("base_model_class")
+    if task is None and known and str(mapping.get("parent_library", "")).startswith("transformers."):
+        return str(known), _labels(checked)
     name = CLASSES[task][0] if task is not None else "AutoModel"
     return name, _labels(checked) if task in {None, "seq-cls", "token-cls", "image-cls"} else ""
 

@@ -54,4 +54,6 @@ def with_new_head(
         "task_type": TASKS[name].peft_task_type,
     }
     provenance = {**adapter.provenance, "labels": classes, "task": name}
-    return Adapter(config, tensors, provenance, adapter.card)
+    made = adapter.like(config, tensors)
+    made.provenance, made.weights = provenance, None
+    return made

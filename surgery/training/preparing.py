@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of
 from surgery.adapters.fitting import fit_to_model, own_task, with_place_for
 from surgery.adapters.names import MODEL_PREFIX
+from surgery.adapters.packing import is_packed
 from surgery.errors import AdapterError, CheckpointError, listing
 from surgery.merging.plan import class_names
 from surgery.models.base_model import BaseModel
@@ -22,7 +24,7 @@ from surgery.models.heads import HEAD_NAMES, HEAD_TASKS, missing_modules
 from surgery.models.labels import with_labels
 from surgery.models.tasks import TaskName
 from surgery.passes.loaded_model import RunSettings, load_model
-from surgery.peft_types.loading import load
+from surgery.peft_types.loading import attached, load
 from surgery.system.devices import Device, resolve_device
 from surgery.system.dtypes import LoadedDtype, dtype_name, dtype_named
 
@@ -41,18 +43,23 @@ class Prepared:
         base: the base model's files, under the class that is trained.
         model: the adapter on the loaded base; of its parameters those that train require a gradient.
         names: of what trains, by name in the adapter's file -> by name in the model.
+        notes: what the user should know of the adapter's file.
     """
 
     adapter: Adapter
     base: BaseModel
     model: PeftModel
     names: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, adapter: Adapter, base: BaseModel, model: PeftModel) -> Prepared:
-        """What requires a gradient in the model is what trains."""
-        names = {_file_name(name): name for name, p in model.named_parameters() if p.requires_grad}
-        return cls(adapter, base, model, names)
+    def of(cls, adapter: Adapter, base: BaseModel, model: PeftModel, notes: Sequence[str] = ()) -> Prepared:
+        """Return what requires a gradient in the model as what trains.
+
+        Raises:
+            AdapterError: a parameter would train that PEFT saves under no name.
+        """
+        return cls(adapter, base, model, _names_in_file(adapter, model), list(notes))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -127,9 +134,9 @@ def prepare(
     model = load_model(opened, RunSettings(dtype=dtype_named(dtype, TRAINED_IN), device=where), heads)
     adapter = adapter.opened_on(model)
     fitted = fit_to_model(adapter, model)
-    peft_model = load(fitted, model, is_trainable=True)
+    peft_model, notes = attached(fitted, model, is_trainable=True)
     _keep_only(peft_model, only)
-    return Prepared.of(fitted, opened, peft_model)
+    return Prepared.of(fitted, opened, peft_model, notes)
 
 
 def base_for(
@@ -157,6 +164,33 @@ def base_for(
 def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """What requires a gradient, by its name in an adapter's file."""
     return {_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _names_in_file(adapter: Adapter, model: PeftModel) -> dict[str, str]:
+    """Return what trains, by the name under which PEFT saves it -> by name in the model.
+
+    PEFT saves some parameters under names that do not follow from theirs: DoRA's magnitudes, what layers share.
+
+    Raises:
+        AdapterError: it saves one under no name.
+    """
+    listed = adapter.file_tensors()
+    names, others = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _file_name(name) in listed:
+            names[_file_name(name)] = name
+        elif parameter.requires_grad:
+            others[parameter.data_ptr()] = name
+    if others:
+        for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            if tensor.data_ptr() in others:
+                names[key] = others.pop(tensor.data_ptr())
+    if others and not is_packed(adapter.config):
+        raise AdapterError(
+            f"{adapter.label}: {listing(others.values(), 3)} would train, and PEFT does not save it with a "
+            f"{adapter.peft_type} adapter of this kind; train it with PEFT itself, or convert it first"
+        )
+    return {**names, **{_file_name(name): name for name in others.values()}}
 
 
 def _file_name(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from surgery.adapters.adapter import Adapter
+from surgery.adapters.experts import experts_apart, experts_joined
 from surgery.adapters.names import CONFIG_FILE, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.errors import OptionError
@@ -152,7 +153,7 @@ class Run:
             processes=self.group.count,
             evaluated_on="eval_data" if own_eval else "data",
             teacher=teacher.label if teacher is not None else None,
-            notes=list(self.feed.notes),
+            notes=[*self.prepared.notes, *self.feed.notes],
         )
         return report
 
@@ -297,8 +298,9 @@ class Run:
     def _result(self, trained: dict[str, torch.Tensor], report: TrainReport) -> Adapter:
         """The adapter with what was trained in place of what it was, all else as it is."""
         source = self.prepared.adapter
-        tensors = {name: _stored(source, name, trained[name]) if name in trained else value
-                   for name, value in source.tensors.items()}  # fmt: skip
+        tensors = dict(experts_joined(source.config, source.tensors))  # under the names of the file
+        tensors |= {name: _stored(source, tensors.get(name), name, value) for name, value in trained.items()}
+        tensors, _ = experts_apart(source.config, tensors, source.label)
         made = provenance_of(
             "train",
             options={
@@ -315,7 +317,9 @@ class Run:
             after=asdict(report.after) if report.after is not None else None,
         )
         provenance = {**source.provenance, **made, "from": source.provenance.get("command")}
-        return Adapter(source.config, tensors, provenance, source.card)
+        result = Adapter(source.config, tensors, provenance, source.card)
+        result.companions = dict(source.companions)
+        return result
 
     def _write(self, unfinished: Unfinished, report: TrainReport, finished: bool) -> None:
         if self.group.first:
@@ -388,9 +392,10 @@ def _values(trainer: AdapterTrainer, prepared: Prepared) -> dict[str, torch.Tens
     return {name: whole[inner].detach().cpu() for name, inner in prepared.names.items()}
 
 
-def _stored(source: Adapter, name: str, value: torch.Tensor) -> torch.Tensor:
+def _stored(source: Adapter, old: torch.Tensor | None, name: str, value: torch.Tensor) -> torch.Tensor:
     """A trained tensor in the file's dtype; scales that half precision held exactly are rounded to it again."""
-    old = source.tensors[name]
+    if old is None:  # the file lacked it
+        return value.clone()
     if is_packed(source.config) and name.endswith(".giva_s") and torch.equal(old.half().to(old), old):
         value = value.half().float()
     return value.to(old.dtype).clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.fuzz.specimens import ADAPTERS
+from tests.fuzz.specimens import ADAPTERS, ELSEWHERE
 
 __all__ = ["SCENARIOS", "Scenario"]
 
@@ -43,7 +43,7 @@ class Scenario:
         return "{out}" in self.arguments and "--dry-run" not in self.arguments
 
 
-LLAMA = tuple(name for name in ADAPTERS if name != "head")
+LLAMA = tuple(name for name in ADAPTERS if name not in ELSEWHERE)
 MODEL, ADAPTER = ("model",), ("adapter",)
 
 SCENARIOS = (
@@ -76,6 +76,14 @@ SCENARIOS = (
         "convert a head", "convert {adapter} --to giva --rank 1 --bits 16 -o {out}", adapters=("head",), victims=ADAPTER
     ),
     Scenario(
+        "convert experts", "convert {adapter} --to giva --base {model} --rank 1 -o {out}", "experts", ("on-experts",),
+        weight=3,
+    ),
+    Scenario(
+        "convert convolutions", "convert {adapter} --to lora --base {model} --rank 1 -o {out}", "images",
+        ("convolution",), weight=3,
+    ),
+    Scenario(
         "convert on data",
         "convert {adapter} --to giva --base {model} --data {data} --samples 4 --rank 1 -o {out}",
         adapters=("lora", "giva", "packed"), weight=3,
@@ -94,6 +102,8 @@ SCENARIOS = (
     Scenario("merge", "merge {adapter} --base {model} -o {out}", adapters=LLAMA, weight=8),
     Scenario("merge in bfloat16", "merge {adapter} --base {model} --dtype bfloat16 -o {out} --json", "sharded", LLAMA),
     Scenario("merge a head", "merge {adapter} --base {model} -o {out}", "classifier", ("head",), weight=4),
+    Scenario("merge experts", "merge {adapter} --base {model} -o {out}", "experts", ("on-experts",), weight=3),
+    Scenario("merge convolutions", "merge {adapter} --base {model} -o {out}", "images", ("convolution",), weight=3),
     Scenario("merge, a dry run", "merge {adapter} --base {model} --dry-run -o {out}", adapters=LLAMA, weight=2),
     Scenario("merge over an output", "merge {adapter} --base {model} --force -o {out}", adapters=LLAMA, weight=2),
     Scenario("compare", "compare {adapter} {other}", adapters=LLAMA, other="lora", victims=ADAPTER, weight=5),

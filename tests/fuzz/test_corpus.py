@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fuzz.campaign import faults_of
-from tests.fuzz.specimens import make_specimens
+from tests.fuzz.specimens import ELSEWHERE, make_specimens
 from tests.fuzz.tensors import join, split
 from tests.helpers.command_line import contents, invoke
 from tests.helpers.isolated import Outcome
@@ -127,6 +127,13 @@ def no_numbers(name: str) -> Edit:
     return tensors(lambda found: found[name].fill_(float("nan")), "model.safetensors")
 
 
+def folder_of_an_adapter(folder: Path) -> None:
+    """A folder that is an adapter, under the name of the configuration."""
+    (folder / ADAPTER_CONFIG).rename(folder / "kept")
+    (folder / ADAPTER_CONFIG).mkdir()
+    (folder / "kept").rename(folder / ADAPTER_CONFIG / ADAPTER_CONFIG)
+
+
 DATA = "init {model} --method giva --data {data} --rank 2 -o {out}"
 MERGE = "merge {adapter} --base {model} -o {out}"
 CONVERT = "convert {adapter} --to giva --base {model} --rank 1 -o {out}"
@@ -200,15 +207,28 @@ CASES = [
         tensors(lambda found: found.update({V_PROJ: found[V_PROJ].to(torch.complex64)}), "model.safetensors"),
         "is torch.complex64, not floating point",
     ),
+    case(
+        "targets-that-are-a-number", "on-experts", CONVERT, configure(target_parameters=5),
+        "target_parameters is 5, expected a list of names",
+    ),
+    case(
+        "experts-of-which-one-is-missing", "experts", CONVERT,
+        tensors(lambda found: found.pop("model.layers.1.mlp.experts.1.gate_proj.weight"), "model.safetensors"),
+        "do not go together: one is missing or of another shape",
+    ),
+    case("kind-of-mlx-that-is-a-table", "mlx", MERGE, configure(fine_tune_type={"a": 1}), "fine_tune_type {'a': 1}"),
+    case("mapping-that-is-a-number", "delora", PUSH, configure(auto_mapping=-5), "auto_mapping is -5, expected"),
+    case("configuration-that-is-a-folder", "lora", CONVERT, folder_of_an_adapter, "no adapter_config.json"),
     case("other-weights", "model", MERGE, configure(CONFIG, transformers_weights="x.safetensors"), "other weights"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "command", "edit", "words"), CASES)
 def test_corpus(kind: str, command: str, edit: Edit, words: tuple[str, ...], specimens: Path, tmp_path: Path) -> None:
-    for name, source in (("adapter", "lora" if kind == "model" else kind), ("model", "model")):
+    adapter = {"model": "lora", "experts": "on-experts"}.get(kind, kind)
+    for name, source in (("adapter", adapter), ("model", ELSEWHERE.get(adapter, "model"))):
         shutil.copytree(specimens / source, tmp_path / name)
-    edit(tmp_path / ("model" if kind == "model" else "adapter"))
+    edit(tmp_path / ("adapter" if kind == adapter else "model"))
     names = {name: str(tmp_path / name) for name in ("adapter", "model", "out")}
     arguments = [word.format(**names, data=specimens / "data.jsonl") for word in command.split()]
     before = contents(tmp_path)

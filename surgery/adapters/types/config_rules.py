@@ -91,6 +91,8 @@ COMMON_RULES: dict[str, Rule] = {
     "exclude_modules": A_PATTERN,
     "layers_pattern": A_PATTERN,
     "modules_to_save": (are_names, "a list of names"),
+    "target_parameters": (are_names, "a list of names"),
+    "auto_mapping": (is_table, "an object"),
     "layers_to_transform": (are_layers, "a list of numbers"),
     "r": A_RANK,
     "alpha": A_NUMBER,

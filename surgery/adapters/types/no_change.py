@@ -18,6 +18,26 @@ ONE_VECTOR = (
 )
 INSERTED = "has no weight change: it adds layers of its own to the model; use it with PEFT as it is"
 
+BIASES = "changes no weight matrix: it trains biases; merge it with PEFT (merge_and_unload)"
+NORMS = (
+    "has no factors: it saves the layers that it trains whole, as a fine-tuned model does; merge it with PEFT "
+    "(merge_and_unload)"
+)
+ROUTED = "has no single weight change: it mixes several LoRAs by the task or the input; use it with PEFT as it is"
+ON_DECOMPOSITION = (
+    "has a weight change that is relative to a decomposition of the base weight made while it was loaded, which is not "
+    "read here; merge it with PEFT (merge_and_unload)"
+)
+WITH_BIASES = (
+    "changes the layer's bias by its weight as well, which is not read here; merge it with PEFT (merge_and_unload)"
+)
+DRAWN = "trains a distribution of vectors, which is not read here; merge it with PEFT (merge_and_unload)"
+TOKENS = (
+    "trains single rows of embeddings and nothing else, which is read here only as a part of a LoRA "
+    "(trainable_token_indices); merge it with PEFT (merge_and_unload)"
+)
+SPARSE = "trains single numbers of the weights, which is not read here; merge it with PEFT (merge_and_unload)"
+
 NO_CHANGE = {
     peft_type: RefusedType(peft_type, title, paper, f"{title} {reason}")
     for peft_type, title, paper, reason in (
@@ -34,5 +54,16 @@ NO_CHANGE = {
         ("UNILORA", "UniLoRA", None, ONE_VECTOR),
         ("TINYLORA", "TinyLoRA", None, ONE_VECTOR),
         ("ADAPTION_PROMPT", "LLaMA-Adapter", "arXiv 2303.16199", INSERTED),
+        ("SHADOW", "ShadowPEFT", None, INSERTED),
+        ("OSF", "OSF", None, ON_DECOMPOSITION),
+        ("ADAMSS", "AdaMSS", None, ON_DECOMPOSITION),
+        ("BEFT", "BEFT", None, BIASES),
+        ("LN_TUNING", "LN tuning", None, NORMS),
+        ("TRAINABLE_TOKENS", "trainable tokens", None, TOKENS),
+        ("POLY", "Poly", "arXiv 2202.13914", ROUTED),
+        ("XLORA", "X-LoRA", None, ROUTED),
+        ("GLORA", "GLoRA", None, WITH_BIASES),
+        ("PVERA", "PVeRA", "arXiv 2512.07703", DRAWN),
+        ("SUPERTUNING", "Super-Tuning", "arXiv 2607.09287", SPARSE),
     )
 }
