@@ -164,3 +164,25 @@ def test_a_trained_head_of_the_base_stays_with_the_adapter_that_brings_none(clas
     # A control: with A's head B would say something else.
     wrong = divergence(p, logits(b, classifier(folder, a), tokenizer, read_texts(data)))
     assert found.kl != pytest.approx(wrong, rel=1e-2)
+
+
+def test_what_is_to_be_known_of_the_files_is_said(llama: Path, tmp_path: Path) -> None:
+    """What the file of one lacks, and names of wrappers in both."""
+    made = lora(llama, tmp_path / "a")
+    shutil.copytree(made, tmp_path / "b")
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"module.{name}"] = tensors.pop(name)
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    for name in "ab":
+        edit_tensors(tmp_path / name, wrap, FILE)
+    edit_tensors(tmp_path / "b", cut, FILE)
+    for base in (None, llama):
+        notes = surgery.compare(tmp_path / "a", tmp_path / "b", base=base).notes
+        assert any(note.startswith("A: ") and "names of wrappers" in note for note in notes), notes
+        assert any(note.startswith("B: the file lacks 2 of the layers") for note in notes), notes

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import surgery
+from surgery.errors import AdapterError
 from tests.helpers.models import load_base, model_inputs, output, perturb, relative_difference, start_options
 
 METHODS = ("vera", "giva", "inilora", "frod", "smoa")
@@ -194,3 +195,35 @@ def test_heads_of_several_modules(method: str, tmp_path: Path) -> None:
     model = surgery.load(tmp_path / "out", base=tmp_path / "bare", is_trainable=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("pre_classifier" in name for name in trained)
+
+
+def test_names_that_peft_would_translate_again(tmp_path: Path) -> None:
+    """PEFT takes Laguna's shared experts for names of an older version, and silently leaves them as they start."""
+    size = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.LagunaConfig(**size, **heads, **experts, shared_expert_intermediate_size=16)
+    transformers.LagunaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = transformers.LagunaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["shared_experts.gate_proj"]))
+    perturb(model)
+    wanted = {name: tensor.clone() for name, tensor in model.named_parameters() if ".lora_" in name}
+    model.save_pretrained(tmp_path / "lora")
+    opened = surgery.load(tmp_path / "lora", tmp_path / "base")
+    found = {name: tensor for name, tensor in opened.named_parameters() if ".lora_" in name}
+    assert wanted and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_tensor_that_peft_does_not_load_is_an_error(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(load_base(llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    perturb(model)
+    model.save_pretrained(tmp_path / "lora")
+
+    def forgetful(base: torch.nn.Module, folder: Path, **options: object) -> PeftModel:
+        return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", forgetful)
+    with pytest.raises(AdapterError, match=r"does not load base_model.*q_proj.*surgery merge"):
+        surgery.load(tmp_path / "lora", load_base(llama))

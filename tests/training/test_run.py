@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import CheckpointError, OutputError
 from tests.helpers.command_line import contents
-from tests.helpers.models import save_model
+from tests.helpers.kinds import base_of, trained
+from tests.helpers.models import edit_tensors, load_base, model_inputs, output, relative_difference, save_model
 from tests.helpers.processes import launch
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
 from tests.helpers.training_trained import QUICK
@@ -109,3 +113,56 @@ def test_two_processes_do_what_one_does(begun_place: Path, tmp_path: Path) -> No
         rows = [json.loads(line) for line in (tmp_path / f"two-{name}" / "loss.jsonl").read_text().splitlines()]
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in report.loss], rel=1e-2)
         assert after["loss"] == pytest.approx(report.after.loss, rel=1e-3)
+
+
+# Kinds of which PEFT saves a tensor under a name that does not follow from the parameter's.
+SAVED_ELSEWHERE: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
+    "DoRA": ("llama", lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])),
+    "VB-LoRA": (
+        "llama",
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, target_modules=["q_proj", "v_proj"]),
+    ),
+    "experts": (
+        "qwen_moe",
+        lambda: peft.LoraConfig(
+            r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAVED_ELSEWHERE)
+def test_what_was_evaluated_is_what_was_written(kind: str, tmp_path: Path) -> None:
+    family, config = SAVED_ELSEWHERE[kind]
+    base = base_of(family, tmp_path / "base")
+    save_tokenizer(base)
+    trained(base, tmp_path / "made", config())
+    save_tokenizer(tmp_path / "made", chat_template="of the adapter")
+    data = write_rows(tmp_path / "texts.jsonl", text_rows(8))
+    places = tmp_path / "made", base, data
+    adapter, report = surgery.train(*places, out=tmp_path / "out", learning_rate=0.03, max_steps=3, batch_size=4)
+    _, again = surgery.train(tmp_path / "out", base, data, max_steps=1, batch_size=4)
+    assert report.before is not None and report.after is not None and again.before is not None
+    assert abs(report.after.loss - report.before.loss) > 1e-4
+    assert again.before.loss == pytest.approx(report.after.loss, abs=1e-5)
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(load_base(base), tmp_path / "out").eval()
+        opened = output(surgery.load(adapter, load_base(base)).eval(), model_inputs("llama"))
+        assert relative_difference(output(model, model_inputs("llama")), opened) < 1e-5
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "of the adapter"
+
+
+def test_it_says_what_the_file_lacks(trained_place: Path, tmp_path: Path) -> None:
+    base = trained_place / "llama"
+    trained(base, tmp_path / "made", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    edit_tensors(tmp_path / "made", edit, "adapter_model.safetensors")
+    out = tmp_path / "out"
+    _, report = surgery.train(tmp_path / "made", base, trained_place / "texts.jsonl", out=out, **QUICK)
+    assert any("the file lacks 1 of the layers" in note for note in report.notes), report.notes
+    _, again = surgery.train(out, base, trained_place / "texts.jsonl", dry_run=True, **QUICK)
+    assert again.notes == []  # they have been trained with the others
