@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from surgery.storage.resume import file_identities
 from surgery.storage.safetensors_read import file_bytes
 from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
 from surgery.system.keywords import keywords
+from surgery.system.tensors import MadeTensors, MutableTensors
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Adapter:
         companions: files that belong to it (tokenizer, chat templates, processors) and go where it goes: name -> path.
     """
 
+    tensors: MutableTensors
     notes: list[str]
     companions: dict[str, Path]
     as_stored: bool = True
@@ -76,7 +79,7 @@ class Adapter:
         folder: Path | None = None,
     ) -> None:
         self.config = dict(config)
-        self.tensors = dict(tensors)
+        self.tensors = tensors if isinstance(tensors, MadeTensors) else dict(tensors)
         self.provenance = dict(provenance or {})
         self.card = card
         self.folder = folder
@@ -86,12 +89,14 @@ class Adapter:
         self._sorted: TensorNames | None = None
 
     @classmethod
-    def open(cls, adapter: str | Path, layout: str | None = None) -> Adapter:
+    def open(cls, adapter: str | Path, layout: str | None = None, *, compact: bool = False) -> Adapter:
         """Read an adapter folder in any known format, or an adapter repository on the Hub.
 
         Args:
             adapter: the folder, or the Hub id.
             layout: order of the numbers of a LoRA on fused experts: `peft` (default), or `unsloth` for its older files.
+            compact: hold the factors of a packed file as its whole numbers, a quarter of the memory. A factor is made
+                float32 whenever `tensors` is asked for it, and a change to it in place is lost.
 
         Raises:
             AdapterError: a file is missing, broken, or holds code.
@@ -100,7 +105,8 @@ class Adapter:
         folder = inner_adapter(local_folder(str(adapter)))
         try:
             check_files(folder)
-            read = cls.from_parts(format_of(folder).read(folder), folder)
+            parts = format_of(folder).read(folder)
+            read = cls.from_parts(parts if compact else replace(parts, tensors=dict(parts.tensors)), folder)
         except CheckpointError as error:  # of the files; here they are an adapter's
             raise AdapterError(str(error)) from None
         if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
@@ -146,7 +152,7 @@ class Adapter:
         return type_of(self.config)
 
     @property
-    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+    def modules(self) -> dict[str, MutableTensors]:
         """Tensors by module and short name: `modules["encoder.layer.0.output.dense"]["inilora_A"]`.
 
         LoRA's short names have two parts, `lora_A.weight`. Tensors that sit above the model (VeRA's projections) are
@@ -154,9 +160,13 @@ class Adapter:
         """
         return {module: self.layer(module) for module in self.names.by_module}
 
-    def layer(self, module: str) -> dict[str, torch.Tensor]:
+    def layer(self, module: str) -> MutableTensors:
         """The tensors of one module by short name, as in `modules`, without a look at the others; empty for none."""
-        return {short: self.tensors[name] for short, name in self.names.by_module.get(module, {}).items()}
+        names = self.names.by_module.get(module, {})
+        if not isinstance(self.tensors, MadeTensors):
+            return {short: self.tensors[name] for short, name in names.items()}
+        planned = {short: self.tensors.planned[name] for short, name in names.items()}
+        return MadeTensors(planned, lambda short: self.tensors[names[short]])
 
     def holders(self, short: str) -> list[str]:
         """The modules that have a tensor of this short name, in the file's order."""

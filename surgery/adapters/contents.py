@@ -85,7 +85,7 @@ def contents_of(adapter: Adapter) -> Contents:
     spare: list[str] = []
     tokens: dict[str, str] = {}
     owners = adapter.names.owners
-    for name, tensor in adapter.tensors.items():
+    for name in adapter.tensors:
         if not name.startswith(MODEL_PREFIX):
             shared.append(name)
             continue
@@ -98,7 +98,7 @@ def contents_of(adapter: Adapter) -> Contents:
         elif name in owners:
             modules[owners[name]] = None
         else:
-            carried[_carried_parameter(adapter, stem, tensor)] = name
+            carried[_carried_parameter(adapter, stem, adapter.tensors[name])] = name
     token_tensors(adapter)  # they are those that the configuration names
     with one_torch_thread():  # small tensors: waking another thread takes longer, by far where the cores are busy
         for module in modules:

@@ -19,6 +19,7 @@ from surgery.adapters.types.lora import A_NAME, B_NAME, FUSED_EXPERTS, expert_of
 from surgery.adapters.types.patterns import pattern_value
 from surgery.adapters.types.registry import type_of
 from surgery.errors import AdapterError, OptionError, listing
+from surgery.system.tensors import MutableTensors, Tensors
 
 __all__ = ["LAYOUTS", "experts_apart", "experts_joined"]
 
@@ -28,12 +29,10 @@ WRAPPED = ".base_layer"
 # Parameters in the order in which modules of experts have them.
 ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "in_proj", "down_proj", "w2", "out_proj")
 
-Tensors = dict[str, torch.Tensor]
-
 
 def experts_apart(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], label: str, layout: str | None = None
-) -> tuple[Tensors, list[str]]:
+    config: Mapping[str, Any], tensors: MutableTensors, label: str, layout: str | None = None
+) -> tuple[MutableTensors, list[str]]:
     """Return a LoRA's tensors with each expert of a parameter as a layer, and notes on what was assumed.
 
     Args:
@@ -50,7 +49,7 @@ def experts_apart(
         raise OptionError(f"unknown layout {layout!r}: use {', '.join(LAYOUTS)}")
     targets = config.get("target_parameters")
     if not _of_parameters(config) or not isinstance(targets, list):
-        return dict(tensors), []
+        return tensors, []
     rest, several = dict(tensors), False
     for module, levels in _wrappers(tensors).items():
         shorts = _parameters(module, targets)

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.codec.entropy import LARGEST
-from surgery.codec.factors import CodedFactors, decode_factors, encode_factors, grid_of
+from surgery.codec.factors import CodedFactors, decoded_layers, encode_factors, grid_of
 from surgery.errors import AdapterError
-from surgery.system.tensors import Tensors
+from surgery.system.tensors import MadeTensors, TensorMap, Tensors
 
 __all__ = [
     "CODES",
@@ -148,8 +148,11 @@ def packed(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above
     return rest
 
 
-def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], above: str, inside: str) -> Tensors:
+def unpacked(config: Mapping[str, Any], tensors: TensorMap, above: str, inside: str) -> MadeTensors:
     """The tensors in memory, float32, for those of the file; arguments as for `packed`.
+
+    The factors are held as the whole numbers, or the floats, that the file has, and are made float32 when they are
+    asked for.
 
     Raises:
         AdapterError: the codes are damaged, or do not fit the configuration.
@@ -169,23 +172,25 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], abo
         raise AdapterError(f"{above}{SCALES}: {scales.numel()} scales do not fit the layers of the configuration")
     factors = _plain(stored, shapes, above) if wanted[0] == FACTORS else _decoded(stored, shapes, above)
     trained = scales.float().reshape(-1).split(ranks) if scales is not None else [None] * len(layers)
+    held: Tensors = {}
     for (module, (height, _, _)), (B, A, s), own in zip(layers, factors, trained, strict=True):
         name = f"{inside}{module}."
-        rest[f"{name}{PARTS[0]}"], rest[f"{name}{PARTS[1]}"] = A, B
+        held[f"{name}{PARTS[0]}"], held[f"{name}{PARTS[1]}"] = A, B
+        rest[f"{name}{PARTS[0]}"], rest[f"{name}{PARTS[1]}"] = (torch.empty(f.shape, device="meta") for f in (A, B))
         rest[f"{name}{PARTS[2]}"] = s if own is None else own.clone()
         rest.setdefault(f"{name}{PARTS[3]}", torch.ones(height))
-    return rest
+    # A tensor of its own each time, in the order of a matrix: the held one may be float32 already, or seen turned.
+    return MadeTensors(rest, lambda name: held[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format))
 
 
 def _plain(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Iterator[Factors]:
     count = sum((height + width) * rank for height, width, rank in shapes)
     if not stored.is_floating_point() or stored.numel() != count or not bool(torch.isfinite(stored).all()):
         raise AdapterError(f"{above}{FACTORS}: does not hold the numbers of the layers that the configuration names")
-    numbers, start = stored.float().reshape(-1), 0
+    numbers, start = stored.reshape(-1), 0
     for height, width, rank in shapes:
         middle, end = start + height * rank, start + (height + width) * rank
-        B, A = numbers[start:middle].reshape(rank, height).T, numbers[middle:end].reshape(rank, width)
-        yield B.contiguous(), A.clone(), torch.ones(rank)
+        yield numbers[start:middle].reshape(rank, height).T, numbers[middle:end].reshape(rank, width), torch.ones(rank)
         start = end
 
 
@@ -193,14 +198,17 @@ def _decoded(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Itera
     if stored.dtype != torch.uint8:
         raise AdapterError(f"{above}{CODES}: is {stored.dtype}, expected bytes")
     try:
-        layers = decode_factors(stored.contiguous().cpu().numpy().reshape(-1), shapes)
+        for layer in decoded_layers(stored.contiguous().cpu().numpy().reshape(-1), shapes):
+            B, A = (torch.from_numpy(_narrow(codes)) for codes in (layer.B, layer.A))
+            yield B, A, torch.from_numpy(layer.s.astype(np.float32))
     except ValueError as error:
         raise AdapterError(f"{above}{CODES}: {error}") from None
-    layers.reverse()
-    while layers:
-        layer = layers.pop()  # its integers are let go of when its floats are there
-        B, A = (torch.from_numpy(codes.astype(np.float32)) for codes in (layer.B, layer.A))
-        yield B, A, torch.from_numpy(layer.s.astype(np.float32))
+
+
+def _narrow(codes: NDArray[np.int16]) -> NDArray[np.signedinteger]:
+    """Return whole numbers in memory of their own, in one byte each where that holds them."""
+    largest = max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
+    return codes.astype(np.int8 if largest <= 127 else np.int16)
 
 
 def _layers(config: Mapping[str, Any]) -> list[tuple[str, Shape]]:

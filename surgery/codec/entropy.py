@@ -11,7 +11,7 @@ Lanes follow from the count of numbers; number `i` belongs to lane `i % lanes`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Context, Decimal, localcontext
 from functools import cache
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-__all__ = ["CLASSES", "LARGEST", "WIDTHS", "best_classes", "class_bits", "decode", "encode", "lanes_for"]
+__all__ = ["CLASSES", "LARGEST", "WIDTHS", "best_classes", "class_bits", "decode", "decode_parts", "encode", "lanes_for"]
 
 LARGEST = 32767  # magnitude of a number
 WIDTHS = 60  # of a distribution: 2^-3 .. 2^11.75, four to the octave
@@ -103,17 +103,32 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
     Raises:
         ValueError: the data is not what `encode` returns for these segments.
     """
+    return np.concatenate([np.zeros(0, np.int16), *decode_parts(data, lengths, classes)])
+
+
+def decode_parts(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Iterator[Numbers]:
+    """Yield what `decode` returns, in parts of at most 65,536 numbers, whatever the segments.
+
+    That the data is whole is known at the end only: what was yielded before counts for nothing where it raises.
+
+    Args:
+        data, lengths, classes: as for `decode`.
+
+    Raises:
+        ValueError: as for `decode`.
+    """
     tables = _Tables(classes)
     if tables.fewest_bits(lengths) > 8 * data.size:
         raise ValueError("the coded numbers are cut short")
     table = tables.of_numbers(lengths)
     states, escapes, words = _read(data, table.size)
     lanes, used, escaped = states.size, 0, 0
-    numbers = np.empty(table.size, dtype=np.int16)
     for part in _parts_of(table.size, lanes):
         here = table[part]
         slots, cells = here.astype(np.intp) << PRECISION, here.astype(np.intp) * tables.width
         symbols = np.empty(here.size, dtype=np.int16)
+        # A number takes one word at most. As integers of the states' width they are read faster.
+        near, taken = words[used : used + here.size].astype(np.int64), 0
         for start in range(0, here.size, lanes):
             end = min(start + lanes, here.size)
             state = states[: end - start]
@@ -126,11 +141,12 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
             state += slot - tables.whole_first.take(cell)
             empty = np.flatnonzero(state < LOW)
             if empty.size:
-                read = words[used : used + empty.size]
+                read = near[taken : taken + empty.size]
                 if read.size < empty.size:
                     raise ValueError("the coded numbers are cut short")
                 state[empty] = (state[empty] << 16) | read
-                used += empty.size
+                taken += empty.size
+        used += taken
         escapes_here = np.flatnonzero(symbols == tables.escape[here])
         values = escapes[escaped : escaped + escapes_here.size]
         symbols -= tables.reach[here]
@@ -139,11 +155,10 @@ def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbe
             raise ValueError("the coded numbers are damaged")
         symbols[escapes_here] = values
         escaped += values.size
-        numbers[part] = symbols
+        yield symbols
     # Encoding began with these states: whatever does not lead back to them is damaged.
     if used != words.size or not (states == LOW).all() or escaped != escapes.size:
         raise ValueError("the coded numbers are damaged")
-    return numbers
 
 
 def class_bits(largest: int) -> NDArray[np.float64]:
@@ -190,9 +205,9 @@ def _parts_of(count: int, lanes: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _read(data: Bytes, count: int) -> tuple[NDArray[np.int64], Numbers, NDArray[np.int64]]:
-    """States, escapes and words."""
-    lanes, raw = lanes_for(count), data.tobytes()
+def _read(data: Bytes, count: int) -> tuple[NDArray[np.int64], Numbers, NDArray[np.uint16]]:
+    """States, escapes and words; the words are where the data is."""
+    lanes, raw = lanes_for(count), np.ascontiguousarray(data).data
     head = 4 + 4 * lanes
     if len(raw) < head or len(raw) % 2:
         raise ValueError("the coded numbers are cut short")
@@ -201,7 +216,7 @@ def _read(data: Bytes, count: int) -> tuple[NDArray[np.int64], Numbers, NDArray[
         raise ValueError("the coded numbers are damaged")
     states = np.frombuffer(raw, "<u4", lanes, 4).astype(np.int64)
     numbers = np.frombuffer(raw, "<i2", escapes, head).astype(np.int16)
-    return states, numbers, np.frombuffer(raw, "<u2", -1, head + 2 * escapes).astype(np.int64)
+    return states, numbers, np.frombuffer(raw, "<u2", -1, head + 2 * escapes)
 
 
 class _Tables:

@@ -9,16 +9,24 @@ of the scales, each as differences from the rank before (in a layer's first rank
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery.codec.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, encode
+from surgery.codec.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, decode_parts, encode
 
-__all__ = ["CodedFactors", "code_bits", "decode_factors", "encode_factors", "grid_of", "rounded_scales"]
+__all__ = [
+    "CodedFactors",
+    "code_bits",
+    "decode_factors",
+    "decoded_layers",
+    "encode_factors",
+    "grid_of",
+    "rounded_scales",
+]
 
 HEAD = 12
 FINEST_SCALES = 9
@@ -127,8 +135,21 @@ def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
     Raises:
         ValueError: the data is not what `encode_factors` returns for these shapes.
     """
+    return list(decoded_layers(data, shapes))
+
+
+def decoded_layers(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int]]) -> Iterator[CodedFactors]:
+    """Yield the layers that `encode_factors` was given; memory is that of the data and of one layer.
+
+    Args:
+        data: uint8.
+        shapes: `(out, in, rank)` of each layer.
+
+    Raises:
+        ValueError: the data is not what `encode_factors` returns for these shapes; layers may have been yielded.
+    """
     # Escapes are written as they are: only a checksum tells that one has changed.
-    if data.size < HEAD or zlib.crc32(data[4:].tobytes()) != int.from_bytes(data[:4].tobytes(), "little"):
+    if data.size < HEAD or zlib.crc32(np.ascontiguousarray(data[4:]).data) != int.from_bytes(data[:4].tobytes(), "little"):
         raise ValueError("the coded factors are damaged or cut short")
     fineness, kinds = int(data[4]), data[5:8].tolist()
     if fineness > FINEST_SCALES:
@@ -143,16 +164,33 @@ def decode_factors(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
         (np.abs(exponents) > LARGEST_EXPONENT * 2**fineness).any()
     ):
         raise ValueError("the description of the ranks is damaged")
-    numbers = decode(data[middle:], _lengths(shapes), _by_layer(of_B, of_A, ranks))
-    scales = _scales(exponents, fineness)
-    layers, start, first = [], 0, 0
-    for height, width, rank in shapes:
-        split, end = start + height * rank, start + (height + width) * rank
-        # Each in memory of its own, so that a caller can let go of them one after the other.
-        B, A = numbers[start:split].reshape(rank, height).T.copy(), numbers[split:end].reshape(rank, width).copy()
-        layers.append(CodedFactors(B, A, scales[first : first + rank]))
-        start, first = end, first + rank
-    return layers
+    parts = decode_parts(data[middle:], _lengths(shapes), _by_layer(of_B, of_A, ranks))
+    scales, first = _scales(exponents, fineness), 0
+    sizes = [(height + width) * rank for height, width, rank in shapes]
+    for (height, width, rank), numbers in zip(shapes, _in_sizes(parts, sizes), strict=True):
+        B, A = numbers[: height * rank].reshape(rank, height).T.copy(), numbers[height * rank :].reshape(rank, width)
+        yield CodedFactors(B, A, scales[first : first + rank])
+        first += rank
+
+
+def _in_sizes(parts: Iterator[NDArray[np.int16]], sizes: Sequence[int]) -> Iterator[NDArray[np.int16]]:
+    """Yield runs of these sizes of what comes in parts of other sizes, each in memory of its own, and use up the parts.
+
+    A last run that comes before the parts have ended would escape their check: the end is awaited first.
+    """
+    left = np.empty(0, np.int16)
+    for place, size in enumerate(sizes):
+        run, filled = np.empty(size, np.int16), 0
+        while filled < size:
+            if not left.size:
+                left = next(parts)
+            taken = min(left.size, size - filled)
+            run[filled : filled + taken] = left[:taken]
+            left, filled = left[taken:], filled + taken
+        if place == len(sizes) - 1:
+            for _ in parts:
+                pass
+        yield run
 
 
 def _in_a_row(layers: Sequence[CodedFactors]) -> NDArray[np.int16]:

@@ -31,6 +31,7 @@ from surgery.storage.folder_checks import check_link
 from surgery.storage.format_version import check_format_version
 from surgery.storage.json_files import read_json, read_text
 from surgery.storage.safetensors_read import read_tensors, tensor_names
+from surgery.system.tensors import TensorMap
 
 __all__ = ["PEFT", "peft_parts", "read_config"]
 
@@ -84,10 +85,9 @@ def peft_parts(folder: Path, read: Callable[[], dict[str, torch.Tensor]]) -> Ada
     check_saved(config, tensors, str(folder))
     idle, lacking = without_halves(config, TensorNames(list(tensors), type_of(config)).by_module, str(folder))
     tensors, notes = {name: tensors[name] for name in tensors if name not in idle}, notes + lacking
-    if is_packed(config):
-        tensors = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX)
+    held: TensorMap = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX) if is_packed(config) else tensors
     return AdapterParts(
-        config, tensors, provenance=provenance, card=text, notes=notes, companions=companion_files(folder)
+        config, held, provenance=provenance, card=text, notes=notes, companions=companion_files(folder)
     )
 
 

@@ -207,7 +207,7 @@ class AdapterModel(BaseTuner):
         attachment = attachment_of(model, adapter_name)
         above = packed_prefix(state_dict)
         if above is not None and is_packed(config.to_dict()):
-            state_dict = unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else "")
+            state_dict = dict(unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else ""))
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

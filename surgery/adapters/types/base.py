@@ -56,7 +56,7 @@ class AdapterFile(Protocol):
     def label(self) -> str:
         """The adapter's name in messages."""
 
-    def layer(self, module: str) -> dict[str, torch.Tensor]:
+    def layer(self, module: str) -> TensorMap:
         """Return the tensors of one layer by short name; those above the model for the empty name."""
 
     def holders(self, short: str) -> list[str]:
