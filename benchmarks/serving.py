@@ -1,22 +1,22 @@
-"""What a store of packed adapters costs a server: expanding against reading a plain LoRA, and requests of many clients.
+"""What a store of packed adapters costs a server that expands one: against reading the same as a plain LoRA.
 
-python benchmarks/serving.py                    # one adapter of a 7B model's shape; 1,000 small ones and 8 clients
+python benchmarks/serving.py                    # one adapter of a 7B model's shape, 224 layers of rank 16
 python benchmarks/serving.py --quick            # small shapes: only checks that the script works
 
 Times of reading at 1 GB/s (a local disk) and at 100 MB/s (a network) are computed from the bytes; all others are
-measured.
+measured, in one thread. CPU seconds tell what the work takes where others share the processor. Requests of many clients
+are in benchmarks/store.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import random
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +41,24 @@ def main() -> None:
         print(json.dumps(WORKERS[arguments.worker[0]](Path(arguments.worker[1]))))
         return
     with tempfile.TemporaryDirectory(prefix="surgery-bench-") as place:
-        found = {
-            "expand": expand(Path(place) / "one", 2 if arguments.quick else 32, 64 if arguments.quick else 1),
-            "requests": requests(Path(place) / "many", 20 if arguments.quick else 1000, 2 if arguments.quick else 8),
-        }
+        found = expand(Path(place) / "one", 2 if arguments.quick else 32, 64 if arguments.quick else 1)
     print(json.dumps(found) if arguments.json else shown(found))
 
 
-def shown(found: dict[str, Any]) -> str:
+def shown(one: dict[str, Any]) -> str:
     """The figures as text."""
-    one, many = found["expand"], found["requests"]
-    plain, packed, work = one["plain_bytes"], one["packed_bytes"], one["expand_seconds"]
+    plain, packed, work = one["plain_bytes"], one["packed_bytes"], one["expand_cpu_seconds"]
     lines = [
         f"one adapter: packed {packed / 1e6:.1f} MB, as a plain LoRA in bf16 {plain / 1e6:.1f} MB",
-        f"  expanding   {work:.2f} s, {plain / work / 1e6:.0f} MB/s, peak {one['peak_bytes'] / 1e6:.0f} MB",
-        f"  decoding    {one['decode_seconds']:.2f} s of it",
+        f"  expanding   {one['expand_seconds']:.2f} s, {work:.2f} s of CPU, {plain / work / 1e6:.0f} MB/s of it, peak "
+        f"{one['peak_bytes'] / 1e6:.0f} MB, {one['peak_bytes'] / plain:.2f} of the result",
+        f"  decoding    {one['decode_cpu_seconds']:.2f} s of CPU, {plain / one['decode_cpu_seconds'] / 1e6:.0f} MB/s, "
+        f"{packed / one['decode_cpu_seconds'] / 1e6:.1f} MB/s of packed bytes",
         f"  plain LoRA  read from here {one['read_seconds']:.2f} s, at 1 GB/s {plain / DISK:.2f} s, "
-        f"at 100 MB/s {plain / NETWORK:.2f} s",
-        f"  packed      at 100 MB/s and expanded {packed / NETWORK + work:.2f} s",
+        f"at 100 MB/s {plain / NETWORK:.2f} s; peak {one['read_peak_bytes'] / 1e6:.0f} MB",
+        f"  packed      at 1 GB/s and expanded {packed / DISK + work:.2f} s, "
+        f"at 100 MB/s {packed / NETWORK + work:.2f} s",
         f"  packed is faster where reading is slower than {(plain - packed) / work / 1e6:.0f} MB/s",
-        f"{many['adapters']} adapters, {many['clients']} clients: packed {many['packed_bytes'] / 1e6:.1f} MB, plain "
-        f"{many['plain_bytes'] / 1e6:.1f} MB",
-    ]
-    lines += [
-        f"  {kind:5} {many[kind]['count']:6} requests, p50 {1e3 * many[kind]['p50']:.2f} ms, p99 "
-        f"{1e3 * many[kind]['p99']:.2f} ms"
-        for kind in ("cold", "warm")
     ]
     return "\n".join(lines)
 
@@ -84,9 +76,12 @@ def expand(folder: Path, blocks: int, shrink: int) -> dict[str, Any]:
         "packed_bytes": (packed / "adapter_model.safetensors").stat().st_size,
         "plain_bytes": (plain / "adapter_model.safetensors").stat().st_size,
         "expand_seconds": cold["seconds"],
+        "expand_cpu_seconds": cold["cpu_seconds"],
         "peak_bytes": cold["bytes"],
         "decode_seconds": decode["seconds"],
+        "decode_cpu_seconds": decode["cpu_seconds"],
         "read_seconds": read["seconds"],
+        "read_peak_bytes": read["bytes"],
     }
 
 
@@ -120,60 +115,19 @@ def make_packed(folder: Path, blocks: int, shrink: int) -> Path:
     return folder
 
 
-def requests(folder: Path, adapters: int, clients: int) -> dict[str, Any]:
-    """Requests of several clients for adapters at random, with a cache that holds half of them."""
-    first = make_packed(folder / "adapters" / "user-0", 2, 32)
-    for number in range(1, adapters):
-        copied = folder / "adapters" / f"user-{number}"
-        shutil.copytree(first, copied)
-        path = copied / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "revision": f"r{number}"}))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(clients) as pool:
-        limit = _entry_bytes(folder) * adapters // 2
-        answers = pool.starmap(client, [(folder, limit, seed, 2 * adapters // clients) for seed in range(clients)])
-    packed = sum(path.stat().st_size for path in first.iterdir())
-    result: dict[str, Any] = {
-        "adapters": adapters,
-        "clients": clients,
-        "packed_bytes": packed * adapters,
-        "plain_bytes": _entry_bytes(folder) * adapters,
-    }
-    for kind, made in (("cold", True), ("warm", False)):
-        times = sorted(seconds for answer in answers for was_made, seconds in answer if was_made is made)
-        quantiles = {f"p{n}": times[min(len(times) * n // 100, len(times) - 1)] if times else 0.0 for n in (50, 99)}
-        result[kind] = {"count": len(times), **quantiles}
-    return result
-
-
-def client(folder: Path, limit: int, seed: int, count: int) -> list[tuple[bool, float]]:
-    """Whether each request had to expand, and its seconds."""
-    import surgery
-
-    store = surgery.Store(folder / "adapters", folder / "cache", limit)
-    generator, names, times = random.Random(seed), store.names(), []
-    for _ in range(count):
-        name = generator.choice(names)
-        started = time.perf_counter()
-        lease = store.take(name)
-        times.append((lease.made, time.perf_counter() - started))
-        lease.release()
-    return times
-
-
-def _entry_bytes(folder: Path) -> int:
-    import surgery
-
-    path = surgery.Store(folder / "adapters", folder / "size").get("user-0")
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
 def work_expand(folder: Path) -> Measured:
     """The first request for an adapter, in a process whose imports are done."""
     import surgery
 
     store = surgery.Store(folder / "adapters", folder / "cache")
-    return measured(lambda: {"path": str(store.get("one"))})
+    return measured(lambda: with_cpu(lambda: store.get("one")))
+
+
+def with_cpu(work: Callable[[], object]) -> dict[str, Any]:
+    """The CPU seconds of this process for a piece of work."""
+    started = time.process_time()
+    work()
+    return {"cpu_seconds": time.process_time() - started}
 
 
 def work_read(folder: Path) -> Measured:
@@ -191,7 +145,7 @@ def work_decode(folder: Path) -> Measured:
     import surgery.serving.store
     from surgery.formats import peft  # noqa: F401 - what opening imports
 
-    return measured(lambda: {"tensors": len(surgery.Adapter.open(folder).tensors)})
+    return measured(lambda: with_cpu(lambda: surgery.Adapter.open(folder, compact=True)))
 
 
 WORKERS = {"expand": work_expand, "read": work_read, "decode": work_decode}

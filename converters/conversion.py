@@ -39,6 +39,7 @@ from surgery.storage.safetensors_read import file_bytes
 from surgery.system.dtypes import DTYPES
 from surgery.system.memory import release_freed
 from surgery.system.progress import Progress
+from surgery.system.tensors import TensorMap
 from surgery.system.text import human_bytes
 
 __all__ = ["ConvertOptions", "convert_one"]
@@ -126,7 +127,7 @@ class _Made:
 
     adapter: Adapter
     report: ConvertReport
-    files: dict[str, torch.Tensor]
+    files: TensorMap
 
 
 def convert_one(

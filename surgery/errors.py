@@ -19,6 +19,7 @@ __all__ = [
     "OutputError",
     "SurgeryError",
     "TargetError",
+    "UnreachableError",
     "WrongBaseError",
     "first_line",
     "listing",
@@ -37,6 +38,10 @@ class SurgeryError(Exception):
 
 class CheckpointError(SurgeryError):
     """A base model folder cannot be used: a file is missing, broken, or of a kind that is not supported."""
+
+
+class UnreachableError(CheckpointError):
+    """The Hub cannot be reached, or answers that it cannot serve now: what is in the cache may still do."""
 
 
 class AdapterError(SurgeryError):

@@ -38,7 +38,7 @@ from surgery.storage.resume import file_identities
 from surgery.storage.safetensors_read import file_bytes
 from surgery.storage.safetensors_write import tensor_bytes, verify_file, write_tensors
 from surgery.system.keywords import keywords
-from surgery.system.tensors import MadeTensors, MutableTensors
+from surgery.system.tensors import MadeTensors, MutableTensors, TensorMap, whole
 from surgery.system.threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Adapter:
         try:
             check_files(folder)
             parts = format_of(folder).read(folder)
-            read = cls.from_parts(parts if compact else replace(parts, tensors=dict(parts.tensors)), folder)
+            read = cls.from_parts(parts if compact else replace(parts, tensors=whole(parts.tensors)), folder)
         except CheckpointError as error:  # of the files; here they are an adapter's
             raise AdapterError(str(error)) from None
         if not Path(adapter).is_dir():  # an id: the folder is a snapshot of the cache
@@ -261,7 +261,7 @@ class Adapter:
             return False
         return all(bits_equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
-    def file_tensors(self) -> dict[str, torch.Tensor]:
+    def file_tensors(self) -> TensorMap:
         """The tensors as the file holds them."""
         if not is_packed(self.config):
             return experts_joined(self.config, self.tensors)

@@ -19,7 +19,7 @@ from surgery.adapters.types.lora import A_NAME, B_NAME, FUSED_EXPERTS, expert_of
 from surgery.adapters.types.patterns import pattern_value
 from surgery.adapters.types.registry import type_of
 from surgery.errors import AdapterError, OptionError, listing
-from surgery.system.tensors import MutableTensors, Tensors
+from surgery.system.tensors import MutableTensors, TensorMap, Tensors
 
 __all__ = ["LAYOUTS", "experts_apart", "experts_joined"]
 
@@ -130,14 +130,14 @@ def _of_parameters(config: Mapping[str, Any]) -> bool:
     return kind is not None and FUSED_EXPERTS in kind.layers
 
 
-def experts_joined(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def experts_joined(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """Return a LoRA's tensors as PEFT's file has them, for those with each expert as a layer.
 
     Raises:
         AdapterError: experts of a parameter are missing, or have other ranks.
     """
     if not _of_parameters(config):
-        return dict(tensors)
+        return tensors
     rest: Tensors = {}
     factors: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
     for name, tensor in tensors.items():

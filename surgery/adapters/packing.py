@@ -179,8 +179,12 @@ def unpacked(config: Mapping[str, Any], tensors: TensorMap, above: str, inside: 
         rest[f"{name}{PARTS[0]}"], rest[f"{name}{PARTS[1]}"] = (torch.empty(f.shape, device="meta") for f in (A, B))
         rest[f"{name}{PARTS[2]}"] = s if own is None else own.clone()
         rest.setdefault(f"{name}{PARTS[3]}", torch.ones(height))
-    # A tensor of its own each time, in the order of a matrix: the held one may be float32 already, or seen turned.
-    return MadeTensors(rest, lambda name: held[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format))
+
+    def made(name: str) -> torch.Tensor:
+        # In memory of its own, row by row: the held one may be float32 already, or a turned view.
+        return held[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    return MadeTensors(rest, made, held.pop)
 
 
 def _plain(stored: torch.Tensor, shapes: Sequence[Shape], above: str) -> Iterator[Factors]:

@@ -206,6 +206,14 @@ class Source:
             lost = parts.facts(_unit(module))["lost"]
             yield Change(module, found["B"], found["A"], sites.get(module), lost, self.form(module))
 
+    def exact_change(self, module: str) -> Change | None:
+        """The change of one layer, for types that need nothing of the base; None where it has no thin factors."""
+        factors = self.adapter.delta(module).factors()
+        if factors is None:
+            return None
+        B, A = (factor.detach().float().cpu() for factor in factors)
+        return Change(module, B, A, self._site_of.get(module), form=self.form(module))
+
     def biases(self) -> dict[str, torch.Tensor]:
         """What the adapter adds to the outputs of its layers whatever the input, `(out,)`, where that is not zero."""
         found = {}

@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-__all__ = ["CLASSES", "LARGEST", "WIDTHS", "best_classes", "class_bits", "decode", "decode_parts", "encode", "lanes_for"]
+__all__ = [
+    "CLASSES",
+    "LARGEST",
+    "WIDTHS",
+    "best_classes",
+    "class_bits",
+    "decode",
+    "decode_parts",
+    "encode",
+    "lanes_for",
+]
 
 LARGEST = 32767  # magnitude of a number
 WIDTHS = 60  # of a distribution: 2^-3 .. 2^11.75, four to the octave

@@ -149,7 +149,8 @@ def decoded_layers(data: NDArray[np.uint8], shapes: Sequence[tuple[int, int, int
         ValueError: the data is not what `encode_factors` returns for these shapes; layers may have been yielded.
     """
     # Escapes are written as they are: only a checksum tells that one has changed.
-    if data.size < HEAD or zlib.crc32(np.ascontiguousarray(data[4:]).data) != int.from_bytes(data[:4].tobytes(), "little"):
+    found = zlib.crc32(np.ascontiguousarray(data[4:]).data)
+    if data.size < HEAD or found != int.from_bytes(data[:4].tobytes(), "little"):
         raise ValueError("the coded factors are damaged or cut short")
     fineness, kinds = int(data[4]), data[5:8].tolist()
     if fineness > FINEST_SCALES:

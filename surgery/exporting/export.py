@@ -12,12 +12,19 @@ import torch
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.format_registry import FORMATS, AdapterParts
-from surgery.adapters.source import Source
+from surgery.adapters.source import Change, Source
 from surgery.deltas.operators import LowRank
 from surgery.errors import AdapterError, OptionError, OutputError, listing
-from surgery.exporting.one_rank import OneRank, lora_tensors, one_rank
+from surgery.exporting.one_rank import (
+    MadeChanges,
+    OneRank,
+    lora_tensors,
+    one_rank,
+    one_rank_on_demand,
+    planned_changes,
+)
 from surgery.exporting.report import ExportedSite, ExportReport
-from surgery.formats.server import FLOAT_TYPES, Factors, ServerFormat, factors_of
+from surgery.formats.server import FLOAT_TYPES, Factors, Place, ServerFormat, factors_of
 from surgery.models.base_model import BaseModel
 from surgery.storage.atomic_folder import atomic_folder, check_output
 from surgery.storage.output_paths import refuse_inputs
@@ -26,6 +33,7 @@ from surgery.system.devices import Device, resolve_device
 from surgery.system.dtypes import FloatDtype, dtype_name
 from surgery.system.keywords import keywords
 from surgery.system.progress import Progress
+from surgery.system.tensors import MadeTensors, TensorMap
 from surgery.system.text import human_bytes
 from surgery.system.threads import one_torch_thread
 
@@ -140,8 +148,15 @@ def plain_parts(
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
+    on_demand: bool = False,
 ) -> tuple[Source, OneRank, AdapterParts]:
     """Return an adapter as the plain LoRA that a target is to hold, after every check that needs no file.
+
+    Args:
+        adapter, base, rank, energy, dtype, device, seed: as for `export`.
+        target: the target.
+        on_demand: make the factors of a layer each time they are asked for, where the type allows that, so that
+            memory is that of the adapter and of one layer.
 
     Raises:
         AdapterError: the adapter cannot be read exactly, or the target cannot hold it.
@@ -155,7 +170,8 @@ def plain_parts(
     model = BaseModel.open(base) if base is not None else None
     source = Source.open(adapter, model, resolve_device(device))
     _refuse_kinds(source, target)
-    lora = _in_pieces(one_rank(source, rank, energy, seed), target, model)
+    made = one_rank_on_demand(source) if on_demand and rank is None and energy is None else None
+    lora = _in_pieces(made or one_rank(source, rank, energy, seed), target, model)
     parts = _parts(source, lora, wanted or _own_dtype(source))
     bare = next((module for module in lora.changes if BARE.match(module)), None)
     if bare is not None:
@@ -198,12 +214,23 @@ def _refuse_kinds(source: Source, target: ServerFormat) -> None:
 
 def _in_pieces(lora: OneRank, target: ServerFormat, base: BaseModel | None) -> OneRank:
     """Return the changes under the names, and with the rows, that the target has layers for."""
-    changes, ranks = {}, {}
-    for module, change in lora.changes.items():
+    planned, ranks, whole = {}, {}, {}
+    for module, change in planned_changes(lora).items():
         for place in target.pieces(module, change.shape[0], base):
-            changes[place.name] = change if place.rows is None else replace(change, B=change.B[place.rows])
-            ranks[place.name] = lora.ranks[module]
-    return replace(lora, changes=changes, ranks=ranks)
+            planned[place.name], ranks[place.name] = _piece(change, place), lora.ranks[module]
+            whole[place.name] = module, place
+    if not isinstance(lora.changes, MadeChanges):
+        return replace(lora, changes=planned, ranks=ranks)
+
+    def made(name: str) -> Change:
+        module, place = whole[name]
+        return _piece(lora.changes[module], place)
+
+    return replace(lora, changes=MadeChanges(planned, made), ranks=ranks)
+
+
+def _piece(change: Change, place: Place) -> Change:
+    return change if place.rows is None else replace(change, B=change.B[place.rows])
 
 
 def _problems(refused: list[str]) -> str:
@@ -234,12 +261,16 @@ def _parts(source: Source, lora: OneRank, dtype: str) -> AdapterParts:
     source_facts = {"peft_type": adapter.peft_type, "bytes": adapter.file_size}
     return AdapterParts(
         config,
-        {**source.carried, **lora_tensors(lora)},
+        _with_carried(lora_tensors(lora), source.carried),
         provenance=provenance_of("export", source=source_facts),
         companions=adapter.companions,
         base=source.base,
         dtype=dtype,
     )
+
+
+def _with_carried(factors: MadeTensors, carried: TensorMap) -> MadeTensors:
+    return MadeTensors({**carried, **factors.planned}, factors.__getitem__)
 
 
 def _base_name(source: Source) -> Any:

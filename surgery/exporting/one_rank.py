@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +13,10 @@ from surgery.adapters.types.lora import A_NAME, B_NAME, LORA
 from surgery.errors import AdapterError, OptionError
 from surgery.linalg.low_rank import svd_of_product
 from surgery.linalg.metric import energy_rank
+from surgery.system.tensors import MadeTensors
 from surgery.system.threads import one_torch_thread
 
-__all__ = ["OneRank", "one_rank"]
+__all__ = ["MadeChanges", "OneRank", "lora_tensors", "one_rank", "one_rank_on_demand", "planned_changes"]
 
 
 @dataclass
@@ -23,13 +24,14 @@ class OneRank:
     """An adapter's changes at one common rank.
 
     Attributes:
-        changes: the changes, their factors of rank `rank` (zeros fill what a layer has less), by the model's names.
+        changes: the changes, their factors of rank `rank` (zeros fill what a layer has less), by the model's names;
+            those of `one_rank_on_demand` are made when they are asked for.
         ranks: each layer's own rank, without padding.
         rank: the common rank.
         scale: the number that dW takes besides B A in every layer: `lora_alpha / r`.
     """
 
-    changes: dict[str, Change]
+    changes: Mapping[str, Change]
     ranks: dict[str, int]
     rank: int
     scale: float
@@ -38,6 +40,68 @@ class OneRank:
     def padding(self) -> int:
         """Numbers in the factors that are zeros for the common rank alone."""
         return sum((self.rank - self.ranks[module]) * sum(change.shape) for module, change in self.changes.items())
+
+
+class MadeChanges(Mapping[str, Change]):
+    """Changes that are made when they are asked for; the last one is held.
+
+    Args:
+        planned: by name, changes whose factors are on the meta device.
+        make: returns the change of a name.
+    """
+
+    def __init__(self, planned: Mapping[str, Change], make: Callable[[str], Change]) -> None:
+        self.planned, self._make = planned, make
+        self._last: tuple[str, Change] | None = None
+
+    def __getitem__(self, name: str) -> Change:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # let go of before the next is made
+            self._last = name, self._make(name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.planned)
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+
+def one_rank_on_demand(source: Source) -> OneRank | None:
+    """Bring an adapter to one rank as `one_rank` does without a cut, each layer when it is asked for.
+
+    Returns:
+        None where changes depend on the base model, or have no thin factors: these are for `one_rank`.
+    """
+    if source.contents.needs or source.contents.lacks_shared:
+        return None
+    modules: dict[str, str] = {}
+    planned: dict[str, Change] = {}
+    ranks: dict[str, int] = {}
+    scales: set[float] = set()
+    for module in source.contents.modules:
+        change = source.exact_change(module)
+        if change is None:
+            return None
+        name = _new_name(source, change, planned)
+        modules[name], ranks[name] = module, change.rank
+        planned[name] = replace(change, B=change.B.to("meta"), A=change.A.to("meta"))
+        scales.add(_scale(source, module))
+    common = _common(source, ranks)
+    scale = scales.pop() if len(scales) == 1 else 0.0
+
+    def made(name: str) -> Change:
+        change = source.exact_change(modules[name])
+        assert change is not None
+        return _padded(_without_scale(source, change) if scale else change, common)
+
+    planned = {name: _padded(change, common) for name, change in planned.items()}
+    return OneRank(MadeChanges(planned, made), ranks, common, scale or 1.0)
+
+
+def planned_changes(lora: OneRank) -> Mapping[str, Change]:
+    """Return the changes without making any: their factors may be on the meta device."""
+    return lora.changes.planned if isinstance(lora.changes, MadeChanges) else lora.changes
 
 
 def one_rank(source: Source, rank: int | None = None, energy: float | None = None, seed: int = 0) -> OneRank:
@@ -61,17 +125,27 @@ def one_rank(source: Source, rank: int | None = None, energy: float | None = Non
     with one_torch_thread():
         cut = _cut(changes, rank, energy)
     ranks = {change.module: change.rank for change in cut}
+    common = _common(source, ranks)
+    named: dict[str, Change] = {}
+    for change in cut:
+        named[_new_name(source, change, named)] = _padded(change, common)
+    by_name = dict(zip(named, ranks.values(), strict=True))
+    return OneRank(named, by_name, common, scale)
+
+
+def _common(source: Source, ranks: Mapping[str, int]) -> int:
     common = max(ranks.values())
     if common == 0:
         raise AdapterError(f"{source.adapter.label}: has factors of rank 0 alone, there is nothing to export")
-    named = {}
-    for change in cut:
-        name = change.site.module if change.site is not None else change.module
-        if name in named:
-            raise AdapterError(f"{source.adapter.label}: changes {name} twice, under two names")
-        named[name] = _padded(change, common)
-    by_name = dict(zip(named, ranks.values(), strict=True))
-    return OneRank(named, by_name, common, scale)
+    return common
+
+
+def _new_name(source: Source, change: Change, named: Mapping[str, Change]) -> str:
+    """Return the model's name for a layer, which no other one may have."""
+    name = change.site.module if change.site is not None else change.module
+    if name in named:
+        raise AdapterError(f"{source.adapter.label}: changes {name} twice, under two names")
+    return name
 
 
 def _check(rank: int | None, energy: float | None) -> None:
@@ -85,18 +159,25 @@ def _check(rank: int | None, energy: float | None) -> None:
 
 def _scaled(source: Source, changes: Iterable[Change]) -> tuple[float, list[Change]]:
     """Return a common scale and the changes without it; a stock LoRA's factors are then those of its file."""
-    adapter = source.adapter
-    if adapter.type is not LORA:
-        return 1.0, list(changes)
-    scales = {adapter.delta(module).scale for module in source.contents.modules}  # type: ignore[attr-defined]
+    scales = {_scale(source, module) for module in source.contents.modules}
     scale = scales.pop() if len(scales) == 1 else 0.0
     if scale == 0.0:
         return 1.0, list(changes)
-    stripped = []
-    for change in changes:
-        own = adapter.layer(change.module)
-        stripped.append(replace(change, B=own[B_NAME].float(), A=own[A_NAME].float()))
-    return scale, stripped
+    return scale, [_without_scale(source, change) for change in changes]
+
+
+def _scale(source: Source, module: str) -> float:
+    """Return the scale of a layer of a stock LoRA; 0 for other types, whose scales are in their factors."""
+    if source.adapter.type is not LORA:
+        return 0.0
+    scale: float = source.adapter.delta(module).scale  # type: ignore[attr-defined]
+    return scale
+
+
+def _without_scale(source: Source, change: Change) -> Change:
+    """Return the change of a layer of a stock LoRA with the factors of its file."""
+    own = source.adapter.layer(change.module)
+    return replace(change, B=own[B_NAME].float(), A=own[A_NAME].float())
 
 
 def _cut(changes: list[Change], rank: int | None, energy: float | None) -> list[Change]:
@@ -132,10 +213,17 @@ def _padded(change: Change, rank: int) -> Change:
     return replace(change, B=B, A=torch.cat([change.A, change.A.new_zeros(missing, change.A.shape[1])], 0))
 
 
-def lora_tensors(lora: OneRank) -> dict[str, torch.Tensor]:
-    """Return the factors under PEFT's names."""
-    tensors = {}
-    for module, change in lora.changes.items():
-        tensors[f"{MODEL_PREFIX}{module}.{B_NAME}"] = change.B.contiguous()
-        tensors[f"{MODEL_PREFIX}{module}.{A_NAME}"] = change.A.contiguous()
-    return tensors
+def lora_tensors(lora: OneRank) -> MadeTensors:
+    """Return the factors under PEFT's names, made when they are asked for where the changes are."""
+    shapes, where = {}, {}
+    for module, change in planned_changes(lora).items():
+        for short, factor in ((B_NAME, change.B), (A_NAME, change.A)):
+            name = f"{MODEL_PREFIX}{module}.{short}"
+            shapes[name], where[name] = factor if factor.is_meta else factor.contiguous(), (module, short)
+
+    def made(name: str) -> torch.Tensor:
+        module, short = where[name]
+        change = lora.changes[module]
+        return (change.B if short == B_NAME else change.A).contiguous()
+
+    return MadeTensors(shapes, made)

@@ -86,9 +86,7 @@ def peft_parts(folder: Path, read: Callable[[], dict[str, torch.Tensor]]) -> Ada
     idle, lacking = without_halves(config, TensorNames(list(tensors), type_of(config)).by_module, str(folder))
     tensors, notes = {name: tensors[name] for name in tensors if name not in idle}, notes + lacking
     held: TensorMap = unpacked(config, tensors, TUNER_PREFIX, MODEL_PREFIX) if is_packed(config) else tensors
-    return AdapterParts(
-        config, held, provenance=provenance, card=text, notes=notes, companions=companion_files(folder)
-    )
+    return AdapterParts(config, held, provenance=provenance, card=text, notes=notes, companions=companion_files(folder))
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

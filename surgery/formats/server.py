@@ -15,7 +15,7 @@ from surgery.adapters.types.lora import A_NAME, B_NAME, LORA, lora_delta
 from surgery.errors import AdapterError, OptionError
 from surgery.models.sites import LINEAR
 from surgery.system.dtypes import DTYPES
-from surgery.system.tensors import TensorMap, Tensors
+from surgery.system.tensors import MadeTensors, TensorMap, planned
 
 if TYPE_CHECKING:
     from surgery.models.base_model import BaseModel
@@ -119,14 +119,30 @@ class ServerFormat(Format):
         return []
 
 
-def factors_of(parts: AdapterParts) -> dict[str, Factors]:
-    """Return the factors of every layer of a plain LoRA, float32, the scale in B.
+class FactorsByLayer(Mapping[str, Factors]):
+    """The factors of every layer of a plain LoRA, float32, the scale in B; computed when they are asked for."""
+
+    def __init__(self, parts: AdapterParts) -> None:
+        self._parts, self._names = parts, _layers(parts)
+
+    def __getitem__(self, module: str) -> Factors:
+        tensors = {short: self._parts.tensors[name] for short, name in self._names[module].items()}
+        return lora_delta(self._parts.config, module, tensors).factors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def factors_of(parts: AdapterParts) -> Mapping[str, Factors]:
+    """Return the factors of every layer of a plain LoRA.
 
     Raises:
         AdapterError: a layer has other tensors than these two, or no pair of them.
     """
-    layers = _layers(parts)
-    return {module: lora_delta(parts.config, module, tensors).factors() for module, tensors in layers.items()}
+    return FactorsByLayer(parts)
 
 
 def saved_modules(parts: AdapterParts) -> list[str]:
@@ -141,15 +157,15 @@ def base_name(parts: AdapterParts) -> str:
 
 def with_factors(parts: AdapterParts, added: Mapping[str, Factors]) -> AdapterParts:
     """Return a LoRA of the same rank with more layers, whose B has no scale in it."""
-    tensors = dict(parts.tensors)
-    for module, (B, A) in added.items():
-        tensors[f"{MODEL_PREFIX}{module}.{B_NAME}"], tensors[f"{MODEL_PREFIX}{module}.{A_NAME}"] = B, A
+    new = {f"{MODEL_PREFIX}{module}.{B_NAME}": B for module, (B, _) in added.items()}
+    new |= {f"{MODEL_PREFIX}{module}.{A_NAME}": A for module, (_, A) in added.items()}
+    tensors = MadeTensors({**planned(parts.tensors), **new}, parts.tensors.__getitem__)
     targets = sorted({*parts.config["target_modules"], *added})
     return replace(parts, config={**parts.config, "target_modules": targets}, tensors=tensors)
 
 
-def cast(parts: AdapterParts) -> Tensors:
-    """Return the tensors in the file's type; those that are saved whole stay as they are.
+def cast(parts: AdapterParts) -> TensorMap:
+    """Return the tensors in the file's type, cast when they are asked for; those that are saved whole stay as they are.
 
     Raises:
         OptionError: the type is not known.
@@ -157,22 +173,26 @@ def cast(parts: AdapterParts) -> Tensors:
     if parts.dtype is not None and parts.dtype not in FLOAT_TYPES:
         raise OptionError(f"unknown dtype {parts.dtype!r}: use {', '.join(FLOAT_TYPES)}")
     wanted = FLOAT_TYPES.get(parts.dtype or "")
-    return {
-        name: tensor.to(wanted) if wanted is not None and _split(name) is not None else tensor
-        for name, tensor in parts.tensors.items()
+    if wanted is None:
+        return parts.tensors
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=wanted, device="meta") if _split(name) is not None else tensor
+        for name, tensor in planned(parts.tensors).items()
     }
+    return MadeTensors(shapes, lambda name: parts.tensors[name].to(wanted))
 
 
 def _split(name: str) -> tuple[str, str] | None:
     return LORA.short_name(name.removeprefix(MODEL_PREFIX))
 
 
-def _layers(parts: AdapterParts) -> dict[str, Tensors]:
-    layers: dict[str, Tensors] = {}
-    for name, tensor in parts.tensors.items():
+def _layers(parts: AdapterParts) -> dict[str, dict[str, str]]:
+    """Return the layers and the names of their tensors, by short names."""
+    layers: dict[str, dict[str, str]] = {}
+    for name in parts.tensors:
         found = _split(name)
         if found is not None:
-            layers.setdefault(found[0], {})[found[1]] = tensor
+            layers.setdefault(found[0], {})[found[1]] = name
     for module, tensors in layers.items():
         if set(tensors) != {A_NAME, B_NAME}:
             raise AdapterError(f"{module}: is no plain LoRA layer, it has {', '.join(sorted(tensors))}")

@@ -7,7 +7,7 @@ are stacked, as are gate and up: where one of them is adapted, q and v, or gate 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ class SglangFormat(PeftServerFormat):
         return [f"{len(zeros)} layers are zeros (first {zeros[0]}): SGLang stacks them with their neighbours"]
 
 
-def _missing(layers: dict[str, Factors]) -> Iterator[tuple[str, str]]:
+def _missing(layers: Mapping[str, Factors]) -> Iterator[tuple[str, str]]:
     """Yield an adapted layer and one that SGLang stacks with it and that is not adapted, for each of the latter."""
     seen = set()
     for module in layers:
@@ -89,7 +89,7 @@ def _missing(layers: dict[str, Factors]) -> Iterator[tuple[str, str]]:
                     yield module, sibling
 
 
-def _height(parts: AdapterParts, factors: dict[str, Factors], module: str) -> int | None:
+def _height(parts: AdapterParts, factors: Mapping[str, Factors], module: str) -> int | None:
     """Return how many rows a layer has: by the base, by the layer of that name elsewhere, or by one as high."""
     if parts.base is not None:
         shape = parts.base.shapes.get(f"{module}.weight")

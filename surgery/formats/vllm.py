@@ -52,7 +52,8 @@ class PeftServerFormat(ServerFormat):
     """PEFT's two files, for servers that read them."""
 
     def stored(self, parts: AdapterParts) -> dict[str, Factors]:
-        return factors_of(replace(parts, tensors=cast(parts)))  # the scale is in the configuration, and not rounded
+        # The scale is in the configuration, and not rounded.
+        return dict(factors_of(replace(parts, tensors=cast(parts))))
 
     def write(self, parts: AdapterParts, folder: Path, label: str) -> int:
         made = Adapter(parts.config, cast(parts), parts.provenance, parts.card)

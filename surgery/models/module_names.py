@@ -19,7 +19,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -136,7 +135,7 @@ class ModelNames:
         return self._plain(one) == self._plain(other)
 
     def _plain(self, key: str) -> str:
-        return apply_renamings(key, self._renamings).removeprefix(f"{self.prefix}.")
+        return rename_source_key(key, self._renamings, [])[0].removeprefix(f"{self.prefix}.")
 
     def _with_prefix(self, name: str, names: Collection[str]) -> str | None:
         """The name as it is, or with or without the prefix of a class with a head."""

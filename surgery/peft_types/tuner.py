@@ -20,6 +20,7 @@ from surgery.models.sites import LINEAR, expert_sites, site_of
 from surgery.peft_types.attachment import Attachment
 from surgery.peft_types.experts_layer import ExpertsLayer
 from surgery.peft_types.layer import AdapterLayer
+from surgery.system.tensors import whole
 
 __all__ = ["AdapterModel", "tuner_class"]
 
@@ -207,7 +208,7 @@ class AdapterModel(BaseTuner):
         attachment = attachment_of(model, adapter_name)
         above = packed_prefix(state_dict)
         if above is not None and is_packed(config.to_dict()):
-            state_dict = dict(unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else ""))
+            state_dict = whole(unpacked(config.to_dict(), state_dict, above, f"{above}model." if above else ""))
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

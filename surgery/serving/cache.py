@@ -63,6 +63,7 @@ class FolderCache:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self._checked: dict[str, tuple[tuple[int, int, int], ...]] = {}
+        self._sizes: dict[tuple[str, int], int] = {}
         try:
             (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,13 +81,13 @@ class FolderCache:
             OutputError: it cannot be written, or is larger than the cache.
         """
         entry = self.folder / key
-        found = self._taken(entry)
+        found = self.look(key)
         if found is not None:
-            return Lease(entry, False, found)
+            return found
         with exclusive_lock(self._lock_of(key)):
-            found = self._taken(entry)  # another one may have made it while this one waited
+            found = self.look(key)  # another one may have made it while this one waited
             if found is not None:
-                return Lease(entry, False, found)
+                return found
             with atomic_folder(entry, force=True) as partial:
                 make(partial)
                 digests = _digests(partial)
@@ -101,6 +102,15 @@ class FolderCache:
             self._checked[key] = _identities(entry)
         self.shrink()
         return Lease(entry, True, descriptor)
+
+    def look(self, key: str) -> Lease | None:
+        """Return the folder of a key where it is there and whole."""
+        found = self._taken(self.folder / key)
+        return None if found is None else Lease(self.folder / key, False, found)
+
+    def used(self, prefix: str) -> list[tuple[float, str]]:
+        """Return when each folder whose key begins so was used last, and the key."""
+        return [(when, path.name) for when, _, path in self._entries() if path.name.startswith(prefix)]
 
     def shrink(self) -> None:
         """Remove the folders that were not used for longest, until the rest is within the bound."""
@@ -157,7 +167,11 @@ class FolderCache:
         for path in self.folder.iterdir():
             if not path.name.startswith("."):
                 with contextlib.suppress(OSError):
-                    yield path.stat().st_mtime, _size(path), path
+                    state = path.stat()
+                    known = path.name, state.st_ino  # an entry is never written to: what it has is counted once
+                    if known not in self._sizes:
+                        self._sizes[known] = _size(path)
+                    yield state.st_mtime, self._sizes[known], path
 
     def _remove_partial(self) -> None:
         """Remove what killed processes have left, as far as nobody is writing it."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,33 @@ from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import CONFIG_FILE
 from surgery.errors import AdapterError, CheckpointError, OptionError, WrongBaseError
 from surgery.exporting.export import plain_parts, target_format
-from surgery.serving.cache import FolderCache, Lease, file_digest
-from surgery.storage.atomic_file import atomic_file
-from surgery.storage.json_files import read_json, write_json
+from surgery.serving.cache import FolderCache, Lease
+from surgery.serving.sources import HUB, INDEX, AdapterSource, FolderSource, HubSource
+from surgery.storage.json_files import read_json
 from surgery.system.text import parse_bytes
 from surgery.version import __version__
 
 __all__ = ["INDEX", "Store"]
 
-INDEX = "surgery-store.json"
-# Parts of a name between slashes: nothing that leads elsewhere, and nothing hidden.
-PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=-]*")
-LONGEST_NAME = 200
 LARGEST_ID = (1 << 53) - 1
 
 
 class Store:
-    """A folder of adapters of one base model, each in a folder of its own, and a cache of what a server reads of them.
+    """Adapters of one base model, in a folder or a namespace of the Hub, and a cache of what a server reads of them.
 
     Several processes may use one store and one cache at a time. Adapters may be added, replaced and removed while it is
     in use: what is expanded is known by the digest of the adapter's files.
 
     Args:
-        folder: the adapters: `folder/NAME/adapter_config.json`; NAME may have slashes.
-        cache: where expanded adapters lie; it is made if need be.
+        folder: the adapters: `folder/NAME/adapter_config.json`, NAME may have slashes; or `hf://NAMESPACE`, whose
+            repositories are the adapters: `NAME` or `NAME@REVISION`. Without `hf://` no network is used.
+        cache: where expanded adapters lie, and downloaded ones; it is made if need be.
         max_bytes: what the cache may have, as a number or as in `20GiB`. What was not used for longest is removed.
         target: the server, as for `surgery.export`.
         base: the base model's name: adapters that name another one are refused. None takes all of them.
         model: the base model itself, a folder or a Hub id, for targets that need it.
         dtype: of the expanded numbers.
+        refresh: seconds for which the commit of a repository on the Hub counts as its newest.
 
     Raises:
         AdapterError: there is no such folder.
@@ -60,10 +57,11 @@ class Store:
         base: str | None = None,
         model: str | Path | None = None,
         dtype: str = "bfloat16",
+        refresh: float = 60.0,
     ) -> None:
-        self.folder, self.target, self.base, self.model, self.dtype = Path(folder), target, base, model, dtype
-        if not self.folder.is_dir():
-            raise AdapterError(f"{folder}: no such folder of adapters")
+        self.target, self.base, self.model, self.dtype = target, base, model, dtype
+        self.folder: str | Path = str(folder) if str(folder).startswith(HUB) else Path(folder)
+        local = FolderSource(self.folder) if isinstance(self.folder, Path) else None
         self._format = target_format(target)
         if dtype not in self._format.dtypes:
             raise OptionError(f"{self._format.title} reads no dtype {dtype!r}: use {', '.join(self._format.dtypes)}")
@@ -72,12 +70,12 @@ class Store:
         except ValueError as error:
             raise OptionError(str(error)) from None
         self.cache = FolderCache(Path(cache).absolute(), limit)
-        self._digests: dict[str, tuple[Any, str]] = {}
+        self._source: AdapterSource = local or HubSource(str(folder), self.cache, refresh)
+        self._bases: dict[str, tuple[str, Any]] = {}
 
     def names(self) -> list[str]:
         """Return the names of the adapters that are there."""
-        found = (path.parent.relative_to(self.folder).as_posix() for path in self.folder.rglob(CONFIG_FILE))
-        return sorted(name for name in found if _is_name(name))
+        return self._source.names()
 
     def get(self, name: str) -> Path:
         """Return the folder that the server reads for an adapter, made if it is not there.
@@ -111,33 +109,32 @@ class Store:
         Raises:
             AdapterError, WrongBaseError, OutputError: as for `get`.
         """
-        source = self.source(name)
-        digest = self._digest(name, source)
-        self._check_base(name, source)
+        content = self._source.content(name)
+        self._check_base(name, content)
+        made_by = f"{content} {self.target} {self.dtype} {self.model} {__version__}"
+        digest = hashlib.blake2b(made_by.encode(), digest_size=16).hexdigest()
         key = f"{name.replace('/', '~')}-{digest[:16]}"
+        found = self.cache.look(key)
+        if found is not None:
+            return found
+        # A download is there before the lock of the expanded entry is asked for, and for as long as that is held.
+        with self._source.folder(name, content) as source:
+            return self.cache.lease(key, partial(self._expand, source, name))
 
-        def make(partial: Path) -> None:
-            # Nothing but the parts is held while they are written: an adapter is one copy of all numbers.
-            parts = plain_parts(Adapter.open(source), self._format, self.model, dtype=self.dtype)[2]
-            self._format.write(parts, partial, name)
+    def _expand(self, source: Path, name: str, out: Path) -> None:
+        """Write what the server reads of an adapter into an empty folder."""
+        # Held are the whole numbers of the packed file; floats are made of them one layer at a time, as written.
+        adapter = Adapter.open(source, compact=True)
+        parts = plain_parts(adapter, self._format, self.model, dtype=self.dtype, on_demand=True)[2]
+        self._format.write(parts, out, f"{name} in {self.cache.folder}")
 
-        return self.cache.lease(key, make)
-
-    def source(self, name: str) -> Path:
-        """Return the folder of an adapter in the store.
+    def base_of(self, name: str) -> Any:
+        """Return the base model that an adapter names, by its configuration.
 
         Raises:
-            AdapterError: the name is none, or leads out of the store, or there is no adapter of that name.
+            AdapterError: there is no such adapter, or it is damaged.
         """
-        if not _is_name(name):
-            raise AdapterError(f"{name[:80]!r}: is no name of an adapter: letters, digits and _.@+=- between slashes")
-        folder = self.folder / name
-        inside, root = os.path.realpath(folder), os.path.realpath(self.folder)
-        if os.path.commonpath([inside, root]) != root:
-            raise AdapterError(f"{name!r}: is a link that leads out of the store {self.folder}")
-        if not (folder / CONFIG_FILE).is_file():
-            raise AdapterError(f"{name!r}: there is no adapter of this name in {self.folder}")
-        return folder
+        return self._base(name, self._source.content(name))
 
     @staticmethod
     def id_of(name: str) -> int:
@@ -150,62 +147,20 @@ class Store:
         Returns:
             The number of adapters.
         """
-        digests = {name: _digest_of(self.source(name)) for name in self.names()}
-        with atomic_file(self.folder / INDEX) as path:
-            write_json(path, {"format_version": 1, "digests": digests})
-        return len(digests)
+        return self._source.write_index()
 
-    def _digest(self, name: str, source: Path) -> str:
-        """Return the digest of an adapter's files together with all else that the expanded files depend on."""
-        try:
-            states = [path.stat() for path in _files_of(source)]
-            identity = [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
-            known = self._digests.get(name)
-            if known is not None and known[0] == identity:
-                content = known[1]
-            else:
-                content = _digest_of(source)
-                self._check_index(name, content)
-                self._digests[name] = identity, content
-        except OSError as error:
-            raise AdapterError(f"{source}: cannot be read ({error.strerror or error})") from None
-        made_by = f"{content} {self.target} {self.dtype} {self.model} {__version__}"
-        return hashlib.blake2b(made_by.encode(), digest_size=16).hexdigest()
+    def _base(self, name: str, content: str) -> Any:
+        known = self._bases.get(name)
+        if known is None or known[0] != content:
+            with self._source.folder(name, content) as source:
+                try:
+                    known = content, read_json(source / CONFIG_FILE).get("base_model_name_or_path")
+                except CheckpointError as error:
+                    raise AdapterError(str(error)) from None
+            self._bases[name] = known
+        return known[1]
 
-    def _check_index(self, name: str, digest: str) -> None:
-        path = self.folder / INDEX
-        if not path.is_file():
-            return
-        try:
-            wanted = (read_json(path).get("digests") or {}).get(name)
-        except CheckpointError as error:
-            raise AdapterError(str(error)) from None
-        if wanted is not None and wanted != digest:
-            raise AdapterError(
-                f"{self.folder / name}: is not what {INDEX} says (its digest is another one): copy it again, or write "
-                "the index again if it was replaced on purpose"
-            )
-
-    def _check_base(self, name: str, source: Path) -> None:
-        if self.base is None:
-            return
-        try:
-            found = read_json(source / CONFIG_FILE).get("base_model_name_or_path")
-        except CheckpointError as error:
-            raise AdapterError(str(error)) from None
+    def _check_base(self, name: str, content: str) -> None:
+        found = self._base(name, content) if self.base is not None else None
         if found != self.base:
             raise WrongBaseError(f"{name}: is for the base model {found!r:.100}, this store serves {self.base!r}")
-
-
-def _is_name(name: str) -> bool:
-    return len(name) <= LONGEST_NAME and all(PART.fullmatch(part) for part in name.split("/"))
-
-
-def _files_of(source: Path) -> list[Path]:
-    """Return the files that make an adapter: its configuration and its tensors."""
-    return sorted(path for path in source.glob("adapter*") if path.is_file())
-
-
-def _digest_of(source: Path) -> str:
-    whole = "".join(f"{path.name} {file_digest(path)}\n" for path in _files_of(source))
-    return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()

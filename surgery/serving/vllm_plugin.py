@@ -1,8 +1,8 @@
 """vLLM's plugin: adapters of a store, found by name while vLLM runs.
 
 vLLM calls `register` through the entry point group `vllm.general_plugins`. It does nothing unless SURGERY_ADAPTERS
-names a folder of adapters; SURGERY_ADAPTERS_CACHE and SURGERY_ADAPTERS_MAX_BYTES say where expanded ones lie, and how
-many bytes of them.
+names a folder of adapters or a namespace of the Hub (`hf://ORG`); SURGERY_ADAPTERS_CACHE and SURGERY_ADAPTERS_MAX_BYTES
+say where expanded ones lie, and how many bytes of them.
 """
 
 from __future__ import annotations
@@ -80,12 +80,10 @@ class _Found:
 
     def path(self, base_model_name: str, name: str) -> str | None:
         """Return the folder of an adapter for a base; None, with a line in the log, where it cannot be had."""
-        from surgery.adapters.names import CONFIG_FILE
         from surgery.errors import SurgeryError
-        from surgery.storage.json_files import read_json
 
         try:
-            wanted = read_json(self.store.source(name) / CONFIG_FILE).get("base_model_name_or_path")
+            wanted = self.store.base_of(name)
             if wanted != base_model_name:
                 log.warning("%s: is for the base model %r, vLLM serves %r", name, wanted, base_model_name)
                 return None

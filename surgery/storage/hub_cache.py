@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, UnreachableError
 from surgery.system.redaction import redacted
 
-__all__ = ["cached_files", "check_names", "is_legacy_id", "local_folder"]
+__all__ = [
+    "cached_files",
+    "check_names",
+    "download_files",
+    "is_legacy_id",
+    "local_folder",
+    "newest_commit",
+    "repos_in",
+]
 
 # `org/name`, a folder in it, and a revision. A bare name is taken for a folder: nearly always it is one.
 HUB_ID = re.compile(
@@ -90,6 +101,7 @@ LEGACY_IDS = frozenset(
         "xlnet-large-cased",
     ]
 )
+NO_FOLDER = "no such folder, and "
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 
 
@@ -133,6 +145,91 @@ def cached_files(name: str, files: Sequence[str]) -> dict[str, Path]:
     return {file: Path(path) for file, path in found.items() if isinstance(path, str)}
 
 
+def newest_commit(repo: str, revision: str | None = None) -> str:
+    """Return the commit that a repository has at a revision now, as the Hub says.
+
+    Raises:
+        UnreachableError: the Hub does not answer this now.
+        CheckpointError: there is no such repository, or it may not be read.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        raise UnreachableError(f"{repo}: the Hub is not asked, because HF_HUB_OFFLINE is set, and the cache lacks it")
+    with _named_failures(repo, revision):
+        return str(HfApi().model_info(repo, revision=revision).sha)
+
+
+def repos_in(namespace: str) -> list[str]:
+    """Return the ids of the model repositories of a namespace that this user may see.
+
+    Raises:
+        CheckpointError: the Hub does not say.
+    """
+    from huggingface_hub import HfApi
+
+    with _named_failures(namespace, None):
+        return [model.id for model in HfApi().list_models(author=namespace)]
+
+
+def download_files(repo: str, commit: str, folder: Path, patterns: Sequence[str]) -> None:
+    """Download files of a commit into a folder, and compare each with the Hub's own digest of it.
+
+    Args:
+        repo: the repository.
+        commit: the commit.
+        folder: where to; it is there.
+        patterns: of files at the top of the repository.
+
+    Raises:
+        CheckpointError: the files cannot be had, or one is not what the Hub says it is.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+
+    with _named_failures(repo, commit):
+        snapshot_download(
+            repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=["*/*"], local_dir=folder
+        )
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            etag = get_hf_file_metadata(hf_hub_url(repo, path.name, revision=commit)).etag
+            if etag is not None and _hub_digest(path, len(etag)) not in (None, etag):
+                raise CheckpointError(
+                    f"{repo}: {path.name} as it was downloaded is not what the Hub says (its digest is another one); "
+                    "ask again"
+                )
+
+
+def _hub_digest(path: Path, length: int) -> str | None:
+    """Return a file's digest as the Hub has it: SHA-256 of large files, git's SHA-1 of others, None for other kinds."""
+    if length not in (40, 64):
+        return None
+    digest = hashlib.sha256() if length == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _named_failures(repo: str, revision: str | None) -> Iterator[None]:
+    """Name what keeps a repository from being had, where only the Hub is meant.
+
+    Raises:
+        UnreachableError: the Hub cannot be reached, or answers that it cannot serve now.
+        CheckpointError: the Hub refuses.
+    """
+    try:
+        yield
+    except _failures() as error:
+        reason = _reason(error, revision).replace(NO_FOLDER, "")
+        cause = error.__cause__ if error.__cause__ is not None else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        later = status is None or status == 429 or status >= 500
+        kind = UnreachableError if later and not isinstance(error, ValueError) else CheckpointError
+        raise kind(f"{repo}: {reason}") from None
+
+
 @dataclass(frozen=True)
 class _HubId:
     """A repository, a folder inside it, and a revision."""
@@ -173,21 +270,25 @@ def _folder_or_id(name: str) -> Path | _HubId:
 
 def _download(name: str, repo: str, inside: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     start = f"{inside}/" if inside is not None else ""
     wanted = [f"{start}{pattern}" for pattern in WANTED_FILES]
     # A pattern's star matches slashes too: without this, every checkpoint in a repository would come along.
     unwanted = [f"{start}*/*"]
-    # What the client raises without an answer; which HTTP library it uses depends on its version.
-    failures: Any = (*(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"), OSError, ValueError)
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except failures as error:
+    except _failures() as error:
         raise CheckpointError(f"{name}: {_reason(error, revision)}") from None
     if inside is not None and not (folder / inside).is_dir():
         raise CheckpointError(f"{name}: {repo} has no folder {inside} with a model or an adapter")
     return folder / inside if inside is not None else folder
+
+
+def _failures() -> Any:
+    """Return what the client raises without an answer; which HTTP library it uses depends on its version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"), OSError, ValueError)
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -18,6 +18,7 @@ import xxhash
 
 from surgery.errors import CheckpointError, OutputError
 from surgery.storage.safetensors_read import DTYPE_CODES, file_order, tensor_names
+from surgery.system.tensors import planned
 
 __all__ = [
     "DTYPE_OF_CODE",
@@ -138,13 +139,14 @@ def write_file(
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Write the file that safetensors' library would write, one tensor at a time, and no other file beside it.
 
-    Tensors may share memory, or lie in it in any order.
+    Tensors may share memory, or lie in it in any order. Those that are made when asked for are made once.
 
     Returns:
         A digest of every tensor, as from `write_file`.
     """
-    order = file_order({name: tensor.dtype for name, tensor in tensors.items()})
-    entries = {name: Tensor.like(tensors[name]) for name in order}
+    shapes = planned(tensors)
+    order = file_order({name: tensor.dtype for name, tensor in shapes.items()})
+    entries = {name: Tensor.like(shapes[name]) for name in order}
     return write_file(path, entries, metadata, lambda name: tensor_bytes(tensors[name]))
 
 

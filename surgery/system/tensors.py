@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import torch
 
-__all__ = ["MadeTensors", "MutableTensors", "TensorMap", "Tensors", "planned"]
+__all__ = ["MadeTensors", "MutableTensors", "TensorMap", "Tensors", "planned", "whole"]
 
 Tensors = dict[str, torch.Tensor]
 # Tensors by name that the receiver only reads.
@@ -23,14 +23,17 @@ class MadeTensors(MutableTensors):
         planned: by name, tensors that are there, and in place of those that are made, tensors of their shapes and
             dtypes on the meta device.
         make: returns the tensor of a name.
+        let_go: is called with the name of a tensor that will not be made again.
 
     Attributes:
         planned: as given, and kept up to date.
     """
 
-    def __init__(self, planned: TensorMap, make: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self, planned: TensorMap, make: Callable[[str], torch.Tensor], let_go: Callable[[str], object] | None = None
+    ) -> None:
         self.planned = dict(planned)
-        self._make = make
+        self._make, self._let_go = make, let_go
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self.planned[name]
@@ -40,7 +43,9 @@ class MadeTensors(MutableTensors):
         self.planned[name] = tensor
 
     def __delitem__(self, name: str) -> None:
-        del self.planned[name]
+        found = self.planned.pop(name)
+        if found.is_meta and self._let_go is not None:
+            self._let_go(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.planned
@@ -52,6 +57,13 @@ class MadeTensors(MutableTensors):
         return len(self.planned)
 
 
+def whole(tensors: TensorMap) -> Tensors:
+    """Return all tensors as a dictionary; of those that are made when asked for, what they were made of is let go."""
+    if not isinstance(tensors, MadeTensors):
+        return dict(tensors)
+    return {name: tensors.pop(name) for name in list(tensors)}
+
+
 def planned(tensors: TensorMap) -> TensorMap:
-    """Return tensors of the same names, shapes and dtypes without making any: on the meta device where they are made."""
+    """Return tensors of the same names, shapes and dtypes without making any: those are on the meta device."""
     return tensors.planned if isinstance(tensors, MadeTensors) else tensors

@@ -40,7 +40,8 @@ TESTS = (
     "tests/peft_types/test_registry.py",
     "tests/peft_types/test_loading.py",
     "tests/peft_types/test_layer.py",
-    "tests/checkpoints",
+    "tests/models/test_module_names.py",
+    "tests/serving/test_store.py",
     "tests/adapters/test_contents.py",
     "tests/storage/test_hub_cache.py",
 )

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 PIECE = 1 << 16
 LARGE = (".safetensors", ".bin", ".png")
@@ -398,6 +398,11 @@ class _Handler(BaseHTTPRequestHandler):
         gated = "manual" if found.gated else False
         self._json({"id": repo, "sha": sha, "private": found.private, "gated": gated, "siblings": siblings, "tags": []})
 
+    def models(self) -> None:
+        author = dict(parse_qsl(self.query)).get("author")
+        seen = [repo for repo, found in self.hub.repos.items() if not found.private or self._writes(self._user(), repo)]
+        self._json([{"id": repo} for repo in seen if repo.partition("/")[0] == author])
+
     def branch(self, repo: str, branch: str) -> None:
         start = self._body().get("startingPoint") or "main"
         found = self._found(repo, write=True)
@@ -552,6 +557,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", _Handler.create),
     ("DELETE", "/api/repos/delete", _Handler.delete),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
+    ("GET", "/api/models", _Handler.models),
     ("GET", f"/api/models/{ID}", _Handler.info),
     ("GET", f"/api/models/{ID}/revision/(?P<revision>[^/]+)", _Handler.info),
     ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler.tree),

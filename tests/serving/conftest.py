@@ -10,6 +10,7 @@ import pytest
 import surgery
 from tests.helpers.adapters import make_adapter
 from tests.helpers.exports import lora
+from tests.helpers.hub import hub, running, waits  # noqa: F401
 from tests.helpers.stores import store  # noqa: F401
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +68,49 @@ def test_a_full_disk_is_a_named_error(store: Store, monkeypatch: pytest.MonkeyPa
         with pytest.raises(OutputError, match="No space left on device"):
             store.get("ada")
     assert entries(store.cache.folder) == [] and store.get("ada").is_dir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("room", [0, 100, 5_000])
+def test_a_file_that_the_system_does_not_let_grow_leaves_nothing(room: int, store: Store) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="File too large") as error:
+            store.get("ada")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and str(store.cache.folder) in str(error.value)
+    assert [path.name for path in store.cache.folder.iterdir()] == [".locks"] and store.get("ada").is_dir()
+
+
+def _killed_while_it_writes(folder: Path, cache: Path) -> None:
+    """Ask for an adapter, and be killed when half of its file is written."""
+    from surgery.adapters import adapter
+
+    def half(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    adapter.write_tensors = half  # type: ignore[assignment]
+    Store(folder, cache, dtype="float32").get("ada")
+
+
+def test_a_kill_while_it_is_written_leaves_no_half_folder(store: Store) -> None:
+    victim = multiprocessing.get_context("fork").Process(
+        target=_killed_while_it_writes, args=(store.folder, store.cache.folder)
+    )
+    victim.start()
+    victim.join(60)
+    assert victim.exitcode == -signal.SIGKILL and entries(store.cache.folder) == []
+    left = [path for path in store.cache.folder.iterdir() if path.name not in (".locks",)]
+    assert [(path.name[:5], (path / "adapter_model.safetensors").read_bytes()) for path in left] == [(".ada-", b"half")]
+    with ThreadPoolExecutor(4) as pool:
+        leases = list(pool.map(lambda _: store.take("ada"), range(4)))
+    assert sum(lease.made for lease in leases) == 1
+    load_file(leases[0].path / "adapter_model.safetensors")
+    for lease in leases:
+        lease.release()
+    assert not left[0].exists()
