@@ -107,10 +107,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/cli/test_progress.py",
         "the name of a type",
     ),
-    "surgery/system/tensors.py": (
-        "tests/adapters/test_contents.py",
-        "names of types",
-    ),
     "surgery/training/report.py": (
         "tests/cli/test_train.py",
         REPORT,
