@@ -300,7 +300,7 @@ class Run:
         source = self.prepared.adapter
         tensors = dict(experts_joined(source.config, source.tensors))  # under the names of the file
         tensors |= {name: _stored(source, tensors.get(name), name, value) for name, value in trained.items()}
-        tensors, _ = experts_apart(source.config, tensors, source.label)
+        apart, _ = experts_apart(source.config, tensors, source.label)
         made = provenance_of(
             "train",
             options={
@@ -317,7 +317,7 @@ class Run:
             after=asdict(report.after) if report.after is not None else None,
         )
         provenance = {**source.provenance, **made, "from": source.provenance.get("command")}
-        result = Adapter(source.config, tensors, provenance, source.card)
+        result = Adapter(source.config, apart, provenance, source.card)
         result.companions = dict(source.companions)
         return result
 
