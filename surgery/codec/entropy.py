@@ -40,6 +40,8 @@ LOW = 1 << 16  # a state is at least this, and below 2^32
 # Fewer numbers for a lane cost bytes for states, more cost steps.
 NUMBERS_PER_LANE = 16384
 MOST_LANES = 4096
+# Up to so many lanes Python steps faster through the numbers than numpy does, whose call costs more than a few of them.
+FEW_LANES = 8
 PART = 1 << 16  # numbers that are prepared at a time
 # Numbers beyond are escapes, coded in 16 bits each, as is what lies beyond five widths.
 WIDEST_ALPHABET = 2047
@@ -49,6 +51,7 @@ ARITHMETIC = Context(prec=30)
 Classes = NDArray[np.uint8]
 Numbers = NDArray[np.int16]
 Bytes = NDArray[np.uint8]
+States = NDArray[np.int64]
 
 
 def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> Bytes:
@@ -72,25 +75,15 @@ def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> 
     if numbers.size and int(numbers.min()) < -LARGEST:
         raise ValueError(f"a number is below {-LARGEST}")
     lanes = lanes_for(numbers.size)
-    # Whole numbers below 2^53 are exact in float64, and so is the floor of what two of them below 2^32 divide to;
-    # processors divide these side by side, which they do not for integers.
-    states = np.full(lanes, float(LOW))
+    states = np.full(lanes, LOW, dtype=np.int64)
+    push = _push_singly if lanes <= FEW_LANES else _push
     words: list[NDArray[np.uint16]] = []
     escapes: list[Numbers] = []
     for part in reversed(_parts_of(numbers.size, lanes)):
         cells, escaped = tables.cells(numbers[part], table[part])
         escapes.append(numbers[part][escaped])
-        for start in reversed(range(0, cells.size, lanes)):
-            cell = cells[start : start + lanes]
-            frequency = tables.frequency.take(cell)
-            state = states[: cell.size]
-            full = np.flatnonzero(state >= frequency * 2.0 ** (32 - PRECISION))
-            if full.size:
-                high, low = np.divmod(state[full].astype(np.uint32), LOW)
-                words.append(low.astype(np.uint16))
-                state[full] = high
-            # It becomes quotient * TOTAL + remainder + start of the symbol's slots.
-            state += np.floor(state / frequency) * (TOTAL - frequency) + tables.first.take(cell)
+        states, pushed = push(cells, states, tables)
+        words.append(pushed)
     parts = [
         np.array([sum(map(len, escapes))], dtype="<u4"),
         states.astype("<u4"),
@@ -98,6 +91,49 @@ def encode(numbers: Numbers, lengths: Sequence[int], classes: Sequence[int]) -> 
         np.concatenate([np.zeros(0, np.uint16), *words[::-1]]).astype("<u2"),
     ]
     return np.frombuffer(b"".join(part.tobytes() for part in parts), dtype=np.uint8)
+
+
+def _push(cells: NDArray[np.intp], states: States, tables: _Tables) -> tuple[States, NDArray[np.uint16]]:
+    """Put symbols into the states, the last one first.
+
+    Args:
+        cells: of the symbols, `(n,)`.
+        states: of the lanes.
+        tables: of the classes.
+
+    Returns:
+        The states then, and the words that they gave away, as a reader wants them.
+    """
+    # Whole numbers below 2^53 are exact in float64, and so is the floor of what two of them below 2^32 divide to;
+    # processors divide these side by side, which they do not for integers.
+    moved = states.astype(np.float64)
+    lanes, words = moved.size, []
+    for start in reversed(range(0, cells.size, lanes)):
+        cell = cells[start : start + lanes]
+        frequency = tables.frequency.take(cell)
+        state = moved[: cell.size]
+        full = np.flatnonzero(state >= frequency * 2.0 ** (32 - PRECISION))
+        if full.size:
+            high, low = np.divmod(state[full].astype(np.uint32), LOW)
+            words.append(low.astype(np.uint16))
+            state[full] = high
+        # It becomes quotient * TOTAL + remainder + start of the symbol's slots.
+        state += np.floor(state / frequency) * (TOTAL - frequency) + tables.first.take(cell)
+    return moved.astype(np.int64), np.concatenate([np.zeros(0, np.uint16), *words[::-1]])
+
+
+def _push_singly(cells: NDArray[np.intp], states: States, tables: _Tables) -> tuple[States, NDArray[np.uint16]]:
+    """Do what `_push` does, a number at a time."""
+    moved, words = states.tolist(), []
+    frequencies, firsts = tables.whole_frequency.take(cells).tolist(), tables.whole_first.take(cells).tolist()
+    lanes = len(moved)
+    for index in range(cells.size - 1, -1, -1):
+        state, frequency = moved[index % lanes], frequencies[index]
+        if state >= frequency << (32 - PRECISION):
+            words.append(state & (LOW - 1))
+            state >>= 16
+        moved[index % lanes] = state + state // frequency * (TOTAL - frequency) + firsts[index]
+    return np.array(moved, dtype=np.int64), np.array(words[::-1], dtype=np.uint16)
 
 
 def decode(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) -> Numbers:
@@ -133,30 +169,12 @@ def decode_parts(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) ->
     table = tables.of_numbers(lengths)
     states, escapes, words = _read(data, table.size)
     lanes, used, escaped = states.size, 0, 0
+    pull = _pull_singly if lanes <= FEW_LANES else _pull
     for part in _parts_of(table.size, lanes):
         here = table[part]
-        slots, cells = here.astype(np.intp) << PRECISION, here.astype(np.intp) * tables.width
-        symbols = np.empty(here.size, dtype=np.int16)
         # A number takes one word at most. As integers of the states' width they are read faster.
-        near, taken = words[used : used + here.size].astype(np.int64), 0
-        for start in range(0, here.size, lanes):
-            end = min(start + lanes, here.size)
-            state = states[: end - start]
-            slot = state & (TOTAL - 1)
-            symbol = tables.lookup.take(slots[start:end] + slot)
-            symbols[start:end] = symbol
-            cell = cells[start:end] + symbol
-            state >>= PRECISION
-            state *= tables.whole_frequency.take(cell)
-            state += slot - tables.whole_first.take(cell)
-            empty = np.flatnonzero(state < LOW)
-            if empty.size:
-                read = near[taken : taken + empty.size]
-                if read.size < empty.size:
-                    raise ValueError("the coded numbers are cut short")
-                state[empty] = (state[empty] << 16) | read
-                taken += empty.size
-        used += taken
+        symbols, states, read = pull(here, states, words[used : used + here.size].astype(np.int64), tables)
+        used += read
         escapes_here = np.flatnonzero(symbols == tables.escape[here])
         values = escapes[escaped : escaped + escapes_here.size]
         symbols -= tables.reach[here]
@@ -169,6 +187,71 @@ def decode_parts(data: Bytes, lengths: Sequence[int], classes: Sequence[int]) ->
     # Encoding began with these states: whatever does not lead back to them is damaged.
     if used != words.size or not (states == LOW).all() or escaped != escapes.size:
         raise ValueError("the coded numbers are damaged")
+
+
+def _pull(
+    table: NDArray[np.uint8], states: States, words: NDArray[np.int64], tables: _Tables
+) -> tuple[Numbers, States, int]:
+    """Take symbols out of the states.
+
+    Args:
+        table: of each symbol, `(n,)`.
+        states: of the lanes; changed.
+        words: that the states take in.
+        tables: of the classes.
+
+    Returns:
+        The symbols, int16 `(n,)`, the states then, and how many words were read.
+
+    Raises:
+        ValueError: there are too few words.
+    """
+    lanes, used = states.size, 0
+    slots, cells = table.astype(np.intp) << PRECISION, table.astype(np.intp) * tables.width
+    symbols = np.empty(table.size, dtype=np.int16)
+    for start in range(0, table.size, lanes):
+        end = min(start + lanes, table.size)
+        state = states[: end - start]
+        slot = state & (TOTAL - 1)
+        symbol = tables.lookup.take(slots[start:end] + slot)
+        symbols[start:end] = symbol
+        cell = cells[start:end] + symbol
+        state >>= PRECISION
+        state *= tables.whole_frequency.take(cell)
+        state += slot - tables.whole_first.take(cell)
+        empty = np.flatnonzero(state < LOW)
+        if empty.size:
+            read = words[used : used + empty.size]
+            if read.size < empty.size:
+                raise ValueError("the coded numbers are cut short")
+            state[empty] = (state[empty] << 16) | read
+            used += empty.size
+    return symbols, states, used
+
+
+def _pull_singly(
+    table: NDArray[np.uint8], states: States, words: NDArray[np.int64], tables: _Tables
+) -> tuple[Numbers, States, int]:
+    """Do what `_pull` does, a number at a time."""
+    moved, symbols, used = states.tolist(), [], 0
+    # Views, not lists: what is copied is what is asked for.
+    lookup, word = memoryview(tables.lookup), memoryview(words)
+    frequency, first = memoryview(tables.whole_frequency), memoryview(tables.whole_first)
+    lanes, width = len(moved), tables.width
+    for index, which in enumerate(table.tolist()):
+        state = moved[index % lanes]
+        slot = state & (TOTAL - 1)
+        symbol = lookup[(which << PRECISION) + slot]
+        symbols.append(symbol)
+        cell = which * width + symbol
+        state = (state >> PRECISION) * frequency[cell] + slot - first[cell]
+        if state < LOW:
+            if used == len(word):
+                raise ValueError("the coded numbers are cut short")
+            state = state << 16 | word[used]
+            used += 1
+        moved[index % lanes] = state
+    return np.array(symbols, dtype=np.int16), np.array(moved, dtype=np.int64), used
 
 
 def class_bits(largest: int) -> NDArray[np.float64]:

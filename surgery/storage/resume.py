@@ -8,6 +8,7 @@ writes none, a long one loses little and holds little.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -255,7 +256,7 @@ def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any])
     told = {
         "format": FORMAT,
         "surgery": __version__,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": _library_versions(),
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
@@ -264,6 +265,11 @@ def run_key(command: str, options: Mapping[str, Any], inputs: Mapping[str, Any])
         "inputs": dict(inputs),
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 def file_identities(*places: Path | None) -> list[list[Any]]:

@@ -144,6 +144,23 @@ def test_many_lanes(count: int, per_lane: int, monkeypatch: pytest.MonkeyPatch) 
     assert (decode(encode(numbers, [count], [GAUSSIAN]), [count], [GAUSSIAN]) == numbers).all()
 
 
+@pytest.mark.parametrize(("count", "lanes"), [(1, 1), (5000, 1), (5003, 3), (9001, 8)])
+def test_few_lanes_give_the_same_bytes_by_either_road(count: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entropy, "NUMBERS_PER_LANE", count // lanes)
+    monkeypatch.setattr(entropy, "PART", 1 << 11)
+    numbers = draw(EXPONENTIAL, count)
+    numbers[:: max(count // 7, 1)] = LARGEST
+    split = [count // 3, count - count // 3], [EXPONENTIAL, GAUSSIAN]
+    singly = encode(numbers, *split)
+    assert lanes_for(count) == lanes <= entropy.FEW_LANES and (decode(singly, *split) == numbers).all()
+    if count > 1:
+        with pytest.raises(ValueError, match="cut short"):
+            decode(singly[:-2], *split)
+    monkeypatch.setattr(entropy, "FEW_LANES", 0)
+    side_by_side = encode(numbers, *split)
+    assert singly.tobytes() == side_by_side.tobytes() and (decode(side_by_side, *split) == numbers).all()
+
+
 @pytest.mark.parametrize("which", [4, 12, GAUSSIAN, 30, 40, WIDTHS + 4, WIDTHS + 12, EXPONENTIAL, WIDTHS + 30])
 @pytest.mark.usefixtures("quick")
 def test_size_is_close_to_the_entropy(which: int) -> None:
