@@ -10,6 +10,7 @@ adapters have almost no work of their own: what is measured is the fixed cost of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -20,10 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import Llama, write_lora
+from benchmarks.process import ROOT
 
 TINY = Llama(2, 32, 64, 2, 64)
 RANK, RATIO = 4, 2
@@ -122,7 +123,7 @@ def show(found: list[dict[str, Any]]) -> None:
                 f"(at a tenth {one['parent_bytes_at_a_tenth'] / 1e6:.0f} and "
                 f"{one['worker_bytes_at_a_tenth'] / 1e6:.0f} MB); {states}"
             )
-    for less, more in zip(found, found[1:], strict=False):
+    for less, more in itertools.pairwise(found):
         for name in ("first", "again"):
             between = more["count"] - less["count"]
             wall, processor = (

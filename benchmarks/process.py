@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measured", "alternating", "command_seconds", "in_process", "measured", "median"]
+__all__ = ["ROOT", "Measured", "alternating", "command_seconds", "in_process", "measured", "median"]
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS = Path("/proc/self/status")

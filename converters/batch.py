@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
@@ -140,10 +141,17 @@ def _base_or_none(member: Member, options: BatchOptions) -> str | None:
 
 
 def _elsewhere(members: Sequence[Member], options: BatchOptions, executor: Executor) -> Entries:
-    """Convert by an executor, whoever stands behind it."""
-    waiting = {executor.submit(_work, member, options): index for index, member in _ordered(members, options)}
+    """Convert by an executor, whoever stands behind it. One that breaks costs what it has not finished."""
+    waiting: dict[Future[BatchEntry], int] = {}
+    refused: list[tuple[int, BatchEntry]] = []
     try:
-        for future in as_completed(waiting):
+        for index, member in _ordered(members, options):
+            try:
+                waiting[executor.submit(_work_in_turn, member, options)] = index
+            except RuntimeError as error:  # a broken executor takes nothing more, nor does one that was shut down
+                refused.append((index, _broken(member, error)))
+        yield from refused
+        for future in as_completed(list(waiting)):
             index = waiting.pop(future)
             yield index, _answer(future, members[index])
     finally:
@@ -158,9 +166,21 @@ def _ordered(members: Sequence[Member], options: BatchOptions) -> list[tuple[int
 def _answer(future: Future[BatchEntry], member: Member) -> BatchEntry:
     try:
         return future.result()
+    except BrokenExecutor as error:
+        return _broken(member, error)
     except Exception as error:  # whatever an executor makes of a worker that is gone
         reason = f"{type(error).__name__}: {first_line(error)}"
         return BatchEntry(member.name, "failed", error=f"its worker failed ({reason})")
+
+
+def _broken(member: Member, error: RuntimeError) -> BatchEntry:
+    """The entry of a member that an executor can no longer take, or has lost with one of its workers."""
+    return BatchEntry(
+        member.name,
+        "failed",
+        error=f"the executor broke before this adapter was finished ({first_line(error)}); the same call with a new "
+        "executor goes on with it",
+    )
 
 
 def _in_processes(members: Sequence[Member], options: BatchOptions, jobs: int) -> Entries:
@@ -215,6 +235,13 @@ def _prepare(threads: int) -> None:
 
 
 _worker_bases: list[_Bases] = []  # of a worker: one at most
+_turn = threading.Lock()
+
+
+def _work_in_turn(member: Member, options: BatchOptions) -> BatchEntry:
+    """Convert one member in a worker of an executor; the threads of one process share the base, and take turns."""
+    with _turn:
+        return _work(member, options)
 
 
 def _work(member: Member, options: BatchOptions) -> BatchEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,10 @@ def members_of(given: Iterable[str | Path | Adapter], out: str | Path | None) ->
             seen.add(place)
             unique.append(each)
     names = [_name(each, index) for index, each in enumerate(unique)]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    twice = {name for name, count in Counter(names).items() if count > 1}
     names = [_longer(each, name) if name in twice else name for each, name in zip(unique, names, strict=True)]
-    if len(set(names)) < len(names):
-        again = next(name for name in names if names.count(name) > 1)
+    again, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
         raise OutputError(f"several adapters are called {again}: convert them in calls of their own")
     folder = None if out is None else Path(out)
     return [

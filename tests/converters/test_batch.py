@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,54 @@ def test_any_executor_will_do(loras: Path, tmp_path: Path) -> None:
         report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, executor=executor)
     assert states(report) == {"a": "done", "b": "failed", "c": "done"}
     assert "the worker is gone" in str(report.entries[1].error)
+
+
+def test_an_executor_that_breaks_costs_what_it_has_not_finished(loras: Path, tmp_path: Path) -> None:
+    with Breaking("b") as executor:
+        report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, executor=executor)
+    assert states(report) == {"a": "done", "b": "failed", "c": "failed"}
+    for entry in report.failed:
+        assert "the executor broke" in str(entry.error) and "with a new executor goes on" in str(entry.error)
+    with Breaking("-") as executor:
+        again = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, executor=executor)
+    assert states(again) == {"a": "skipped", "b": "done", "c": "done"}
+    # One that was broken, or shut down, before the call takes nothing, and costs no traceback.
+    assert set(states(surgery.convert([loras], "giva", tmp_path / "o", ratio=2, executor=executor)).values()) == {
+        "failed"
+    }
+
+
+class Breaking(ProcessPoolExecutor):
+    """One process, which is killed at a member; the later ones wait until then."""
+
+    def __init__(self, killed: str) -> None:
+        super().__init__(1, get_context("fork"))
+        self.killed = killed
+
+    def submit(self, fn: Any, /, *args: Any, **named: Any) -> Future[Any]:
+        return super().submit(killed_at, self.killed, fn, *args)
+
+
+def killed_at(name: str, work: Any, member: Any, options: Any) -> Any:
+    if member.name == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(member, options)
+
+
+def test_threads_of_one_process_take_turns(loras: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    inside, most = [], []
+
+    def watched(member: Any, options: Any) -> Any:
+        inside.append(member.name)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.remove(member.name)
+        return real_work(member, options)
+
+    monkeypatch.setattr(batch_module, "_work", watched)
+    with ThreadPoolExecutor(3) as executor:
+        report = surgery.convert([loras], "giva", tmp_path / "out", ratio=2, executor=executor)
+    assert not report.failed and most == [1, 1, 1]
 
 
 def test_a_killed_process_costs_the_member_that_it_was_at(loras: Path, tmp_path: Path, monkeypatch: Any) -> None:
