@@ -77,6 +77,19 @@ compat: .venv/ready  ## a part of the tests on released versions of peft, transf
 servers: .venv/ready .venv-servers/ready  ## llama.cpp, mlx-lm and vLLM's loader read what we export, against PEFT
 	SURGERY_SERVERS=$(CURDIR)/.venv-servers/bin/python SURGERY_VLLM=$(CURDIR)/.venv-servers/vllm $(BIN)/python -m pytest -n 0 tests/exporting/test_readers.py tests/serving/test_vllm_plugin.py
 
+.PHONY: cluster
+
+# dask, beside what .venv has: the first line of the path file is .venv's packages, the second is this repository.
+.venv-cluster/ready: .venv/ready
+	$(PYTHON) -m venv .venv-cluster
+	.venv-cluster/bin/python -m pip install -q --disable-pip-version-check dask distributed
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
+	  > $$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth
+	touch $@
+
+cluster: .venv-cluster/ready  ## a batch on a dask cluster of two processes, one of which is killed
+	.venv-cluster/bin/python -m pytest -n 0 tests/converters/test_dask.py
+
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
@@ -112,4 +125,4 @@ build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove environments and everything that was built
-	rm -rf .venv .venv-servers build dist demo-out examples-out sample site *.egg-info
+	rm -rf .venv .venv-servers .venv-cluster build dist demo-out examples-out sample site *.egg-info

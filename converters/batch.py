@@ -331,12 +331,19 @@ def _converted(member: Member, bases: _Bases) -> BatchEntry:
     adapter = member.given if isinstance(member.given, Adapter) else Adapter.open(member.given)
     out = member.out if writes else None
     made, report = convert_one(
-        adapter, member.given, out, bases.of(base), convert, bases.device, bases.progress, {KEY: key}
+        adapter, member.given, out, bases.of(base), convert, bases.device, _named(bases.progress, member), {KEY: key}
     )
     if not options.sites:
         report.sites = []
     kept = None if writes else made
     return BatchEntry(member.name, "done", report.source_type, report.out, report=report, made=kept)
+
+
+def _named(progress: Progress | None, member: Member) -> Progress | None:
+    """Return the callback for one member, whose steps begin with its name."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(done, total, f"{member.name}: {what}" if what else member.name)
 
 
 def _key(member: Member, folder: Path | None, base: str | None, options: BatchOptions) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ import torch
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.names import CONFIG_FILE
 from surgery.adapters.source import Source
+from surgery.converters.adapter_folders import adapter_folders
 from surgery.errors import AdapterError, OutputError, SurgeryError
 from surgery.models.base_model import BaseModel
 from surgery.storage.hub_cache import local_folder
 from surgery.storage.json_files import read_json
 
-__all__ = ["Member", "adapter_folders", "base_of", "members_of"]
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+__all__ = ["Member", "base_of", "members_of"]
 
 
 @dataclass(frozen=True)
@@ -38,34 +36,6 @@ class Member:
     name: str
     given: str | Path | Adapter
     out: Path | None = None
-
-
-def adapter_folders(folder: Path) -> list[Path]:
-    """Return the adapter folders in a folder that is no adapter itself; none for any other folder, or a Hub id.
-
-    Raises:
-        AdapterError: all that it holds are checkpoints of one training run.
-    """
-    try:
-        if not folder.is_dir() or (folder / CONFIG_FILE).exists() or (folder / "config.json").exists():
-            return []
-        inside = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".") and _is_adapter(each)]
-    except OSError as error:
-        raise AdapterError(f"{folder}: cannot be read ({error.strerror})") from None
-    steps = {int(found[1]): each for each in inside if (found := CHECKPOINT.fullmatch(each.name))}
-    if inside and len(steps) == len(inside):
-        raise AdapterError(
-            f"{folder}: holds the checkpoints of a training run; give one of them, such as the newest, "
-            f"{steps[max(steps)]}"
-        )
-    return inside
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether a folder is meant to be an adapter, whole or broken."""
-    if not folder.is_dir():
-        return False
-    return (folder / CONFIG_FILE).exists() or any(folder.glob("adapter_model.*")) or any(folder.glob("adapters.*"))
 
 
 def members_of(given: Iterable[str | Path | Adapter], out: str | Path | None) -> list[Member]:

@@ -16,6 +16,7 @@ from surgery.adapters.contents import contents_of, refuse_output_biases
 from surgery.adapters.fitting import old_names_note
 from surgery.adapters.packing import is_packed
 from surgery.adapters.source import Source, refuse_lone_experts, refuse_other_kinds
+from surgery.converters.budget import Budget
 from surgery.converters.figures import converted_sites, largest_difference, overall
 from surgery.converters.forms import Form, form_named
 from surgery.converters.kept import (
@@ -27,7 +28,7 @@ from surgery.converters.kept import (
     what_is_kept,
 )
 from surgery.converters.report import ConvertReport
-from surgery.converters.request import Budget, BudgetError, Request, Result
+from surgery.converters.request import BudgetError, Request, Result
 from surgery.converters.saved_tensors import SavedTensors, saved_tensors
 from surgery.converters.shared_base import Answers, Base, Measured
 from surgery.errors import MethodError, listing

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from surgery.adapters.adapter import Adapter
+from surgery.converters.adapter_folders import adapter_folders
 from surgery.converters.batch import BatchOptions, convert_batch
-from surgery.converters.batch_members import adapter_folders, members_of
+from surgery.converters.batch_members import members_of
+from surgery.converters.budget import Budget
 from surgery.converters.conversion import ConvertOptions, convert_one
 from surgery.converters.forms import FormName
 from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
-from surgery.converters.request import Budget
 from surgery.converters.shared_base import Base, CalibrationData
 from surgery.errors import MethodError
 from surgery.models.tasks import TaskName

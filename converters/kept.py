@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from surgery.converters.budget import Budget
 from surgery.converters.report import ConvertReport
-from surgery.converters.request import Budget
 from surgery.errors import MethodError
 
 __all__ = ["ENOUGH", "LEAST", "WORTH_HAVING", "Made", "size_option", "smallest_keeping", "what_is_kept"]

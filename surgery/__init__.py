@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from surgery.blending.report import BlendReport
     from surgery.comparison.compare import compare
     from surgery.comparison.report import Comparison
+    from surgery.converters.budget import Budget
     from surgery.converters.convert import convert
     from surgery.converters.report import BatchEntry, BatchReport, ConvertReport
-    from surgery.converters.request import Budget
     from surgery.deltas.operators import Delta, LowRank, Sum
     from surgery.errors import (
         AdapterError,
@@ -122,7 +122,7 @@ _HOMES = {
     "BatchEntry": "surgery.converters.report",
     "BatchReport": "surgery.converters.report",
     "BlendReport": "surgery.blending.report",
-    "Budget": "surgery.converters.request",
+    "Budget": "surgery.converters.budget",
     "CheckpointError": "surgery.errors",
     "Comparison": "surgery.comparison.report",
     "ConvertReport": "surgery.converters.report",

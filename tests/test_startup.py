@@ -38,10 +38,17 @@ def heavy(code: str, code_at_end: int = 0) -> set[str]:
     return set(result.stdout.splitlines()[-1].split()[1:])
 
 
-@pytest.mark.parametrize("words", [["inspect", "a"], ["inspect", "a", "-v", "--json"], ["compare", "a", "b"]])
+PUSH = ["push", "a", "me/lora", "--base-model", "me/base", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect", "a"], ["inspect", "a", "-v", "--json"], ["compare", "a", "b"], [*PUSH, "--json"]]
+)
 def test_an_adapter_by_itself_needs_neither_transformers_nor_peft(words: list[str], loras: Path) -> None:
     arguments = [str(loras / word) if word in {"a", "b"} else word for word in words]
-    assert heavy(f"import sys; sys.argv[1:] = {arguments!r}; from surgery.cli import main; main()") <= {"torch"}
+    drawn = {"matplotlib"} if words[0] == "push" else set()  # the picture of the card
+    found = heavy(f"import sys; sys.argv[1:] = {arguments!r}; from surgery.cli import main; main()")
+    assert found <= {"torch", *drawn}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,10 @@ def test_prefixes_are_pefts() -> None:
         (["init", "missing", "--method", "inilora", "--rank", "0"], 1),
         (["init", "missing", "--method", "inilora", "--nope"], 2),
         (["compare", "a", "b", "--data", "x"], 2),
+        (["convert", "missing", "--to", "giva", "-o", "FULL"], 1),
+        (["convert", "missing", "--to", "lora", "--rank", "0"], 1),
+        (["convert", "missing", "--to", "giva", "--ratio", "-1"], 1),
+        (["convert", "missing", "--to", "giva", "--nope"], 2),
     ],
 )
 def test_what_is_wrong_at_sight_is_said_before_torch_is_imported(words: list[str], code: int, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import common_options, layout_option, resume_option, set_verbosity, task_option
-from surgery.cli.output import note, progress_bar, show, show_json, summary, table, written
+from surgery.cli.options import check_early, common_options, layout_option, resume_option, set_verbosity, task_option
+from surgery.cli.output import aside_from_bars, load_line, note, progress_bar, show, show_json, summary, table, written
+from surgery.converters.adapter_folders import adapter_folders
+from surgery.converters.budget import Budget
 from surgery.converters.forms import BUDGETS, FORMS
 from surgery.errors import MethodError, listing
 from surgery.storage.hub_cache import check_names
@@ -165,8 +167,6 @@ def command(
     _check_usage(adapters, to, bases, options)
     check_names(*adapters, *bases)
     set_verbosity(verbose, quiet)
-    from surgery.converters.batch_members import adapter_folders
-
     own = {option.name for form in FORMS for option in form.options} - {"bits", "basis", "per_layer_ranks", "variant"}
     options["form_options"] = {name: options.pop(name) for name in own}
     jobs = options.pop("jobs")
@@ -178,6 +178,7 @@ def command(
         base = bases[0] if bases else None
         if len(bases) > 1:
             raise click.UsageError("one adapter has one base: give --base once")
+        check_early(folder, options["force"])
         _convert_one(adapters[0], to, folder, base, as_json, quiet, verbose, options)
 
 
@@ -186,10 +187,12 @@ def _check_usage(adapters: tuple[str, ...], to: str, bases: tuple[str, ...], opt
 
     Raises:
         click.UsageError: they do not.
+        MethodError: a budget is no budget.
     """
     given = [name for name in BUDGETS if options[name] is not None]
     if len(given) > 1:
         raise click.UsageError("give one of " + ", ".join(f"--{name.replace('_', '-')}" for name in given))
+    Budget(**{name: options[name] for name in BUDGETS})
     form = FORMS.get(to)
     assert form is not None
     own = {option.name: options[option.name] for each in FORMS for option in each.options}
@@ -225,6 +228,8 @@ def _convert_one(
         show(written(report.out, report.bytes))
     else:
         _show(report, verbose)
+        if report.out is not None:
+            show(f"\n{load_line(report.out)}")
 
 
 def _convert_batch(
@@ -240,7 +245,20 @@ def _convert_batch(
     from surgery.converters.convert import convert
 
     rows = _Rows(quiet, as_json)
-    batch = convert(list(adapters), to, out, base=list(bases), jobs=jobs, on_entry=rows.add, **options)
+    # Layers of the adapter that is worked on; of several processes at a time, adapters that are finished.
+    unit = "weight" if jobs == 1 else "adapter"
+    with progress_bar(f"convert to {to}", wanted=not quiet and not as_json, unit=unit) as progress:
+
+        def finished(entry: BatchEntry, done: int, total: int) -> None:
+            with aside_from_bars():
+                rows.add(entry, done, total)
+            if progress is not None and jobs > 1:
+                progress(done, total, entry.adapter)
+
+        steps = progress if jobs == 1 else None
+        batch = convert(
+            list(adapters), to, out, base=list(bases), jobs=jobs, on_entry=finished, progress=steps, **options
+        )
     if as_json:
         show_json(batch.to_dict())
     elif not quiet:
@@ -253,7 +271,7 @@ class _Rows:
     """The table of a batch, printed row by row, and each note once."""
 
     header = ("adapter", "kind", "was", "is", "weight error", "answers", "time", "state")
-    widths = (24, 8, 10, 10, 12, 14, 8, 0)
+    widths = (24, 13, 10, 10, 12, 14, 8, 0)
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet, self.as_json = quiet, as_json
@@ -304,8 +322,10 @@ def _ending(batch: BatchReport) -> str:
     reports = [entry.report for entry in batch.entries if entry.report is not None]
     sizes = human_bytes(sum(r.source_bytes for r in reports)), human_bytes(sum(r.bytes for r in reports))
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    place = f" in {batch.out}" if reports and reports[0].out is not None else ""
-    return f"\n{said}: {sizes[0]} to {sizes[1]}{place}, {batch.seconds:.1f} s"
+    written = next((report.out for report in reports if report.out is not None), None)
+    place = f" in {batch.out}" if written is not None else ""
+    ending = f"\n{said}: {sizes[0]} to {sizes[1]}{place}, {batch.seconds:.1f} s"
+    return ending if written is None else f"{ending}\n{load_line(written)}"
 
 
 def _name(adapter: str) -> str:

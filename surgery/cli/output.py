@@ -9,11 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgery.cli import streams
-from surgery.cli.progress import progress_bar
+from surgery.cli.progress import aside_from_bars, progress_bar
 from surgery.display import tables
 from surgery.system.text import human_bytes
 
-__all__ = ["note", "printable", "progress_bar", "show", "show_json", "summary", "table", "written"]
+__all__ = [
+    "aside_from_bars",
+    "load_line",
+    "note",
+    "printable",
+    "progress_bar",
+    "show",
+    "show_json",
+    "summary",
+    "table",
+    "written",
+]
 
 
 def show(text: str, err: bool = False) -> None:
@@ -29,6 +40,11 @@ def show_json(value: dict[str, Any]) -> None:
 def written(out: str | None, size: int) -> str:
     """What --quiet prints of an output: where it is, or after a dry run how large it would be."""
     return out if out is not None else human_bytes(size)
+
+
+def load_line(out: str) -> str:
+    """Return the line that says how an adapter which was written is opened, whatever its type is."""
+    return f'Load it:  import surgery; PeftModel.from_pretrained(base, "{out}")'
 
 
 def note(text: str) -> None:

@@ -13,7 +13,7 @@ from surgery.cli import streams
 from surgery.system.progress import Progress
 from surgery.system.text import human_bytes, human_seconds
 
-__all__ = ["progress_bar"]
+__all__ = ["aside_from_bars", "progress_bar"]
 
 SECONDS_BETWEEN_LINES = 30.0
 # The width of a terminal that does not say how wide it is, as those of continuous integration and `docker -t`.
@@ -37,6 +37,18 @@ def progress_bar(label: str, wanted: bool, unit: str = "weight") -> Iterator[Pro
     else:
         with _lines(label, unit) as move:
             yield move
+
+
+@contextlib.contextmanager
+def aside_from_bars() -> Iterator[None]:
+    """Take the bars away from the terminal while something else is printed."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            yield
+    else:
+        yield
 
 
 @contextlib.contextmanager

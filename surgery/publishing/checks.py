@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from peft import PromptLearningConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from surgery.adapters.adapter import Adapter
 from surgery.adapters.contents import contents_of
@@ -22,6 +20,7 @@ from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.adapters.regex_check import check_patterns
+from surgery.adapters.wrapper_names import PREFIXES, type_prefix
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.methods.registry import method_for_type
@@ -113,7 +112,7 @@ def check_adapter(folder: Path, base_model: str | None = None) -> Checked:
         raise AdapterError(f"{folder}: its tensors are in {name}, not in {WEIGHTS_FILE}; write it by surgery convert")
     header = read_header(weights).tensors
     kind = opened.peft_type
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not _is_known(kind):
         raise AdapterError(f"{folder / CONFIG_FILE}: PEFT type {kind} is known neither to PEFT nor to surgery")
     found = foreign_format(header) if _prefix(kind) else None  # a learnt prompt has names of its own
     if found:
@@ -251,11 +250,25 @@ def _is_above(name: str) -> bool:
     return name.startswith(TUNER_PREFIX) and not name.startswith(MODEL_PREFIX)
 
 
+def _is_known(peft_type: str) -> bool:
+    """Whether PEFT opens adapters of a type, with surgery or without."""
+    if peft_type in PREFIXES:
+        return True
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # only for rarer types: importing peft takes seconds
+
+    return peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
+
+
 def _prefix(peft_type: str) -> str:
     """What the names of a type's tensors start with; nothing for a learnt prompt."""
+    if peft_type in PREFIXES:
+        return type_prefix(peft_type)
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], PromptLearningConfig):
         return ""
-    return str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, ""))
+    return type_prefix(peft_type)
 
 
 def _check_targets(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.converters.batch_members import adapter_folders, members_of
+from surgery.converters.adapter_folders import adapter_folders
+from surgery.converters.batch_members import members_of
 from surgery.errors import AdapterError, MethodError
 
 

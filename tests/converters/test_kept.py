@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import surgery
 from surgery.converters.kept import smallest_keeping
 from surgery.converters.report import ConvertReport
-from surgery.converters.request import Budget
+from surgery.converters.budget import Budget
 from tests.helpers.conversions import WEIGHTS, trained
 from tests.helpers.models import load_base
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows
