@@ -18,7 +18,13 @@ def folder_with(place: Path, *files: str) -> Path:
 
 
 def test_whole_and_broken_adapters_are_found_and_nothing_else(tmp_path: Path) -> None:
-    files = ("b/adapter_config.json", "a/adapter_model.safetensors", "m/adapters.safetensors", "logs/x.txt", "notes.txt")
+    files = (
+        "b/adapter_config.json",
+        "a/adapter_model.safetensors",
+        "m/adapters.safetensors",
+        "logs/x.txt",
+        "notes.txt",
+    )
     folder = folder_with(tmp_path, *files, ".hidden/adapter_config.json")
     assert [each.name for each in adapter_folders(folder)] == ["a", "b", "m"]
 

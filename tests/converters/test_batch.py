@@ -35,10 +35,12 @@ def test_a_bad_member_costs_its_own_entry_alone(loras: Path, tmp_path: Path) -> 
     truncate(loras / "b")
     (loras / "d").mkdir()
     (loras / "d" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
-    seen = []
+    seen, steps = [], set()
     report = surgery.convert(
-        [loras], "giva", tmp_path / "out", ratio=2, on_entry=lambda entry, done, of: seen.append((done, of))
-    )
+        [loras], "giva", tmp_path / "out", ratio=2, on_entry=lambda entry, done, of: seen.append((done, of)),
+        progress=lambda done, total, what: steps.add(what.partition(":")[0]),
+    )  # fmt: skip
+    assert steps == {"a", "c"}
     assert states(report) == {"a": "done", "b": "failed", "c": "done", "d": "failed"}
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)] and len(report) == 4 and len(report.failed) == 2
     assert sorted(stamps(tmp_path / "out")) == ["a", "c"]

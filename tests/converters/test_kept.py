@@ -10,9 +10,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import surgery
+from surgery.converters.budget import Budget
 from surgery.converters.kept import smallest_keeping
 from surgery.converters.report import ConvertReport
-from surgery.converters.budget import Budget
 from tests.helpers.conversions import WEIGHTS, trained
 from tests.helpers.models import load_base
 from tests.helpers.texts import save_tokenizer, text_rows, write_rows

@@ -155,7 +155,8 @@ def test_each_bad_adapter_costs_one_clear_row(mixed: Path) -> None:
         _, state, reason = told[name].partition("failed: ")
         assert state and all(word in reason for word in words), told[name]
         assert "Traceback" not in reason and "unexpected" not in reason
-    assert rows[-1].startswith("16 done, 8 failed: ") and str(out) in rows[-1]
+    assert rows[-2].startswith("16 done, 8 failed: ") and str(out) in rows[-2]
+    assert rows[-1] == f'Load it:  import surgery; PeftModel.from_pretrained(base, "{out / names[0]}")'
     # Every good one is written and is what a call of its own makes; of the bad ones nothing is there.
     assert sorted(path.name for path in out.iterdir()) == [name for name in names if name not in BAD]
     alone, _ = surgery.convert(mixed / "04-loha", "giva", ratio=2)

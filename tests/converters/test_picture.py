@@ -18,7 +18,7 @@ def test_the_command_prints_a_row_for_each_and_draws(loras: Path, tmp_path: Path
     rows = done.stdout.splitlines()
     assert done.returncode == 1 and rows[0].split()[0] == "adapter"
     assert [row.split()[0] for row in rows[1:4]] == ["a", "b", "c"] and "failed: " in rows[3]
-    assert rows[-1].startswith("2 done, 1 failed")
+    assert rows[-2].startswith("2 done, 1 failed") and rows[-1].startswith("Load it:  ")
     picture = (tmp_path / "batch.svg").read_text()
     assert "2 adapters as giva, 1 failed" in picture and "LORA" in picture
     told = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=False).stdout)
