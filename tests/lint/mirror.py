@@ -59,10 +59,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/converters tests/properties tests/cli/test_failures.py tests/cli/test_options.py",
         "its options are those of the library call",
     ),
-    "surgery/display/scatter.py": (
-        "tests/converters/test_picture.py",
-        "drawn by the one picture that uses it",
-    ),
     "surgery/exporting/report.py": (
         "tests/cli/test_export.py",
         REPORT,
