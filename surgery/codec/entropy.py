@@ -235,8 +235,8 @@ def _pull_singly(
     """Do what `_pull` does, a number at a time."""
     moved, symbols, used = states.tolist(), [], 0
     # Views, not lists: what is copied is what is asked for.
-    lookup, word = memoryview(tables.lookup), memoryview(words)
-    frequency, first = memoryview(tables.whole_frequency), memoryview(tables.whole_first)
+    lookup, word = tables.lookup.data, words.data
+    frequency, first = tables.whole_frequency.data, tables.whole_first.data
     lanes, width = len(moved), tables.width
     for index, which in enumerate(table.tolist()):
         state = moved[index % lanes]
