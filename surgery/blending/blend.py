@@ -16,10 +16,11 @@ from surgery.blending.combinations import Combination, combination_named
 from surgery.blending.members import Blended, Member, blended, check_members, in_order
 from surgery.blending.naming import parsed_member
 from surgery.blending.report import BlendedMember, BlendReport
+from surgery.converters.budget import Budget
 from surgery.converters.convert import convert
 from surgery.converters.forms import FormName
 from surgery.converters.report import ConvertReport
-from surgery.converters.request import Budget, Request
+from surgery.converters.request import Request
 from surgery.converters.shared_base import Base, CalibrationData
 from surgery.converters.to_lora import to_lora
 from surgery.deltas.operators import Delta
