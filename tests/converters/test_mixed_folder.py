@@ -141,7 +141,8 @@ def run(folder: Path, *more: str) -> Result:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/{WEIGHTS}")}
+    """When each output was written; hidden folders are not there yet."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"[!.]*/{WEIGHTS}")}
 
 
 def test_each_bad_adapter_costs_one_clear_row(mixed: Path) -> None:
