@@ -20,7 +20,7 @@ from surgery.adapters.lacking import lacking_in
 from surgery.adapters.names import CARD_FILE, CONFIG_FILE, MODEL_PREFIX, TUNER_PREFIX, WEIGHTS_FILE
 from surgery.adapters.packing import is_packed
 from surgery.adapters.regex_check import check_patterns
-from surgery.adapters.wrapper_names import PREFIXES, type_prefix
+from surgery.adapters.types.registry import ADAPTER_TYPES, type_of
 from surgery.deltas.spectrum import effective_rank, has_cheap_spectrum, singular_values
 from surgery.errors import AdapterError, CheckpointError, HubError, listing
 from surgery.methods.registry import method_for_type
@@ -252,7 +252,7 @@ def _is_above(name: str) -> bool:
 
 def _is_known(peft_type: str) -> bool:
     """Whether PEFT opens adapters of a type, with surgery or without."""
-    if peft_type in PREFIXES:
+    if peft_type in ADAPTER_TYPES.names():
         return True
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # only for rarer types: importing peft takes seconds
 
@@ -261,14 +261,15 @@ def _is_known(peft_type: str) -> bool:
 
 def _prefix(peft_type: str) -> str:
     """What the names of a type's tensors start with; nothing for a learnt prompt."""
-    if peft_type in PREFIXES:
-        return type_prefix(peft_type)
+    known = type_of({"peft_type": peft_type}) if peft_type in ADAPTER_TYPES.names() else None
+    if known is not None and known.prefix:
+        return known.prefix
     from peft import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], PromptLearningConfig):
         return ""
-    return type_prefix(peft_type)
+    return str(PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, ""))
 
 
 def _check_targets(
