@@ -218,6 +218,7 @@ CASES = [
     ),
     case("kind-of-mlx-that-is-a-table", "mlx", MERGE, configure(fine_tune_type={"a": 1}), "fine_tune_type {'a': 1}"),
     case("mapping-that-is-a-number", "delora", PUSH, configure(auto_mapping=-5), "auto_mapping is -5, expected"),
+    case("bias-that-is-a-list", "lora", CONVERT, configure(bias=["none"]), "bias is ['none'], expected a name"),
     case("configuration-that-is-a-folder", "lora", CONVERT, folder_of_an_adapter, "no adapter_config.json"),
     case("other-weights", "model", MERGE, configure(CONFIG, transformers_weights="x.safetensors"), "other weights"),
 ]  # fmt: skip

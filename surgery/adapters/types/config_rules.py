@@ -93,6 +93,7 @@ COMMON_RULES: dict[str, Rule] = {
     "modules_to_save": (are_names, "a list of names"),
     "target_parameters": (are_names, "a list of names"),
     "auto_mapping": (is_table, "an object"),
+    "bias": A_NAME,
     "layers_to_transform": (are_layers, "a list of numbers"),
     "r": A_RANK,
     "alpha": A_NUMBER,
