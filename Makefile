@@ -89,6 +89,13 @@ servers: .venv/ready .venv-servers/ready  ## llama.cpp, mlx-lm and vLLM's loader
 
 cluster: .venv-cluster/ready  ## a batch on a dask cluster of two processes, one of which is killed
 	.venv-cluster/bin/python -m pytest -n 0 tests/converters/test_dask.py
+.PHONY: trainers peft-suite
+
+trainers: .venv/examples  ## TRL's own trainers on adapters opened from files
+	SURGERY_TRAINERS=1 $(BIN)/python -m pytest -n 0 tests/training/test_trl.py
+
+peft-suite: .venv/ready  ## PEFT's own tests, from its source distribution, on our PEFT types and on four of PEFT's
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite
 
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
@@ -125,4 +132,4 @@ build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove environments and everything that was built
-	rm -rf .venv .venv-servers .venv-cluster build dist demo-out examples-out sample site *.egg-info
+	rm -rf .venv .venv-servers .venv-cluster build dist demo-out examples-out sample site .peft-suite *.egg-info

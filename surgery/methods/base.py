@@ -103,6 +103,7 @@ class OwnConfig(PeftConfig):
 
     info: ClassVar[MethodInfo]
     only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds", "target_parameters", "trainable_token_indices"})
+    started = False  # no field: whether an adapter has been started from it
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, endings of module names, or one regular expression."}
@@ -157,9 +158,13 @@ class OwnConfig(PeftConfig):
         return {key: value for key, value in found.items() if value is not None or key not in self.only_where_used}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, saying that the start is in the file and need not be computed again."""
+        """Write `adapter_config.json`.
+
+        Beside an adapter's tensors it says that the start need not be computed: PEFT saves those in inference mode,
+        transformers saves those of an adapter that has started. A configuration that is saved alone is written as it is.
+        """
         stored = copy.copy(self)
-        stored.init_weights = False
+        stored.init_weights = self.init_weights and not (self.inference_mode or self.started)
         if isinstance(stored.target_modules, (set, frozenset)):
             stored.target_modules = sorted(stored.target_modules)
         super(OwnConfig, stored).save_pretrained(save_directory, **kwargs)

@@ -129,6 +129,7 @@ class Attachment:
                     self.layers[site].set_stored(self.name, tensors)
         if self.method.needs_base(self.config):
             self.config.base_fingerprint = self._fingerprint()
+        self.config.started = True
         self._ready = False
         self.prepare()
 
