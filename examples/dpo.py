@@ -4,7 +4,7 @@
     python examples/dpo.py [--out FOLDER]
 
 Nothing is downloaded: the base is the small model of letters of `trl_sft.py`. An adapter is started and saved, opened
-again, and trained to prefer how a text really goes on to how another one does. TRL takes a copy of the opened adapter as
+again, and trained to prefer how a text goes on to the same letters backwards. TRL takes a copy of the opened adapter as
 its reference, so that the first loss is ln 2.
 """
 
@@ -25,12 +25,12 @@ PROMPT = 24
 
 
 def preferences(prose: list[str]) -> dict[str, list[str]]:
-    """Each text's beginning, with its own end as chosen and the end of the text before it as rejected."""
+    """Each text's beginning, with its end as chosen, and its end backwards as rejected."""
     long = [text for text in prose if len(text) > 2 * PROMPT][:400]
     return {
         "prompt": [text[:PROMPT] for text in long],
         "chosen": [text[PROMPT:] for text in long],
-        "rejected": [text[PROMPT:] for text in [long[-1], *long[:-1]]],
+        "rejected": [text[: PROMPT - 1 : -1] for text in long],
     }
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     trainer = DPOTrainer(
         model=surgery.trainable(start, base),
         args=DPOConfig(
-            output_dir=str(arguments.out / "checkpoints"), max_steps=arguments.steps, learning_rate=2e-3, use_cpu=True,
+            output_dir=str(arguments.out / "checkpoints"), max_steps=arguments.steps, learning_rate=5e-4, use_cpu=True,
             per_device_train_batch_size=8, logging_steps=1, report_to="none", save_strategy="no", bf16=False,
             disable_tqdm=True,
         ),

@@ -185,5 +185,12 @@ def _peft_imported(peft: Any) -> None:
     register_types(peft)
 
 
+def _hotswap_imported(module: Any) -> None:
+    from surgery.peft_types.hotswap import enable_hot_swap
+
+    enable_hot_swap(module)
+
+
 import_peft_first()
 wrapt.register_post_import_hook(_peft_imported, "peft")
+wrapt.register_post_import_hook(_hotswap_imported, "peft.utils.hotswap")

@@ -161,7 +161,7 @@ class OwnConfig(PeftConfig):
         """Write `adapter_config.json`.
 
         Beside an adapter's tensors it says that the start need not be computed: PEFT saves those in inference mode,
-        transformers saves those of an adapter that has started. A configuration that is saved alone is written as it is.
+        transformers saves those of an adapter that has started. A configuration saved alone is written as it is.
         """
         stored = copy.copy(self)
         stored.init_weights = self.init_weights and not (self.inference_mode or self.started)

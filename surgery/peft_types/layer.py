@@ -107,6 +107,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Copy values into the stored tensors, keeping their dtype and device."""
         for name, tensor in tensors.items():
             self._dict(name)[adapter_name].data.copy_(tensor)
+        self._drop_caches(adapter_name)  # torch does not count what is written through `data`
 
     def set_unstored(self, adapter_name: str, tensors: Tensors) -> None:
         """Hold regenerated or derived tensors, which are in no state dict."""
@@ -304,6 +305,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the copies made of what it shares."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
+        self._drop_caches(adapter_name)
+
+    def _drop_caches(self, adapter_name: str) -> None:
+        """Drop what was computed or copied from an adapter's tensors."""
         self._copies = {key: value for key, value in self._copies.items() if key[0] != adapter_name}
         self._held.pop(adapter_name, None)
 

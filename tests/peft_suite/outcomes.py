@@ -12,7 +12,20 @@ from tests.peft_suite.tables import CONFIGS, OURS
 __all__ = ["Counts", "counted", "table"]
 
 # What a failed test says -> why it cannot apply.
-REASONS: tuple[tuple[str, str], ...] = ()
+REASONS: tuple[tuple[str, str], ...] = (
+    ("Regex pattern did not match", "refused as PEFT refuses it, but the test wants PEFT's words"),
+    ("is not a linear layer", "on an embedding or convolution: refused by name, linear layers only"),
+    (
+        "was made from other base weights",
+        "the test opens it on other random weights: refused by the base's fingerprint",
+    ),
+    ("test_from_pretrained_cache_dir", "asks the Hub"),
+    (
+        r"test_only_params_are_updated\[Vanilla MLP [34] FROD_PORTABLE",
+        "a weight of two rows has two directions, and no sparse entry of FRoD's falls on them: no gradient",
+    ),
+    (r"isinstance\(\[.*, set\)", "target_modules stays a list in order, where PEFT makes a set of it"),
+)
 
 
 @dataclass

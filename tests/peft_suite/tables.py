@@ -27,6 +27,8 @@ SAME = {
     "target_modules": "target_modules", "modules_to_save": "modules_to_save", "task_type": "task_type",
     "bias": "bias", "r": "r", "lora_dropout": "dropout", "init_lora_weights": "init_weights", "lora_alpha": None,
 }  # fmt: skip
+# Without it `init_weights=False` is a file of 0.1.0, and tests that make an adapter in both ways make two forms of it.
+SPELLED_OUT = {"SMOA": {"variant": "blocks"}}
 # Test models whose adapted layers are no linears; `EmbConv1D` has transformers' Conv1D, which is one.
 OTHER_LAYERS = re.compile(r"(?i)conv\dd|mha$| mha")
 OTHER_TARGETS = {"emb", "mha", "embed_tokens"}
@@ -97,5 +99,6 @@ def _cell_of_type(cell: Any, config_class: type[PeftConfig]) -> Any:
         known = {field.name for field in dataclasses.fields(config_class)}
         named = {SAME[key]: value for key, value in _options(cell).items()}
         options = {key: value for key, value in named.items() if key in known}
+        options |= SPELLED_OUT.get(OURS[config_class], {})
         return options if isinstance(cell, dict) else config_class(**options)
     return cell

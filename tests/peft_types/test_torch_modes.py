@@ -18,7 +18,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import surgery
-from surgery.errors import AdapterError
+from surgery.errors import AdapterError, WrongBaseError
 from surgery.methods.frod import FrodPortableConfig
 from surgery.methods.giva import GivaConfig
 from surgery.methods.inilora import IniloraConfig
@@ -300,9 +300,63 @@ def test_what_other_types_do_is_refused_by_name(model, tmp_path: Path) -> None:
         model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ValueError, match=f"'{model.active_peft_config.peft_type.value}' is not compatible"):
         peft.get_peft_model(Two(), model.active_peft_config, mixed=True)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"only.*{model.active_peft_config.peft_type.value} was passed"):
-        hotswap_adapter(model, str(tmp_path), "default")
+
+
+def moved_again(model: Any, folder: Path) -> torch.Tensor:
+    """Save another adapter of the model's configuration; returns its outputs. The model is as before."""
+    held = {name: tensor.detach().clone() for name, tensor in trained(model).items()}
+    with torch.no_grad():
+        for tensor in trained(model).values():
+            tensor.mul_(1.5)
+    model.save_pretrained(folder)
+    found: torch.Tensor = model(X).detach()
+    with torch.no_grad():
+        for name, tensor in trained(model).items():
+            tensor.copy_(held[name])
+    return found
+
+
+def test_hot_swap(model, tmp_path: Path) -> None:
+    """To the other adapter and back, in evaluation and in training, whose caches are of the new tensors."""
+    before = model(X).detach()
+    expected = moved_again(model, tmp_path / "other")
+    model.save_pretrained(tmp_path / "first")
+    close(model.train()(X), before)
+    hotswap_adapter(model, str(tmp_path / "other"), "default")
+    close(model(X), expected)
+    close(model.eval()(X), expected)
+    hotswap_adapter(model, str(tmp_path / "first"), "default")
+    assert torch.equal(model(X), before)
+
+
+def test_hot_swap_refuses_what_is_not_alike(model, tmp_path: Path) -> None:
+    before = model(X).detach()
+    model.save_pretrained(tmp_path / "whole")
+    adapter = surgery.Adapter.open(tmp_path / "whole")
+    adapter.config["dropout"] = 0.5
+    adapter.save(tmp_path / "dropout")
+    with pytest.raises(AdapterError, match=r"differ in dropout \(0.0 and 0.5\); load the new one with load_adapter"):
+        hotswap_adapter(model, str(tmp_path / "dropout"), "default")
+    adapter.config["dropout"] = 0.0
+    name = next(name for name in adapter.tensors if ".a." in name)
+    tensor = adapter.tensors.pop(name)
+    adapter.save(tmp_path / "part")
+    with pytest.raises(AdapterError, match=r"the file lacks base_model\.model\.a\."):
+        hotswap_adapter(model, str(tmp_path / "part"), "default")
+    adapter.tensors[name] = torch.cat([tensor, tensor])
+    adapter.save(tmp_path / "shape")
+    with pytest.raises(AdapterError, match="has shape"):
+        hotswap_adapter(model, str(tmp_path / "shape"), "default")
+    if model.base_model.method.needs_base(model.active_peft_config):
+        adapter.tensors[name] = tensor
+        adapter.config["base_fingerprint"] = dict.fromkeys(adapter.config["base_fingerprint"], "0")
+        adapter.save(tmp_path / "base")
+        with pytest.raises(WrongBaseError):
+            hotswap_adapter(model, str(tmp_path / "base"), "default")
+    assert torch.equal(model(X), before)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="is merged; call unmerge_adapter first"):
+        hotswap_adapter(model, str(tmp_path / "whole"), "default")
 
 
 def test_a_saved_configuration_alone_says_how_to_start(model, tmp_path: Path) -> None:

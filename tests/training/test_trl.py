@@ -1,7 +1,7 @@
 """TRL's own trainers on an adapter that was opened from a file, for each of our types.
 
-`make trainers` installs TRL and sets SURGERY_TRAINERS; without it these tests are skipped. What TRL does to an adapter is
-tested without it in tests/peft_types/test_torch_modes.py.
+`make trainers` installs TRL and sets SURGERY_TRAINERS; without it these tests are skipped. What TRL does to an adapter
+is tested without it in tests/peft_types/test_torch_modes.py.
 """
 
 from __future__ import annotations
