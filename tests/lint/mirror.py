@@ -87,6 +87,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/initialization/test_class_labels.py tests/training/test_new_head.py",
         "tested through the verbs that make heads",
     ),
+    "surgery/peft_types/hotswap.py": (
+        "tests/peft_types/test_torch_modes.py",
+        "tested beside what else trainers and servers do, on the same models",
+    ),
     "surgery/peft_types/tuner.py": (
         "tests/peft_types/test_layer.py tests/peft_types/test_loading.py",
         "never used without its layers",
