@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from surgery.codec.entropy import CLASSES, LARGEST, best_classes, class_bits, decode, decode_parts, encode
 
 __all__ = [
+    "LARGEST_CODE",
+    "LIMITS",
+    "RANK_BITS",
     "CodedFactors",
     "code_bits",
     "decode_factors",
@@ -31,6 +34,12 @@ __all__ = [
 HEAD = 12
 FINEST_SCALES = 9
 LARGEST_EXPONENT = 63
+# A rank's two classes and its scale, as they are coded.
+RANK_BITS = 20
+LARGEST_CODE = 4095
+# By bits of a code: the step, in standard deviations, and the squared error, in variances, of the best uniform
+# quantiser with 2^bits - 1 levels on a Gaussian. With so few levels a finer step would only clip.
+LIMITS = {None: (0.0015, 2e-7), 2: (1.224, 0.190), 3: (0.651, 0.0469), 4: (0.353, 0.0132), 8: (0.0309, 1.1e-4)}
 OFF_GRID = 2.0**-21  # what a scale in float32 may lie off its grid, in octaves
 
 

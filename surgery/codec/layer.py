@@ -17,8 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.codec.entropy import WIDTHS, class_bits
-from surgery.codec.factors import LARGEST_EXPONENT, CodedFactors, code_bits, rounded_scales
+from surgery.codec.factors import (
+    LARGEST_CODE,
+    LARGEST_EXPONENT,
+    LIMITS,
+    RANK_BITS,
+    CodedFactors,
+    code_bits,
+    rounded_scales,
+)
 from surgery.codec.feedback import Curvature, Integers, Rounding, RoundingRule, rounded
+from surgery.codec.gains import CodedGains, GainVector
 from surgery.linalg.metric import metric_svd
 
 __all__ = ["LIMITS", "Coded", "Factors", "LayerCoder", "Spectrum", "code_layers", "spectrum_of"]
@@ -28,12 +37,6 @@ Curves = tuple[Curvature, Curvature]  # of the inputs, of the outputs
 Matrix = NDArray[np.float64]
 
 SWEEPS = 3
-# A rank's two classes and its scale, as they are coded.
-RANK_BITS = 20
-LARGEST_CODE = 4095
-# By bits of a code: the step, in standard deviations, and the squared error, in variances, of the best uniform
-# quantiser with 2^bits - 1 levels on a Gaussian. With so few levels a finer step would only clip.
-LIMITS = {None: (0.0015, 2e-7), 2: (1.224, 0.190), 3: (0.651, 0.0469), 4: (0.353, 0.0132), 8: (0.0309, 1.1e-4)}
 MOST_RESTORED = 1.5
 SMALLEST_SCALE = 2.0 ** (1 - LARGEST_EXPONENT)
 
@@ -47,6 +50,7 @@ class Spectrum:
         energy: squared singular values `(k,)`.
         variance: of the numbers of B's columns and A's rows, what they would count if they were all lost, `(2, k)`.
         sizes: out and in.
+        gains: the layer's, if it has any.
     """
 
     left: torch.Tensor
@@ -54,9 +58,31 @@ class Spectrum:
     energy: Matrix
     variance: Matrix
     sizes: tuple[int, int]
+    gains: GainVector | None = None
+
+    @property
+    def whole(self) -> float:
+        """The energy of the layer's change."""
+        of_factors = float(self.energy.sum())
+        return of_factors if self.gains is None else max(of_factors + self.gains.energy + 2 * self.gains.cross, 0.0)
+
+    @property
+    def least(self) -> float:
+        """The smallest variance of the leading direction's numbers, and of the gains; 0 for a change of zero."""
+        found = [float(self.variance[:, 0].min())] if self.energy.size else []
+        found += [self.gains.variance] if self.gains is not None and self.gains.variance > 0 else []
+        return min(found, default=0.0)
+
+    @property
+    def largest(self) -> float:
+        """The energy of the leading direction, or of the gains; 0 for a change of zero."""
+        found = float(self.energy[0]) if self.energy.size else 0.0
+        return found if self.gains is None else max(found, self.gains.energy)
 
     def plan(self, D: float, bits: int | None) -> tuple[int, float, float]:
-        """For an error D in each number: how many ranks are worth their bits, what those take, and what is lost."""
+        """For an error D in each number: how many ranks are worth their bits, what those take, and what is lost; gains,
+        if any, included.
+        """
         floor = 0.0 if bits is None else LIMITS[bits][1]
         numbers = np.array(self.sizes)[:, None]
         noise = np.maximum(D, self.variance * floor)
@@ -65,29 +91,42 @@ class Spectrum:
         spent = (numbers * rate).sum(0) + RANK_BITS
         worth = self.energy - lost > 2 * math.log(2) * D * spent
         rank = int(np.logical_and.accumulate(worth).sum())
-        return rank, float(spent[:rank].sum()), float(lost[:rank].sum() + self.energy[rank:].sum())
+        taken, left = float(spent[:rank].sum()), float(lost[:rank].sum() + self.energy[rank:].sum())
+        if self.gains is None:
+            return rank, taken, left
+        more, beside = self.gains.plan(D, bits)
+        return (rank, taken + more, left + beside) if rank or more else (0, 0.0, self.whole)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A layer's factors, what they take (bits), and the error in the metric."""
+    """A layer's factors and gains, what they take (bits), and the error in the metric."""
 
     factors: CodedFactors
     bits: float
     error: float
+    gains: CodedGains | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether anything is left of the layer's change."""
+        return bool(self.factors.rank) or self.gains is not None
 
 
-def spectrum_of(layer: Factors, curves: Curves) -> Spectrum:
+def spectrum_of(layer: Factors, curves: Curves, gains: GainVector | None = None) -> Spectrum:
     """Singular values and directions of a layer's change in the metric."""
     B, A = (factor.double() for factor in layer)
     inputs, outputs = curves
+    if not A.shape[0]:
+        nothing = torch.zeros(0, 0, dtype=torch.float64)
+        return Spectrum(nothing, nothing, np.zeros(0), np.zeros((2, 0)), (B.shape[0], A.shape[1]), gains)
     svd = metric_svd(B, A, outputs.product(B, B), inputs.product(A.T, A.T))
     energy = svd.S.square().numpy()
     sides = (
         (B @ svd.left).square().mean(0).numpy() * outputs.pivot,
         (svd.right @ A).square().mean(1).numpy() * inputs.pivot,
     )
-    return Spectrum(svd.left, svd.right, energy, energy * np.stack(sides), (B.shape[0], A.shape[1]))
+    return Spectrum(svd.left, svd.right, energy, energy * np.stack(sides), (B.shape[0], A.shape[1]), gains)
 
 
 def code_layers(coders: Sequence[LayerCoder]) -> list[Coded | None]:

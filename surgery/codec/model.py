@@ -2,20 +2,22 @@
 
 The error of a layer is `tr(R^T F R C)` for what R its change loses, with the second moments C of its inputs and F of
 the gradients at its output; that of the model is the sum. One number, the squared error that coding may leave in each
-coded number, rules ranks, bits and layers together (see `rounding`); it is searched for the goal.
+coded number, rules ranks, bits and layers together (see `rounding`); it is searched for the goal. Gains on a layer's
+rows or columns, where it has any, are numbers like those of its factors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.codec.entropy import lanes_for
 from surgery.codec.factors import CodedFactors, encode_factors
+from surgery.codec.gains import CodedGains, GainVector, encode_gains
 from surgery.codec.layer import LIMITS, Coded, Factors, LayerCoder, Spectrum, code_layers, spectrum_of
 from surgery.codec.workers import Metric, Moment, Workers
 
@@ -79,6 +81,8 @@ class Compressed:
         errors: of each layer, `tr(R^T F R C)` with the damped moments.
         energies: of each layer, the same for the whole change.
         bits: of each layer, for codes and scales.
+        gains: of each layer, None where it has none or they were not worth their bits; empty where no layer has any.
+        gain_data: all of them, as `decode_gains` reads them, uint8; empty where there are none.
     """
 
     data: NDArray[np.uint8]
@@ -86,6 +90,13 @@ class Compressed:
     errors: list[float]
     energies: list[float]
     bits: list[float]
+    gains: list[CodedGains | None] = field(default_factory=list)
+    gain_data: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the codes."""
+        return int(self.data.size + self.gain_data.size)
 
     @property
     def relative_error(self) -> float:
@@ -102,6 +113,7 @@ def compress(
     metric: Metric | None = None,
     damping: float = 0.1,
     restored: float = 1.0,
+    gains: Sequence[GainVector | None] | None = None,
     progress: LayerProgress | None = None,
 ) -> Compressed:
     """Code all layers so that a goal is reached at the least cost in error, or in bytes.
@@ -118,6 +130,7 @@ def compress(
         damping: share of their mean diagonal that is added to the moments, against what a finite sample leaves out.
         restored: coding makes a change smaller, in all layers alike, which adds up over a model. Each layer is scaled
             up, so that this power of its lost projection on the original is restored; 0 leaves the least error.
+        gains: of each layer, None where it has none; their errors are taken to be independent of the factors'.
         progress: called for each layer of a pass that is done; how many passes it takes is not known before.
 
     Raises:
@@ -127,7 +140,7 @@ def compress(
     if bits not in LIMITS:
         raise ValueError(f"codes have 2, 3, 4 or 8 bits, not {bits}")
     with Workers(layers, metric, damping) as workers:
-        search = _Search(layers, bits, workers, restored, progress)
+        search = _Search(layers, bits, workers, restored, gains, progress)
         if goal.size is not None:
             return search.fill(goal.size)
         if goal.rank is not None:
@@ -144,15 +157,20 @@ class _Search:
         bits: int | None,
         workers: Workers,
         restored: float,
+        gains: Sequence[GainVector | None] | None,
         progress: LayerProgress | None,
     ) -> None:
         self.layers, self.bits, self.workers = layers, bits, workers
-        self.restored, self.progress = restored, progress
+        self.restored, self.gains, self.progress = restored, gains, progress
         self.done, self.all = 0, range(len(layers))
         self.spectra: list[Spectrum] = []
-        for spectrum in workers.map(lambda index: spectrum_of(layers[index], workers.curvatures(index)), self.all):
+        for spectrum in workers.map(self._spectrum, self.all):
             self.spectra.append(spectrum)
             self._tell()
+
+    def _spectrum(self, index: int) -> Spectrum:
+        gains = self.gains[index] if self.gains is not None else None
+        return spectrum_of(self.layers[index], self.workers.curvatures(index), gains)
 
     def fill(self, budget: int) -> Compressed:
         """As little error as a budget allows.
@@ -168,7 +186,7 @@ class _Search:
         enough = SMALL
         while (found := self._filled(enough)) is None or enough <= budget:
             enough *= 2
-        raise DoesNotFit(int(found.data.size))
+        raise DoesNotFit(found.size)
 
     def within(self, error: float) -> Compressed:
         """As few bytes as a relative error over all layers together allows."""
@@ -197,8 +215,8 @@ class _Search:
             fineness, size = max(fineness, grid), _bytes(found) + drift
             if size <= budget:
                 made = self._result(found, fineness)
-                drift += made.data.size - size
-                size = made.data.size
+                drift += made.size - size
+                size = made.size
                 if budget >= size and (size > (1 - NEAR / 10) * budget or self._least() >= D):
                     return made if any(made.bits) else None
             if size <= budget:
@@ -209,7 +227,7 @@ class _Search:
                 break
             excess = size / self._planned(D)
             # What is still to be found lies on the other side of the budget, if not by so much then by twice as much.
-            kept = any(layer.factors.rank for layer in below)
+            kept = any(layer.kept for layer in below)
             goal = budget * (1 + margin if above is None else 1.0 if kept else 1 - margin)
             margin *= 2
         return self._mixed(below, above or below, budget, drift, fineness)
@@ -221,12 +239,12 @@ class _Search:
         limit = budget - drift
         while True:
             layers = _exchanged(below, above, limit)
-            if not any(layer.factors.rank for layer in layers):
+            if not any(layer.kept for layer in layers):
                 return None
             made = self._result(layers, fineness)
-            if made.data.size <= budget:
+            if made.size <= budget:
                 return made
-            limit -= made.data.size - budget
+            limit -= made.size - budget
 
     def _losing(self, groups: Sequence[Sequence[int]], share: float, grid: int) -> list[Coded]:
         """All layers in few bytes, each group of them losing no more than this share of its energy.
@@ -256,18 +274,22 @@ class _Search:
         return [results[index] for index in self.all]
 
     def _result(self, layers: list[Coded], fineness: int) -> Compressed:
+        factors, kept = [layer.factors for layer in layers], [layer.gains for layer in layers if layer.gains is not None]
+        empty = bool(kept) and not any(each.rank for each in factors)
         return Compressed(
-            encode_factors([layer.factors for layer in layers], fineness),
-            [layer.factors for layer in layers],
+            np.zeros(0, np.uint8) if empty else encode_factors(factors, fineness),
+            factors,
             [layer.error for layer in layers],
-            [float(spectrum.energy.sum()) for spectrum in self.spectra],
+            [spectrum.whole for spectrum in self.spectra],
             [layer.bits for layer in layers],
+            [layer.gains for layer in layers] if self.gains is not None else [],
+            encode_gains(kept, fineness) if kept else np.zeros(0, np.uint8),
         )
 
     @property
     def _whole(self) -> float:
         """Energy of all layers."""
-        return sum(float(spectrum.energy.sum()) for spectrum in self.spectra)
+        return sum(spectrum.whole for spectrum in self.spectra)
 
     def _coded(self, noises: Mapping[int, float], fineness: int, rank: int | None = None) -> list[Coded]:
         """Layers, each at its own D; with as many ranks as it is worth there, unless they are given."""
@@ -289,7 +311,7 @@ class _Search:
                         restored=self.restored,
                     )
             found = dict(zip(coders, code_layers(list(coders.values())), strict=True))
-            return [found.get(index) or self._nothing(index) for index in group]
+            return [self._with_gains(index, found.get(index), noises[index], fineness) for index in group]
 
         results: list[Coded] = []
         for layers in self.workers.map(coded, self.workers.groups(list(noises))):
@@ -301,7 +323,20 @@ class _Search:
     def _nothing(self, index: int) -> Coded:
         height, width = self.spectra[index].sizes
         empty = CodedFactors(np.zeros((height, 0), np.int16), np.zeros((0, width), np.int16), np.zeros(0))
-        return Coded(empty, 0.0, float(self.spectra[index].energy.sum()))
+        return Coded(empty, 0.0, self.spectra[index].whole)
+
+    def _with_gains(self, index: int, coded: Coded | None, D: float, fineness: int) -> Coded:
+        """A layer's factors, None for none, with its gains at the same D."""
+        spectrum = self.spectra[index]
+        if spectrum.gains is None:
+            return coded or self._nothing(index)
+        gains = spectrum.gains.code(D, self.bits, fineness)
+        if coded is None and gains is None:
+            return self._nothing(index)
+        base = coded or Coded(self._nothing(index).factors, 0.0, float(spectrum.energy.sum()))
+        if gains is None:
+            return Coded(base.factors, base.bits, base.error + spectrum.gains.energy)
+        return Coded(base.factors, base.bits + gains.bits, base.error + gains.error, gains)
 
     def _planned(self, D: float) -> float:
         """Bytes of the whole model, by the plan."""
@@ -309,7 +344,7 @@ class _Search:
 
     def _least(self) -> float:
         """A D below which nothing changes any more."""
-        return 1e-9 * min((float(s.variance[:, 0].min()) for s in self.spectra if s.energy.size), default=1.0)
+        return 1e-9 * min((s.least for s in self.spectra if s.least > 0), default=1.0)
 
     def _planned_loss(self, D: float) -> float:
         """Share of the whole energy that is lost, by the plan."""
@@ -326,7 +361,7 @@ class _Search:
         if holds(least):
             return least, least
         low = math.log(least)
-        high = math.log(max((float(s.energy[0]) for s in self.spectra if s.energy.size), default=1.0))
+        high = math.log(max((s.largest for s in self.spectra if s.largest > 0), default=1.0))
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if holds(math.exp(middle)) else (middle, high)
@@ -365,7 +400,7 @@ class _Loss:
 
     def __init__(self, spectra: Sequence[Spectrum], share: float) -> None:
         self.spectra = spectra
-        self.allowed = share * sum(float(spectrum.energy.sum()) for spectrum in spectra) * (1 - RECKONING)
+        self.allowed = share * sum(spectrum.whole for spectrum in spectra) * (1 - RECKONING)
         self.best: list[Coded] | None = None
         self.done = False
         # Planned losses: to try, that was within what is allowed, that was beyond.
@@ -396,7 +431,9 @@ class _Loss:
 def _bytes(layers: Sequence[Coded]) -> float:
     """What coding these layers takes, within a few bytes."""
     numbers = sum(layer.factors.B.size + layer.factors.A.size for layer in layers)
-    return HEAD_BYTES + 4 * lanes_for(numbers) + EXCESS * sum(layer.bits for layer in layers) / 8
+    gains = [layer.gains.codes.size for layer in layers if layer.gains is not None]
+    heads = HEAD_BYTES + 4 * lanes_for(numbers) + (HEAD_BYTES + 4 * lanes_for(sum(gains)) if gains else 0)
+    return heads + EXCESS * sum(layer.bits for layer in layers) / 8
 
 
 def _exchanged(below: list[Coded], above: list[Coded], limit: float) -> list[Coded]:

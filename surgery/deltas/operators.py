@@ -45,6 +45,10 @@ class Delta(ABC):
         """`(B, A)` with `dW = B A` exactly, `B (out, k)` and `A (k, in)`; None where no thin factors exist."""
         return None
 
+    def gain_apart(self) -> tuple[Gain | None, Delta | None]:
+        """The gain on the base weight that is a part of this change, and the rest; None for a part that is not there."""
+        return None, self
+
     def transposed(self) -> Delta:
         """`dW^T`, for a change that has thin factors."""
         factors = self.factors()
@@ -143,6 +147,15 @@ class Sum(Delta):
             return None
         return torch.cat([w * B for w, B, _ in found], 1), torch.cat([A for _, _, A in found], 0)
 
+    def gain_apart(self) -> tuple[Gain | None, Delta | None]:
+        gains = [delta for weight, delta in self.terms if isinstance(delta, Gain) and weight == 1.0]
+        if len(gains) != 1:
+            return None, self
+        rest = [term for term in self.terms if term[1] is not gains[0]]
+        if len(rest) == 1 and rest[0][0] == 1.0:
+            return gains[0], rest[0][1]
+        return gains[0], Sum(rest) if rest else None
+
 
 class WithBias(Delta):
     """A weight change beside one of the layer's bias, which `surgery.deltas.on_layers.added_output` adds."""
@@ -162,36 +175,67 @@ class WithBias(Delta):
 
 
 class Gain(Delta):
-    """`diag(a) W diag(b) - W`: gains on the rows and the columns of the base weight.
+    """`diag(1 + a) W diag(1 + b) - W`: gains on the rows and the columns of the base weight.
+
+    Vectors hold the gains less one, which loses no digits where a gain is close to one.
 
     Args:
-        weight: `W (out, in)`.
-        rows: `a (out,)`, or None for ones.
-        columns: `b (in,)`, or None for ones.
+        weight: `W (out, in)`, or None where only the vectors are wanted.
+        rows: `a (out,)`, or None for zeros.
+        columns: `b (in,)`, or None for zeros.
+        outputs: the rows are the layer's outputs: its bias has the gains, too. What that adds is no part of dW.
+        shape: `(out, in)`, where there is no weight.
     """
 
     def __init__(
-        self, weight: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor | None,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        outputs: bool = False,
+        shape: tuple[int, int] | None = None,
     ) -> None:
-        self.weight, self.rows, self.columns = weight, rows, columns
-        self.shape = (int(weight.shape[0]), int(weight.shape[1]))
+        if weight is not None:
+            shape = (int(weight.shape[0]), int(weight.shape[1]))
+        if shape is None:
+            raise ValueError("a gain without a weight needs its shape")
+        self.weight, self.rows, self.columns, self.outputs = weight, rows, columns, outputs
+        self.shape = shape
+
+    def on(self, weight: torch.Tensor | None) -> Gain:
+        """The same gains on another weight `(out, in)`, or on none."""
+        return Gain(weight, self.rows, self.columns, self.outputs, self.shape)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         if self.columns is None and self.rows is not None:
-            # (a - 1) W x: nothing cancels where the gains are close to one.
-            return F.linear(x, self.weight) * (self.rows - 1)
+            return F.linear(x, self._weight()) * self.rows
         if self.rows is None and self.columns is not None:
-            return F.linear(x * (self.columns - 1), self.weight)
+            return F.linear(x * self.columns, self._weight())
         return _product(x, self.dense)
 
+    def looked_up(self, index: torch.Tensor) -> torch.Tensor:
+        if self.rows is None or self.columns is not None:
+            return super().looked_up(index)
+        return F.embedding(index, self._weight().T) * self.rows
+
     def dense(self) -> torch.Tensor:
+        weight = self._weight()
         if self.columns is None and self.rows is not None:
-            return (self.rows - 1)[:, None] * self.weight
+            return self.rows[:, None] * weight
         if self.rows is None and self.columns is not None:
-            return self.weight * (self.columns - 1)
-        rows = 1 if self.rows is None else self.rows[:, None]
-        columns = 1 if self.columns is None else self.columns
-        return (rows * columns - 1) * self.weight
+            return weight * self.columns
+        if self.rows is None or self.columns is None:
+            return torch.zeros_like(weight)
+        rows = self.rows[:, None]
+        return (rows + self.columns + rows * self.columns) * weight
+
+    def gain_apart(self) -> tuple[Gain, None]:
+        return self, None
+
+    def _weight(self) -> torch.Tensor:
+        if self.weight is None:
+            raise ValueError("this change needs the layer's weight")
+        return self.weight
 
 
 class Hadamard(Delta):

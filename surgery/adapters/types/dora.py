@@ -46,7 +46,7 @@ def _dora(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: to
     if bool((norms == 0).any()):
         raise AdapterError(f"{module}: a row of W + s B A is zero, so that DoRA's gain m / |row| is not defined")
     gain = magnitude / norms
-    return Sum([(1.0, Gain(weight, gain)), (1.0, LowRank(gain[:, None] * change.B, change.A, change.scale))])
+    return Sum([(1.0, Gain(weight, gain - 1)), (1.0, LowRank(gain[:, None] * change.B, change.A, change.scale))])
 
 
 DORA = TensorType(

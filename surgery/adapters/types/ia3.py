@@ -25,9 +25,9 @@ def _ia3(config: Mapping[str, Any], module: str, tensors: TensorMap, weight: tor
     gains = tensors["ia3_l"]
     rows, columns = weight.shape
     if tuple(gains.shape) == (rows, 1):
-        return Gain(weight, rows=gains[:, 0])
+        return Gain(weight, rows=gains[:, 0] - 1, outputs=True)
     if tuple(gains.shape) == (1, columns):
-        return Gain(weight, columns=gains[0])
+        return Gain(weight, columns=gains[0] - 1)
     raise AdapterError(f"{module}: ia3_l is {tuple(gains.shape)}, the base weight {rows} x {columns}")
 
 
@@ -53,4 +53,5 @@ IA3 = TensorType(
     base_needs=Needs.VALUES,
     thin=False,
     bias=_scaled_bias,
+    scales_bias=True,
 )
