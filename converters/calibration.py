@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from surgery.adapters.fitting import located
 from surgery.adapters.source import Change, Source
 from surgery.adapters.tokens import tokens_on_base, with_rows
-from surgery.deltas.operators import LowRank
+from surgery.deltas.operators import Delta, Gain, WithBias
 from surgery.errors import DataError, MethodError, listing
 from surgery.models.sites import LINEAR, Site
 from surgery.passes.examples import Examples, batches
@@ -43,6 +44,7 @@ class Calibration:
         batch_size: samples run at a time.
         seed: of the answers that are drawn.
         progress: called after each layer of each batch.
+        gains: changes are asked for with their gains apart.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Calibration:
         batch_size: int,
         seed: int = 0,
         progress: Progress | None = None,
+        gains: bool = False,
     ) -> None:
+        self.gains = gains
         self.model, self.source, self.examples = model, source, examples
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         self._full: dict[str, Moments] = {}
@@ -113,7 +117,7 @@ class Calibration:
         found: Mapping[str, Moments] = {}
         if linear:
             with self.adapted():
-                changes = {site.module: change for site, change in self._changes.items()}
+                changes = {site.module: (each.B, each.A) for site, each in self._changes.items()}
                 found = gather_moments(
                     self.model,
                     self.feed(),
@@ -137,7 +141,7 @@ class Calibration:
         missing = [site for site in sites if site.module not in found]
         self._unreached |= {self.source.sites[site] for site in missing}
         plain = like_others(found.values())
-        changes = {site: (B, A) for site, (B, A) in self._changes.items()} if missing and projected else {}
+        changes = {site: (each.B, each.A) for site, each in self._changes.items()} if missing and projected else {}
         moments = {self.source.sites[site]: found[site.module] for site in sites if site.module in found}
         for site in missing:
             whole = plain(site.out_features, site.in_features)
@@ -149,20 +153,31 @@ class Calibration:
         return moments
 
     @property
-    def _changes(self) -> Mapping[Site, tuple[torch.Tensor, torch.Tensor]]:
-        return {
-            change.site: (change.B, change.A) for change in self.source.changes(energy=1.0) if change.site is not None
-        }
+    def _changes(self) -> Mapping[Site, Change]:
+        changes = self.source.changes(energy=1.0, gains=self.gains)
+        return {change.site: change for change in changes if change.site is not None}
 
     def adapted(self) -> Any:
         """The model with the source's changes and what it carries, for the time of a block."""
         device = next(self.model.parameters()).device
-        deltas = {site.module: LowRank(B.to(device), A.to(device)) for site, (B, A) in self._changes.items()}
+        deltas: dict[str, Delta] = {site.module: _on(change, device).delta for site, change in self._changes.items()}
+        biases = self.source.biases()
+        for site, module in self.source.sites.items():
+            if module in biases:
+                deltas[site.module] = WithBias(deltas[site.module], biases[module].to(device))
         return applied(self.model, deltas, carried_in(self.model, self.source))
 
     def feed(self) -> Iterator[Any]:
         """The batches, on the model's device."""
         return on_device(next(self.model.parameters()).device, None, batches(self.examples, self.batch_size))
+
+
+def _on(change: Change, device: torch.device) -> Change:
+    gain = change.gain
+    if gain is not None and gain.vector is not None:
+        kind, values = gain.vector
+        gain = Gain.of_kind(kind, values.to(device), None, change.shape)
+    return replace(change, B=change.B.to(device), A=change.A.to(device), gain=gain)
 
 
 def carried_in(model: Any, source: Source) -> dict[str, torch.Tensor]:

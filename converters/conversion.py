@@ -201,13 +201,14 @@ class _Conversion:
         contents = contents_of(adapter) if shared.opened is not None else None
         base = shared.model_for(contents) if contents is not None else None
         source = Source.open(adapter, base, device, contents=contents)
-        if not options.form.output_biases:
+        # Gains on a layer's outputs have its bias with them.
+        if not (options.form.output_biases or (options.form.gains and source.contents.type.scales_bias)):
             refuse_output_biases(source.contents, source.biases())
         if not options.form.single_experts:
             refuse_lone_experts(source, options.to)
         if not options.form.every_kind:
             refuse_other_kinds(source, options.to)
-        saved, measured = saved_tensors(source), shared.measured(source)
+        saved, measured = saved_tensors(source), shared.measured(source, options.form.gains)
         return cls(source, measured, saved, shared, options, device, progress, source.adapter.file_size)
 
     @property
@@ -400,6 +401,7 @@ class _Conversion:
             saved_modules=saved.modules,
             source_bytes_bf16=_bytes_in_bf16(self.source, self.source_bytes),
             padding_bytes=result.padding,
+            gain_bytes=result.gain_bytes,
             notes=[
                 *self.source.adapter.notes,
                 *self.source.lacking.notes,

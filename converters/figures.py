@@ -50,6 +50,7 @@ def _site(
         output_error=_relative(output_energy, output_lost) if C is not None else None,
         bytes=result.sizes.get(module, share),
         output_energy=output_energy,
+        gains=result.gains.get(module),
     )
 
 

@@ -78,6 +78,7 @@ class Form:
         single_experts: whether its layers may be single experts of a fused parameter.
         every_kind: whether its layers may be embeddings, convolutions and experts, not linears alone.
         output_biases: whether its layers may add a bias to their outputs.
+        gains: whether its layers may have gains on the base weight.
         needs_base: why it needs the base model; empty where it does not.
         options: those that it takes and others do not.
         budgets: the kinds of budget that it takes.
@@ -94,6 +95,7 @@ class Form:
     single_experts: bool = False
     every_kind: bool = False
     output_biases: bool = False
+    gains: bool = False
     needs_base: str = ""
     options: tuple[FormOption, ...] = ()
     budgets: tuple[str, ...] = BUDGETS
@@ -159,10 +161,12 @@ class Form:
 _OWN = {
     "giva": Form(
         name="giva",
-        title="packed GiVA: integer factors of few bits",
-        holds="any change of low rank, within the rounding of its bits; with `--energy 1` all of it",
+        title="packed GiVA: integer factors of few bits, and gains",
+        holds="any change of low rank, and gains on the base weight (DoRA, IA3), within the rounding of its bits; with "
+        "`--energy 1` all of it",
         converter="surgery.converters.to_giva:to_giva",
         every_kind=True,
+        gains=True,
         options=(
             FormOption("bits", "auto", ("auto", "32", "16", "8", "4", "3", "2"), "bits of a number"),
         ),

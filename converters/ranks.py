@@ -18,15 +18,15 @@ __all__ = ["Spectra", "changes_of", "decomposed"]
 Ranks = dict[str, int]
 
 
-def changes_of(source: Source, request: Request) -> list[Change]:
-    """Return the source's changes; those of full rank are cut as the budget says."""
+def changes_of(source: Source, request: Request, gains: bool = False) -> list[Change]:
+    """Return the source's changes; those of full rank are cut as the budget says, gains apart where wanted."""
     budget = request.budget
     energy = budget.energy
     if energy is None and budget.max_error is not None:
         energy = 1 - budget.max_error**2
     if energy is None and budget.rank is None and request.limit is not None:
         energy = 1.0
-    return list(source.changes(budget.rank, energy, request.seed, request.parts))
+    return list(source.changes(budget.rank, energy, request.seed, request.parts, gains))
 
 
 def decomposed(change: Change, request: Request) -> MetricSVD:

@@ -28,6 +28,7 @@ class ConvertedSite:
         weight_error: Frobenius norm of the difference over that of the source's change; 0 for a change of zero.
         output_error: the same for the layer's output on the calibration data, or None without data.
         bytes: of the layer's tensors in the new file; its share of the codes where these are in one piece.
+        gains: what the result's gains on the base weight are on, `rows`, `outputs` or `inputs`; None where it has none.
         output_energy: mean squared norm of what the source adds to the layer's output on the data; 0 without data.
     """
 
@@ -41,6 +42,7 @@ class ConvertedSite:
     output_error: float | None
     bytes: int
     output_energy: float = 0.0
+    gains: str | None = None
 
 
 @dataclass
@@ -61,6 +63,7 @@ class ConvertReport:
         saved_bytes: of the new file, for tensors that are saved whole (heads, biases, embeddings) and kept as they are.
         saved_modules: the modules that these belong to.
         source_bytes_bf16: size of the old file if its factors were bfloat16; None where they are no wider than that.
+        gain_bytes: of the new file, for gains on rows or columns of the base weight (of DoRA and IA3).
         padding_bytes: of the new file, for zeros that bring all layers of a LoRA to one rank.
         kept: share of the adapter that is kept. With data `1 - KL(source, result) / KL(source, base)` (of a bare
             encoder the cosine loss, of a regression the squared error in place of KL), otherwise `1 - weight_error^2`.
@@ -98,6 +101,7 @@ class ConvertReport:
     saved_modules: list[str] = field(default_factory=list)
     source_bytes_bf16: int | None = None
     padding_bytes: int = 0
+    gain_bytes: int = 0
     agreement: float | None = None
     kl: float | None = None
     cosine: float | None = None

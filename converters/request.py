@@ -118,6 +118,8 @@ class Result:
         sizes: bytes of the file by module, where a layer's tensors do not say.
         notes: what the user should know.
         padding: bytes of zeros that bring all layers to one rank.
+        gains: what gains on the base weight are on (rows, outputs, inputs), by module.
+        gain_bytes: of the file, for these gains.
     """
 
     config: Mapping[str, Any]
@@ -128,3 +130,5 @@ class Result:
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     padding: int = 0
+    gains: dict[str, str] = field(default_factory=dict)
+    gain_bytes: int = 0

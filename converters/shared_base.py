@@ -17,6 +17,7 @@ from surgery.adapters.fitting import located, with_place_for
 from surgery.adapters.source import Change, Source
 from surgery.converters.calibration import Calibration, StoredMoments, carried_in
 from surgery.converters.request import Metric
+from surgery.deltas.operators import Delta, Sum, WithBias
 from surgery.errors import MethodError
 from surgery.models.base_model import BaseModel
 from surgery.models.labels import with_labels
@@ -179,8 +180,22 @@ def _loss(found: Fidelity) -> float:
 
 
 def _applied(model: Any, source: Source) -> Applied:
-    deltas = {site.module: delta for _, site, delta in source.deltas() if site is not None}
+    deltas: dict[str, Delta] = {}
+    biases = source.biases()
+    for module, site, delta in source.deltas():
+        if site is not None:
+            change = _without_weight(delta)
+            deltas[site.module] = WithBias(change, biases[module]) if module in biases else change
     return Applied(deltas, carried_in(model, source))
+
+
+def _without_weight(delta: Delta) -> Delta:
+    """A change whose gains are on whatever weight the model has, so that no copy of that is held."""
+    gain, rest = delta.gain_apart()
+    if gain is None:
+        return delta
+    bare = gain.on(None)
+    return bare if rest is None else Sum([(1.0, bare), (1.0, rest)])
 
 
 class Base:
@@ -263,8 +278,8 @@ class Base:
             base = base.with_config(type(base.config).from_dict(copy.deepcopy(config)))
         return base
 
-    def measured(self, source: Source) -> Measured:
-        """The metric for one adapter, and what measures its conversion."""
+    def measured(self, source: Source, gains: bool = False) -> Measured:
+        """The metric for one adapter, and what measures its conversion; `gains`: its changes are asked for so."""
         settings = self.settings
         table = next((module for module in source.contents.modules if source.form(module).kind == EMBEDDING), None)
         if table is not None and (settings.data is not None or settings.stats is not None):
@@ -281,7 +296,7 @@ class Base:
                 raise MethodError(f"{stored}: no such statistics; give data, and they are gathered and written there")
             return Measured(StoredMoments(stored, source), source=source)
         model, calibration, held_out, notes = self._data_for(source)
-        own = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress)
+        own = Calibration(model, source, calibration, settings.batch_size, settings.seed, self.progress, gains)
         metric: Metric = own
         if stored is not None:
             metric, gathered = _grown(stored, source, own)

@@ -62,7 +62,7 @@ def _config(adapter: Adapter, names: Mapping[str, str], model: nn.Module) -> dic
         if config.get(key):
             default = next((config[setting] for setting in settings if config.get(setting) is not None), DEFAULT)
             config[key] = _pattern(adapter, key, default, names, adapted)
-    for key in ("packed", "kinds"):
+    for key in ("packed", "kinds", "gains"):
         if config.get(key):
             config[key] = {names.get(module, module): value for module, value in config[key].items()}
     return config

@@ -15,7 +15,7 @@ from surgery.adapters.fitting import sites_on_base, with_names_of
 from surgery.adapters.lacking import Lacking, lacking_in
 from surgery.adapters.on_base import ChangesOnBase
 from surgery.adapters.types.base import Needs
-from surgery.deltas.operators import Delta
+from surgery.deltas.operators import Delta, Gain, LowRank, Sum
 from surgery.errors import AdapterError
 from surgery.linalg.low_rank import truncated_svd
 from surgery.models.base_model import BaseModel
@@ -40,6 +40,8 @@ class Change:
         site: the layer in the base, where there is one.
         lost: Frobenius norm of what these factors lack of the change, over the change's; 0 where they are exact.
         form: how the layer's weight is stored.
+        gain: gains on the base weight that come besides, without the weight; None for none, and where they are not
+            asked for apart.
     """
 
     module: str
@@ -48,11 +50,18 @@ class Change:
     site: Site | None = None
     lost: float = 0.0
     form: Form = PLAIN
+    gain: Gain | None = None
 
     @classmethod
     def none(cls, module: str, site: Site) -> Change:
         """No change: what stands for a layer where only its name and shape count."""
         return cls(module, torch.empty(site.out_features, 0), torch.empty(0, site.in_features), site)
+
+    @property
+    def delta(self) -> Delta:
+        """The change as an operator, its gains without the weight that they are on."""
+        low_rank = LowRank(self.B, self.A)
+        return low_rank if self.gain is None else Sum([(1.0, self.gain), (1.0, low_rank)])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,7 +175,12 @@ class Source:
             yield module, site, on_base.delta(site, self.base.weight(site, self.device))
 
     def changes(
-        self, rank: int | None = None, energy: float | None = None, seed: int = 0, parts: Parts | None = None
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        seed: int = 0,
+        parts: Parts | None = None,
+        gains: bool = False,
     ) -> Iterator[Change]:
         """The weight changes as factors.
 
@@ -178,6 +192,7 @@ class Source:
             energy: where to cut, if there is no rank.
             seed: of the decompositions.
             parts: takes the decompositions, and has those of a run that was killed.
+            gains: give gains on the base weight apart, where the rest of a change has thin factors.
 
         Raises:
             AdapterError: a layer has no thin factors, and neither rank nor energy says where to cut.
@@ -189,10 +204,10 @@ class Source:
         for module in sites or self.contents.modules:
             if module not in finished:
                 _, site, delta = next(others)
-                factors = delta.factors()
-                if factors is not None:
-                    B, A = (factor.detach().float().cpu() for factor in factors)
-                    yield Change(module, B, A, site, form=self.form(module))
+                gain, thin = _thin(delta, gains)
+                if thin is not None:
+                    B, A = (factor.detach().float().cpu() for factor in thin)
+                    yield Change(module, B, A, site, form=self.form(module), gain=gain)
                     continue
                 if rank is None and energy is None:
                     raise AdapterError(
@@ -279,6 +294,17 @@ def refuse_other_kinds(source: Source, to: str) -> None:
                 f"{source.adapter.label}: changes {module}, which is of the kind {form}, and {to} holds linear layers "
                 "only; use --to giva or --to lora"
             )
+
+
+def _thin(delta: Delta, gains: bool) -> tuple[Gain | None, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the gain in a change, without its weight, and the thin factors of the rest; None where there are none."""
+    gain, rest = delta.gain_apart() if gains else (None, delta)
+    if gain is None or gain.vector is None:
+        return None, delta.factors()
+    height, width = delta.shape
+    factors = rest.factors() if rest is not None else (torch.zeros(height, 0), torch.zeros(0, width))
+    kind, values = gain.vector
+    return Gain.of_kind(kind, values.detach().float().cpu(), None, delta.shape), factors
 
 
 def _unit(module: str) -> str:

@@ -1,8 +1,8 @@
 """Gains on a layer's rows or columns as small integers, at the same squared error in each number as the factors.
 
-A gain less one is `step * (offset + code)`: gains lie close together, mostly off one, so that the codes tell how they
-differ. An error e in the gain of a row costs `w e^2`, w being what that row's weights count in the metric; all gains of
-a layer share one step, for which the mean of w counts.
+A gain less one is a whole number of steps. Gains lie close together, mostly off one: coded is how they differ from
+their mean, which stands beside them. An error e in the gain of a row costs `w e^2`, w being what the row's weights
+count in the metric; all gains of a layer share one step, for which the mean of w counts.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from surgery.codec.feedback import RoundingRule
 __all__ = ["CodedGains", "GainVector", "decode_gains", "encode_gains"]
 
 SMALLEST_STEP = 2.0 ** (1 - LARGEST_EXPONENT)
-# The largest gain, in steps.
-MOST_STEPS = LARGEST - 2 * LARGEST_CODE
+# The largest gain, in steps: differences from the mean take no more than the mean does.
+MOST_STEPS = LARGEST // 2
 
 
 @dataclass(frozen=True)
 class CodedGains:
-    """Gains less one: `step * (offset + codes)`.
+    """Gains less one: `step * whole`.
 
     Attributes:
-        codes: int16 `(n,)`.
-        offset: of all of them, in steps.
+        whole: int32 `(n,)`, magnitudes up to `LARGEST`.
         step: positive, a power of two with an exponent from a grid.
         bits: what they take.
         error: what rounding costs in the metric.
     """
 
-    codes: NDArray[np.int16]
-    offset: int
+    whole: NDArray[np.int32]
     step: float
     bits: float = 0.0
     error: float = 0.0
 
     @property
-    def whole(self) -> NDArray[np.int32]:
-        """The gains less one, in steps."""
-        return self.codes.astype(np.int32) + self.offset
+    def apart(self) -> CodedFactors:
+        """How the numbers differ from their mean, as a column, and that mean, as a row of one."""
+        mean = int(np.rint(self.whole.mean())) if self.whole.size else 0
+        codes = (self.whole - mean).clip(-LARGEST, LARGEST).astype(np.int16)
+        return CodedFactors(codes[:, None], np.array([[mean]], np.int16), np.array([self.step]))
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ class GainVector:
     cross: float = 0.0
 
     def plan(self, D: float, bits: int | None) -> tuple[float, float]:
-        """Return what coding at an error D in each number takes, in bits, and what is lost; 0 bits where it is not worth
-        that.
-        """
+        """Return what coding at an error D in each number takes, in bits, and what is lost; 0 bits if not worth it."""
         noise = max(D, self.variance * (0.0 if bits is None else LIMITS[bits][1]), 1e-300)
         spent = self.size * 0.5 * math.log2(1 + self.variance / noise) + RANK_BITS
         lost = self.size * noise * self.variance / (noise + self.variance) if self.variance else 0.0
@@ -106,12 +104,13 @@ class GainVector:
         kind = int(np.rint(4 * math.log2(max(float(np.sqrt((aims**2).mean())), 1e-9)) + 12).clip(0, WIDTHS - 1))
         price = 2 * math.log(2) * D
         rule = RoundingRule(np.array([weight * step**2]), price * class_bits(reach)[:, [kind]])
-        codes = rule.nearest(aims, 1.0).astype(np.int16)
-        error = float((self.weights * (self.values - step * (codes[:, 0] + float(offset))) ** 2).sum())
-        spent = float(code_bits(codes)[1].sum()) + RANK_BITS
+        whole = rule.nearest(aims, 1.0)[:, 0].astype(np.int32) + offset
+        error = float((self.weights * (self.values - step * whole) ** 2).sum())
+        coded = CodedGains(whole, step)
+        spent = float(code_bits(coded.apart.B)[1].sum()) + RANK_BITS
         if self.energy - error <= price * spent:
             return None
-        return CodedGains(codes[:, 0], offset, step, spent, error)
+        return CodedGains(whole, step, spent, error)
 
     @property
     def size(self) -> int:
@@ -131,15 +130,12 @@ class GainVector:
 
 
 def encode_gains(layers: Sequence[CodedGains], fineness: int) -> NDArray[np.uint8]:
-    """Return the bytes of all layers' gains, in the layout of factors: the codes a column, the offset a row of one.
+    """Return the bytes of all layers' gains, in the layout of factors: a column of differences, a row with the mean.
 
     Raises:
         ValueError: a step is not on the grid, or out of its range.
     """
-    held = [
-        CodedFactors(each.codes[:, None], np.array([[each.offset]], np.int16), np.array([each.step])) for each in layers
-    ]
-    return encode_factors(held, fineness)
+    return encode_factors([each.apart for each in layers], fineness)
 
 
 def decode_gains(data: NDArray[np.uint8], sizes: Sequence[int]) -> list[CodedGains]:
@@ -153,4 +149,4 @@ def decode_gains(data: NDArray[np.uint8], sizes: Sequence[int]) -> list[CodedGai
         ValueError: the data is not what `encode_gains` returns for these sizes.
     """
     found = decode_factors(data, [(size, 1, 1) for size in sizes])
-    return [CodedGains(each.B[:, 0], int(each.A[0, 0]), float(each.s[0])) for each in found]
+    return [CodedGains(each.B[:, 0].astype(np.int32) + int(each.A[0, 0]), float(each.s[0])) for each in found]

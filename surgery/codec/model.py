@@ -274,7 +274,10 @@ class _Search:
         return [results[index] for index in self.all]
 
     def _result(self, layers: list[Coded], fineness: int) -> Compressed:
-        factors, kept = [layer.factors for layer in layers], [layer.gains for layer in layers if layer.gains is not None]
+        factors, kept = (
+            [layer.factors for layer in layers],
+            [layer.gains for layer in layers if layer.gains is not None],
+        )
         empty = bool(kept) and not any(each.rank for each in factors)
         return Compressed(
             np.zeros(0, np.uint8) if empty else encode_factors(factors, fineness),
@@ -431,7 +434,7 @@ class _Loss:
 def _bytes(layers: Sequence[Coded]) -> float:
     """What coding these layers takes, within a few bytes."""
     numbers = sum(layer.factors.B.size + layer.factors.A.size for layer in layers)
-    gains = [layer.gains.codes.size for layer in layers if layer.gains is not None]
+    gains = [layer.gains.whole.size for layer in layers if layer.gains is not None]
     heads = HEAD_BYTES + 4 * lanes_for(numbers) + (HEAD_BYTES + 4 * lanes_for(sum(gains)) if gains else 0)
     return heads + EXCESS * sum(layer.bits for layer in layers) / 8
 

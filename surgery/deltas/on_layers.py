@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from surgery.deltas.operators import Delta, Gain, WithBias
 
-__all__ = ["added_output", "gained_output"]
+__all__ = ["added_output", "by_channel", "gained_output"]
 
 
 def added_output(layer: nn.Module, delta: Delta, x: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,7 +28,7 @@ def added_output(layer: nn.Module, delta: Delta, x: torch.Tensor, output: torch.
     added = gained_output(layer, gain, x, output)
     if rest is not None:
         added = added + _added(layer, rest, x, None)
-    return added if bias is None else added + _by_channel(layer, bias).to(added)
+    return added if bias is None else added + by_channel(layer, bias).to(added)
 
 
 def gained_output(layer: nn.Module, gain: Gain, x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
@@ -43,8 +43,8 @@ def gained_output(layer: nn.Module, gain: Gain, x: torch.Tensor, output: torch.T
     if gain.rows is not None and gain.columns is None and output is not None:
         own = output.to(gain.rows.dtype)
         bias = getattr(layer, "bias", None)
-        own = own if bias is None else own - _by_channel(layer, bias).to(own)
-        return own * _by_channel(layer, gain.rows)
+        own = own if bias is None else own - by_channel(layer, bias).to(own)
+        return own * by_channel(layer, gain.rows)
     if gain.weight is None:
         vector = gain.rows if gain.rows is not None else gain.columns
         assert vector is not None
@@ -66,7 +66,7 @@ def _added(layer: nn.Module, delta: Delta, x: torch.Tensor, bias: torch.Tensor |
     return added if bias is None else added + bias.to(added)
 
 
-def _by_channel(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
+def by_channel(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
     """Return a vector `(out,)` in the shape in which it meets the layer's output."""
     return vector.reshape(-1, *(1 for _ in layer.kernel_size)) if isinstance(layer, _ConvNd) else vector
 

@@ -17,7 +17,24 @@ from torch.utils.checkpoint import checkpoint
 from surgery.deltas.sparse import Pattern
 from surgery.deltas.sparse_autograd import mixed_product
 
-__all__ = ["Delta", "Dense", "Gain", "Hadamard", "InputMap", "LowRank", "Sum", "WithBias"]
+__all__ = [
+    "GAINS",
+    "INPUTS",
+    "OUTPUTS",
+    "ROWS",
+    "Delta",
+    "Dense",
+    "Gain",
+    "Hadamard",
+    "InputMap",
+    "LowRank",
+    "Sum",
+    "WithBias",
+]
+
+# What one vector of gains is on: the rows of a weight, a layer's outputs (the rows and the bias), its inputs (columns).
+ROWS, OUTPUTS, INPUTS = "rows", "outputs", "inputs"
+GAINS = (ROWS, OUTPUTS, INPUTS)
 
 
 class Delta(ABC):
@@ -46,7 +63,7 @@ class Delta(ABC):
         return None
 
     def gain_apart(self) -> tuple[Gain | None, Delta | None]:
-        """The gain on the base weight that is a part of this change, and the rest; None for a part that is not there."""
+        """The gain on the base weight that is a part of this change, and the rest; None for what is not there."""
         return None, self
 
     def transposed(self) -> Delta:
@@ -201,6 +218,22 @@ class Gain(Delta):
             raise ValueError("a gain without a weight needs its shape")
         self.weight, self.rows, self.columns, self.outputs = weight, rows, columns, outputs
         self.shape = shape
+
+    @classmethod
+    def of_kind(
+        cls, kind: str, values: torch.Tensor, weight: torch.Tensor | None, shape: tuple[int, int] | None = None
+    ) -> Gain:
+        """One vector of gains, less one, on `rows`, `outputs` or `inputs`."""
+        if kind == INPUTS:
+            return cls(weight, columns=values, shape=shape)
+        return cls(weight, rows=values, outputs=kind == OUTPUTS, shape=shape)
+
+    @property
+    def vector(self) -> tuple[str, torch.Tensor] | None:
+        """What the gains are on and they, less one; None where they are on rows and columns at once."""
+        if self.rows is not None:
+            return None if self.columns is not None else (OUTPUTS if self.outputs else ROWS, self.rows)
+        return None if self.columns is None else (INPUTS, self.columns)
 
     def on(self, weight: torch.Tensor | None) -> Gain:
         """The same gains on another weight `(out, in)`, or on none."""

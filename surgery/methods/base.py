@@ -102,7 +102,9 @@ class OwnConfig(PeftConfig):
     """
 
     info: ClassVar[MethodInfo]
-    only_where_used: ClassVar[frozenset[str]] = frozenset({"kinds", "target_parameters", "trainable_token_indices"})
+    only_where_used: ClassVar[frozenset[str]] = frozenset(
+        {"gains", "kinds", "target_parameters", "trainable_token_indices"}
+    )
     started = False  # no field: whether an adapter has been started from it
 
     target_modules: list[str] | str | None = field(
@@ -310,6 +312,17 @@ class OwnMethod(Method):
         """What a site holds while it is trained, for the `adapted` of its change: from all its tensors and weight."""
         return {}
 
+    def output_bias(self, config: Any, module: str, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what an adapter adds to a layer's outputs whatever the input, `(out,)` float32, or None.
+
+        Args:
+            config: its configuration, an object or the content of `adapter_config.json`.
+            module: the layer's name.
+            tensors: the layer's, by short name.
+            bias: the base layer's own bias; None where it has none or is not known.
+        """
+        return None
+
     @abstractmethod
     def trainables(self, config: Any, site: Site, frozen: Tensors) -> Tensors:
         """The trainable tensors at the start, where the weight change is zero."""
@@ -324,6 +337,10 @@ class OwnMethod(Method):
 
     def needs_base(self, config: Any) -> bool:
         """Whether an adapter computes something else on another base model, so that the base must be checked."""
+        return self.on_base_weight
+
+    def uses_weight(self, config: Any) -> bool:
+        """Whether a change is made of the base weight's values; `config` is an object, or the content of the file."""
         return self.on_base_weight
 
     def specs_for(self, config: Any) -> tuple[Spec, ...]:

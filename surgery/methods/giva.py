@@ -7,13 +7,13 @@ vectors. `o = 0` makes the start a weight change of zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from surgery.deltas.operators import Delta, LowRank
+from surgery.deltas.operators import INPUTS, OUTPUTS, Delta, Gain, LowRank, Sum
 from surgery.errors import AdapterError, MethodError
 from surgery.linalg.low_rank import TruncatedSVD
 from surgery.linalg.seeded import generator_for, normal
@@ -52,6 +52,8 @@ class GivaConfig(OwnConfig):
         packed: of an adapter that was compressed from another, by module: `[out, in, rank]`. A and B are integers,
             which the file holds as codes of few bits; s is their scale, and o is 1 until it is trained.
         kinds: of a packed adapter: what its layers are that are no linears, by module.
+        gains: of a packed adapter: what the gains of its layers are on, by module: `rows` of the base weight, `outputs`
+            of the layer (rows and bias), or `inputs`; a layer that is not here has none.
         bits: of a packed adapter: 16 or 32 where A and B are plain floats, else the most bits of a code, or `auto`.
         split: fused weights that hold several matrices one above the other: the end of the module's name -> their
             heights.
@@ -66,6 +68,9 @@ class GivaConfig(OwnConfig):
     kinds: dict[str, str] | None = field(
         default=None, metadata={"help": "Of packed layers that are no linears: embedding, convolution 3x3, expert."}
     )
+    gains: dict[str, str] | None = field(
+        default=None, metadata={"help": "Of packed layers with gains on the base weight: rows, outputs, inputs."}
+    )
     bits: int | str | None = field(
         default=None,
         metadata={"help": "Of packed factors: 16 or 32 for plain floats, else the most bits of a code."},
@@ -76,7 +81,8 @@ class GivaConfig(OwnConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_rank(self.r)
+        if not (self.gains and self.r == 0):  # gains alone
+            positive_rank(self.r)
         if self.variant not in VARIANTS:
             raise MethodError(f"GiVA has variants {', '.join(VARIANTS)}, not {self.variant!r}")
         if not self.store_bases and not VARIANTS[self.variant]:
@@ -120,8 +126,17 @@ class GiVA(OwnMethod):
         Spec("s", Role.TRAINABLE),
         Spec("A", Role.KEPT),
         Spec("B", Role.BASE),
+        # Of packed adapters with gains: these less one, and the step of their grid, 0 off any grid.
+        Spec("g", Role.TRAINABLE),
+        Spec("t", Role.KEPT),
     )
     keeps_from_weights = False
+
+    def specs_for(self, config: Any) -> tuple[Spec, ...]:
+        return self.specs if _gains_in(config) else self.specs[:4]
+
+    def uses_weight(self, config: Any) -> bool:
+        return bool(_gains_in(config))
 
     def complete(self, options: dict[str, Any], sites: Sequence[Site], model_config: Any) -> dict[str, Any]:
         wanted = {**default_split(model_config), **(options.get("split") or {})}
@@ -161,6 +176,7 @@ class GiVA(OwnMethod):
             "A": (total, site.in_features),
             "B": (site.out_features, widest),
             "check": (1, 9),
+            **_gain_shapes(config, site.module, site.out_features, site.in_features),
         }
 
     def file_shapes(self, config: GivaConfig, site: Site, tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -168,7 +184,8 @@ class GiVA(OwnMethod):
             return self.shapes(config, site)
         A, B = tensors["A"], tensors["B"]  # unpacked, and a pair
         rank = A.shape[0] if A.ndim else 0
-        return {"A": tuple(A.shape), "B": (B.shape[0], rank), "s": (rank,), "o": (B.shape[0],)}
+        shapes = {"A": tuple(A.shape), "B": (B.shape[0], rank), "s": (rank,), "o": (B.shape[0],)}
+        return {**shapes, **_gain_shapes(config, site.module, B.shape[0], A.shape[-1])}
 
     def bases(self, config: GivaConfig, sites: Sequence[Site], weight: WeightReader) -> Bases:
         """A and B at the start. An adapter that is loaded without its B has no gradient: B comes from its seed."""
@@ -197,7 +214,30 @@ class GiVA(OwnMethod):
             ranks = [config.rank_of(height, A.shape[1]) for height in heights]
             blocks = [block[:, :rank] for block, rank in zip(B.split(heights), ranks, strict=True)]
             B = torch.block_diag(*blocks)
-        return LowRank(o[:, None] * B, s[:, None] * A)
+        change = LowRank(o[:, None] * B, s[:, None] * A)
+        kind = (config.gains or {}).get(module)
+        if kind is None:
+            return change
+        return Sum([(1.0, Gain.of_kind(kind, tensors["g"], weight, change.shape)), (1.0, change)])
+
+    def output_bias(self, config: Any, module: str, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if bias is None or (_gains_in(config) or {}).get(module) != OUTPUTS:
+            return None
+        return tensors["g"].float() * bias.float()
+
+
+def _gains_in(config: Any) -> dict[str, str] | None:
+    """What the gains are on, in a configuration: an object, or the content of `adapter_config.json`."""
+    found: dict[str, str] | None = config.get("gains") if isinstance(config, Mapping) else config.gains
+    return found
+
+
+def _gain_shapes(config: GivaConfig, module: str, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of `g` and `t` at a layer of an adapter with gains, empty ones at a layer that has none."""
+    if not config.gains:
+        return {}
+    kind = config.gains.get(module)
+    return {"g": (0 if kind is None else width if kind == INPUTS else height,), "t": (0 if kind is None else 1,)}
 
 
 def default_split(model_config: Any) -> dict[str, int | list[int]]:

@@ -104,6 +104,6 @@ def _adding(delta: Delta) -> Callable[..., Any]:
         x: torch.Tensor = args[0] if args else next(iter(named.values()))
         # Adapters compute in float32 beside a base in half precision, as PEFT's do.
         wide = x.float() if x.is_floating_point() else x
-        return output + added_output(module, delta, wide).to(output.dtype)
+        return output + added_output(module, delta, wide, output).to(output.dtype)
 
     return hook

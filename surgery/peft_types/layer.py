@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery.deltas.on_layers import added_output
-from surgery.deltas.operators import Delta, InputMap
+from surgery.deltas.on_layers import added_output, by_channel, gained_output
+from surgery.deltas.operators import Delta, Gain, InputMap
 from surgery.errors import AdapterError
 from surgery.methods.base import CHECK, OwnMethod, Role
-from surgery.models.sites import Site
+from surgery.models.sites import LINEAR, Site
 from surgery.peft_types.attachment import Attachment, missing_value
 from surgery.system.tensors import Tensors
 
@@ -26,8 +26,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """A linear layer with any number of adapters of one method.
 
     It computes `base(x + sum_a T_a x) + sum_a dW_a x`: an adapter acts on the layer's input or adds to its output,
-    as its method's `Delta` says. In training, where one adapter is active and its method can, base and change are one
-    product.
+    as its method's `Delta` says. Gains on the layer's outputs are on what it computes, and take no product of their
+    own. In training, where one adapter is active and its method can, base and change are one product.
     """
 
     def __init__(self, base_layer: nn.Module, method: OwnMethod, site: Site) -> None:
@@ -49,6 +49,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._weight_before_merge: torch.Tensor | None = None
+        self._bias_before_merge: torch.Tensor | None = None
         self._held: dict[str, tuple[list[tuple[int, int]], Tensors]] = {}
         self._copies: dict[tuple[str, str, torch.device], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
@@ -138,15 +139,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             weight = self._weight_before_merge.to(weight)
         return self.site.matrix(weight)
 
-    def delta(self, adapter_name: str, in_training: bool = False) -> Delta:
-        """The weight change of one adapter, as a structured operator; with what the method holds while it trains."""
+    def delta(self, adapter_name: str, in_training: bool = False, with_weight: bool = True) -> Delta:
+        """The weight change of one adapter, as a structured operator.
+
+        Args:
+            adapter_name: its name.
+            in_training: with what the method holds while it trains.
+            with_weight: with the base weight, where the change is made of its values; gains can do without.
+        """
         attachment = self.attachments[adapter_name]
         tensors = attachment.tensors(self.site)
         if any(tensor.is_meta for tensor in tensors.values()):
             raise AdapterError(_offloaded(self.site.module, f"adapter {adapter_name!r}"))
         if in_training:
             tensors = {**tensors, **self._holding(adapter_name, tensors)}
-        weight = self.pristine_weight() if self._needs_weight(attachment) else None
+        weight = self.pristine_weight() if with_weight and self._needs_weight(attachment) else None
         return self.method.delta(attachment.config, tensors, weight, self.site.module)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -198,25 +205,56 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _with(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output with these adapters."""
         as_one = len(names) == 1 and not args and not kwargs and self._trains_as_one(names[0], x)
-        deltas = [self.delta(name, in_training=True) if as_one else self.delta(name) for name in names]
+        deltas = [self.delta(name, in_training=True) if as_one else self._delta_on_output(name) for name in names]
         adapted = deltas[0].adapted(x, self.linear.bias) if as_one else None
         if adapted is not None:
             return adapted
         shift: torch.Tensor | None = None
         added: torch.Tensor | None = None
-        for name, delta in zip(names, deltas, strict=True):
+        gains: list[tuple[Gain, torch.Tensor]] = []
+        for name, whole in zip(names, deltas, strict=True):
             # Tokens of an embedding are neither cast nor dropped.
             h = x
             if x.is_floating_point():
                 h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
-            if isinstance(delta, InputMap):
-                part = delta.input_shift(h)
+            gain, delta = whole.gain_apart()
+            on_input = gain is not None and gain.rows is None and self.site.form.kind == LINEAR
+            if isinstance(delta, InputMap) or on_input:
+                part = h * gain.columns if on_input else delta.input_shift(h)  # type: ignore[union-attr]
                 shift = part if shift is None else shift + part
-            else:
+            elif gain is not None:
+                gains.append((gain, h))
+            if delta is not None and not isinstance(delta, InputMap):
                 part = added_output(self.linear, delta, h)
                 added = part if added is None else added + part
         result = self.base_layer(x if shift is None else x + shift.to(x.dtype), *args, **kwargs)
+        own = result if shift is None and self.base_layer is self.linear else None
+        for gain, h in gains:
+            part = self._gained(gain, h, own)
+            added = part if added is None else added + part
         return result if added is None else result + added.to(result.dtype)
+
+    def _gained(self, gain: Gain, x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
+        """What gains add to the layer's output; `output` is what it computes by itself, None where that is not at hand.
+
+        Raises:
+            AdapterError: it is not at hand, and the base layer is quantised.
+        """
+        if output is None and self.is_quantized:
+            raise AdapterError(
+                f"{self.site.module}: the layer is quantised, where gains on its outputs work alone, not beside an "
+                "adapter that acts on its input"
+            )
+        added = gained_output(self.linear, gain, x, output)
+        bias = getattr(self.linear, "bias", None)
+        if gain.outputs and gain.rows is not None and bias is not None:
+            added = added + by_channel(self.linear, gain.rows * bias).to(added)
+        return added
+
+    def _delta_on_output(self, adapter_name: str) -> Delta:
+        """The weight change of one adapter, its gains without the weight that they are on."""
+        attachment = self.attachments[adapter_name]
+        return self.delta(adapter_name, with_weight=self.method.needs_base(attachment.config))
 
     def _trains_as_one(self, name: str, x: torch.Tensor) -> bool:
         """Whether base and adapter may be computed together: a plain frozen linear in training, one dtype throughout.
@@ -282,7 +320,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight = self.linear.weight
         if self.is_quantized:
             raise AdapterError(f"{self.site.module}: cannot merge into a quantised layer")
-        changes = [self.get_delta_weight(name) for name in names]
+        changes, biases = [self.get_delta_weight(name) for name in names], self._bias_changes(names)
         merged = weight.data.float()
         for change in changes:
             merged = merged + change
@@ -291,7 +329,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._weight_before_merge is None:
             self._weight_before_merge = weight.data.detach().clone()
         self.write_weight(merged.to(weight.dtype))
+        if biases:
+            bias = self.linear.bias
+            if self._bias_before_merge is None:
+                self._bias_before_merge = bias.data.detach().clone()
+            bias.data = (bias.data.float() + torch.stack(biases).sum(0)).to(bias.dtype)
         self.merged_adapters.extend(names)
+
+    def _bias_changes(self, names: list[str]) -> list[torch.Tensor]:
+        """What adapters add to the layer's bias, `(out,)` float32, of those that do."""
+        bias = getattr(self.linear, "bias", None)
+        if bias is None:
+            return []
+        before = bias.detach() if self._bias_before_merge is None else self._bias_before_merge.to(bias)
+        with torch.no_grad():
+            found = [
+                self.method.output_bias(
+                    self.attachments[name].config, self.site.module, self.attachments[name].tensors(self.site), before
+                )
+                for name in names
+            ]
+        return [each for each in found if each is not None]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -299,7 +357,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The linear itself, with the adapters merged if wanted; nothing is kept to undo it."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self._weight_before_merge = None
+        self._weight_before_merge = self._bias_before_merge = None
         return self.base_layer
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -318,7 +376,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.write_weight(self._weight_before_merge.to(self.linear.weight))
-        self._weight_before_merge = None
+        if self._bias_before_merge is not None:
+            self.linear.bias.data = self._bias_before_merge.to(self.linear.bias)
+        self._weight_before_merge = self._bias_before_merge = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -365,7 +425,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return list(active)
 
     def _needs_weight(self, attachment: Attachment) -> bool:
-        return self.method.needs_base(attachment.config)
+        return self.method.needs_base(attachment.config) or self.method.uses_weight(attachment.config)
 
     def __repr__(self) -> str:
         return f"surgery.{self.method.info.title}{super().__repr__().removeprefix(type(self).__name__)}"

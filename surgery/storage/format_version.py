@@ -6,15 +6,23 @@ from typing import Any
 
 from surgery.errors import AdapterError
 
-__all__ = ["BLOCKS_VERSION", "FIRST_VERSION", "FORMAT_VERSION", "KINDS_VERSION", "check_format_version"]
+__all__ = [
+    "BLOCKS_VERSION",
+    "FIRST_VERSION",
+    "FORMAT_VERSION",
+    "GAINS_VERSION",
+    "KINDS_VERSION",
+    "check_format_version",
+]
 
 # A file states the lowest version whose readers understand it, so that an older reader refuses only what it would
 # misread.
 FIRST_VERSION = 1
 BLOCKS_VERSION = 2  # SMoA's diagonal blocks
 KINDS_VERSION = 3  # packed GiVA on embeddings, convolutions, experts; single tokens
+GAINS_VERSION = 4  # packed GiVA with gains on the base weight
 # The highest version that is read.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def check_format_version(version: Any, where: object) -> None:

@@ -112,6 +112,7 @@ OWN_RULES: dict[str, Rule] = {
     "sparse_rate": A_NUMBER,
     "store_bases": A_SWITCH,
     "packed": (is_table, "an object of shapes"),
+    "gains": (are_texts, "an object of rows, outputs or inputs"),
     "kinds": (are_texts, "an object of kinds of layers"),
     "base_fingerprint": (is_table, "an object of digests"),
 }

@@ -41,9 +41,10 @@ class OwnAdapterType(AdapterType):
         self.title, self.paper, self.change = method.info.title, method.info.paper, method.info.change
         self.thin, self.prefix = method.thin, method.prefix
         self.layers = method.layers
+        self.scales_bias = True  # by gains alone do they add to outputs
 
     def needs(self, config: Mapping[str, Any]) -> Needs:
-        on_base = self.method.on_base_weight or config.get("store_bases") is False
+        on_base = self.method.uses_weight(config) or config.get("store_bases") is False
         return Needs.VALUES if on_base else Needs.NOTHING
 
     def short_name(self, stem: str) -> tuple[str, str] | None:
@@ -66,6 +67,12 @@ class OwnAdapterType(AdapterType):
 
     def changes(self, file: AdapterFile, base: BaseWeights | None) -> Changes:
         return _OwnChanges(self, file, base)
+
+    def output_bias(
+        self, config: Mapping[str, Any], module: str, tensors: TensorMap, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        own = {name.removeprefix(self.method.prefix): tensor for name, tensor in tensors.items()}
+        return self.method.output_bias(config, module, own, bias)
 
 
 @cache
@@ -93,7 +100,7 @@ class _OwnChanges(Changes):
             self.kind.check_numbers(f"{module}.{name}", tensor)
         if leaves_out_bases(self.method, self.config) and (site is None or self.base is None):
             raise AdapterError("the adapter stores no bases; open it with surgery.load, which regenerates them")
-        if weight is None and self.method.needs_base(self.config):
+        if weight is None and (self.method.needs_base(self.config) or self.method.uses_weight(self.config)):
             raise AdapterError(f"the weight change of {self.method.info.title} needs the base weight")
         whole = weight.float() if weight is not None else None
         device = whole.device if whole is not None else torch.device("cpu")
@@ -103,8 +110,9 @@ class _OwnChanges(Changes):
             tensors.update(self._regenerated(site))
         elif self.method.names(Role.BASE, shared=True):
             tensors = {**self._shared_by_group(module, site, device), **tensors}
-        needed = whole if self.method.needs_base(self.config) or self.base is None else None
-        return own_delta(self.method, self.config, tensors, needed, site.module if site is not None else module)
+        reads = self.method.needs_base(self.config) or self.method.uses_weight(self.config)
+        needed = whole if reads or self.base is None else None
+        return own_delta(self.method, self.config, tensors, needed, module)  # by the name in the configuration
 
     def _short_names(self, parts: TensorMap, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         return in_float32({name.removeprefix(self.method.prefix): tensor for name, tensor in parts.items()}, device)
