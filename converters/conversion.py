@@ -288,7 +288,10 @@ class _Conversion:
         if request.limit is not None and report.bytes > request.limit:
             raise AssertionError(f"the result has {report.bytes} bytes, more than the {request.limit} allowed")
         made.provenance["report"] = {
-            name: value for name, value in report.to_dict().items() if name not in {"sites", "notes", "out", "source"}
+            name: value
+            for name, value in report.to_dict().items()
+            # What few results have stands in those alone.
+            if name not in {"sites", "notes", "out", "source"} and (value or name != "gain_bytes")
         }
         return _Made(made, report, files)
 

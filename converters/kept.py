@@ -18,6 +18,8 @@ LEAST, ENOUGH, WORTH_HAVING = 0.5, 0.8, 0.9
 USED = 0.85
 ERROR_TRIES, SIZE_TRIES = 3, 10
 STEP = 1.08
+# A small file that leaves so many bytes of its budget has no use for them.
+SLACK = 160
 
 
 class Made(Protocol):
@@ -51,7 +53,7 @@ def smallest_keeping(share: float, attempt: Callable[[Budget], M]) -> tuple[int,
         made = _tried(attempt, Budget(size=size))
         if made is not None and made.report.kept >= share:
             return size, made
-        if made is not None and made.report.bytes < size / STEP**2:
+        if made is not None and made.report.bytes < min(size / STEP**2, size - SLACK):
             return None  # it has all the room that it can use
         size = math.ceil(size * STEP)
     return None

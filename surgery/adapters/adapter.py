@@ -362,6 +362,8 @@ def bits_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors are the same to the last bit, NaN included."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
+    if not first.numel():
+        return True
     # Compared as bytes: exact for every dtype.
     one, two = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
     with one_torch_thread():  # bound by memory

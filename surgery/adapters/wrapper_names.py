@@ -29,6 +29,8 @@ NAMED = (
     "rank_pattern",
     "alpha_pattern",
     "packed",
+    "kinds",
+    "gains",
 )
 T = TypeVar("T")
 

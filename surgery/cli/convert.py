@@ -380,6 +380,9 @@ def result_lines(report: ConvertReport) -> list[tuple[str, str]]:
         lines.append(("output error", f"{_percent(report.output_error)} of what it adds to the layers' outputs"))
     lines += _answers(report)
     lines.append(("kept", f"{report.kept:.1%} of the adapter"))
+    if report.gain_bytes:
+        layers = sum(site.gains is not None for site in report.sites)
+        lines.append(("gains", f"{human_bytes(report.gain_bytes)}, of {layers:,} layers, on the base weight"))
     if report.padding_bytes:
         lines.append(("padding", f"{human_bytes(report.padding_bytes)} of zeros, for one rank in all layers"))
     if report.reload_difference is not None:

@@ -33,6 +33,8 @@ __all__ = ["CodedGains", "GainVector", "decode_gains", "encode_gains"]
 SMALLEST_STEP = 2.0 ** (1 - LARGEST_EXPONENT)
 # The largest gain, in steps: differences from the mean take no more than the mean does.
 MOST_STEPS = LARGEST // 2
+# The mean is at least so many steps, where the gains differ by less.
+MEAN_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class GainVector:
         """Return what coding at an error D in each number takes, in bits, and what is lost; 0 bits if not worth it."""
         noise = max(D, self.variance * (0.0 if bits is None else LIMITS[bits][1]), 1e-300)
         spent = self.size * 0.5 * math.log2(1 + self.variance / noise) + RANK_BITS
-        lost = self.size * noise * self.variance / (noise + self.variance) if self.variance else 0.0
+        # Gains that are all alike are still rounded to whole numbers of steps.
+        felt = self.variance + float(self.weights.mean()) * self.mean**2 / (12 * MEAN_STEPS**2)
+        lost = self.size * noise * felt / (noise + felt)
         worth = self.energy - lost > 2 * math.log(2) * D * spent
         return (spent, lost) if worth else (0.0, self.energy)
 
@@ -96,7 +100,8 @@ class GainVector:
             return None
         spread = math.sqrt(self.variance / weight)
         least = max(LIMITS[bits][0] * spread, largest / MOST_STEPS, SMALLEST_STEP)
-        step = float(rounded_scales(np.array([max(math.sqrt(12 * D / weight), least)]), fineness)[0])
+        most = max(spread, abs(self.mean) / MEAN_STEPS)
+        step = float(rounded_scales(np.array([max(min(math.sqrt(12 * D / weight), most), least)]), fineness)[0])
         offset = int(np.rint(self.mean / step))
         aims = (self.values / step - offset).astype(np.float32)[:, None]
         limit = LARGEST_CODE if bits is None else 2 ** (bits - 1) - 1

@@ -435,8 +435,9 @@ def _bytes(layers: Sequence[Coded]) -> float:
     """What coding these layers takes, within a few bytes."""
     numbers = sum(layer.factors.B.size + layer.factors.A.size for layer in layers)
     gains = [layer.gains.whole.size for layer in layers if layer.gains is not None]
-    heads = HEAD_BYTES + 4 * lanes_for(numbers) + (HEAD_BYTES + 4 * lanes_for(sum(gains)) if gains else 0)
-    return heads + EXCESS * sum(layer.bits for layer in layers) / 8
+    heads = [HEAD_BYTES + 4 * lanes_for(numbers)] if numbers or not gains else []
+    heads += [HEAD_BYTES + 4 * lanes_for(sum(gains))] if gains else []
+    return sum(heads) + EXCESS * sum(layer.bits for layer in layers) / 8
 
 
 def _exchanged(below: list[Coded], above: list[Coded], limit: float) -> list[Coded]:

@@ -103,10 +103,13 @@ def _adapter(
     found.carried = sorted([*contents.carried, *(f"{module}.{ROWS}" for module in contents.tokens)])
     found.modules = len(contents.modules)
     changes = _Changes(adapter, contents, base, trust_remote_code)
-    modules, unread = adapter.modules, {}
+    modules, unread, gains = adapter.modules, {}, contents.type.gains(adapter.config)
+    if gains:
+        found.notes.append(f"{len(gains)} layers have gains on the base weight: {_counted(gains.values())}")
     for name in contents.modules:
         role, layer = role_by_name(name)
         entry = _site(name, role, layer, None, _like(modules[name]))
+        entry.gains = gains.get(name)
         found.sites.append(entry)
         try:
             delta = changes.delta(name)
@@ -265,6 +268,12 @@ def _by_role(sites: list[InspectedSite]) -> list[InspectedRole]:
         )
         for role, group in grouped.items()
     ]
+
+
+def _counted(kinds: Iterable[str]) -> str:
+    """How often each occurs: `3 on rows, 1 on inputs`."""
+    listed = list(kinds)
+    return ", ".join(f"{listed.count(kind)} on {kind}" for kind in dict.fromkeys(listed))
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -25,6 +25,7 @@ class InspectedSite:
         energy: share of the layer in the sum of all squared norms.
         rank_95: how many singular values hold 95 % of the squared norm.
         rank_99: the same for 99 %.
+        gains: what a packed adapter's gains on the base weight are on: `rows`, `outputs` or `inputs`; None for none.
     """
 
     module: str
@@ -39,6 +40,7 @@ class InspectedSite:
     energy: float | None = None
     rank_95: int | None = None
     rank_99: int | None = None
+    gains: str | None = None
 
 
 @dataclass

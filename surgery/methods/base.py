@@ -339,6 +339,10 @@ class OwnMethod(Method):
         """Whether an adapter computes something else on another base model, so that the base must be checked."""
         return self.on_base_weight
 
+    def gains(self, config: Any) -> dict[str, str]:
+        """What gains on the base weight are on, by module; `config` is an object, or the content of the file."""
+        return {}
+
     def uses_weight(self, config: Any) -> bool:
         """Whether a change is made of the base weight's values; `config` is an object, or the content of the file."""
         return self.on_base_weight

@@ -133,10 +133,13 @@ class GiVA(OwnMethod):
     keeps_from_weights = False
 
     def specs_for(self, config: Any) -> tuple[Spec, ...]:
-        return self.specs if _gains_in(config) else self.specs[:4]
+        return self.specs if self.gains(config) else self.specs[:4]
+
+    def gains(self, config: Any) -> dict[str, str]:
+        return (config.get("gains") if isinstance(config, Mapping) else config.gains) or {}
 
     def uses_weight(self, config: Any) -> bool:
-        return bool(_gains_in(config))
+        return bool(self.gains(config))
 
     def complete(self, options: dict[str, Any], sites: Sequence[Site], model_config: Any) -> dict[str, Any]:
         wanted = {**default_split(model_config), **(options.get("split") or {})}
@@ -221,15 +224,9 @@ class GiVA(OwnMethod):
         return Sum([(1.0, Gain.of_kind(kind, tensors["g"], weight, change.shape)), (1.0, change)])
 
     def output_bias(self, config: Any, module: str, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor | None:
-        if bias is None or (_gains_in(config) or {}).get(module) != OUTPUTS:
+        if bias is None or self.gains(config).get(module) != OUTPUTS:
             return None
         return tensors["g"].float() * bias.float()
-
-
-def _gains_in(config: Any) -> dict[str, str] | None:
-    """What the gains are on, in a configuration: an object, or the content of `adapter_config.json`."""
-    found: dict[str, str] | None = config.get("gains") if isinstance(config, Mapping) else config.gains
-    return found
 
 
 def _gain_shapes(config: GivaConfig, module: str, height: int, width: int) -> dict[str, tuple[int, ...]]:

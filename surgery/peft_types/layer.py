@@ -218,13 +218,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if x.is_floating_point():
                 h = self.adapter_dropout[name](BaseTunerLayer._cast_input_dtype(self, x, self._dtype(name)))
             gain, delta = whole.gain_apart()
-            on_input = gain is not None and gain.rows is None and self.site.form.kind == LINEAR
-            if isinstance(delta, InputMap) or on_input:
-                part = h * gain.columns if on_input else delta.input_shift(h)  # type: ignore[union-attr]
-                shift = part if shift is None else shift + part
+            linear = self.site.form.kind == LINEAR
+            columns = gain.columns if gain is not None and gain.rows is None and linear else None
+            if columns is not None:
+                shift = h * columns if shift is None else shift + h * columns
             elif gain is not None:
                 gains.append((gain, h))
-            if delta is not None and not isinstance(delta, InputMap):
+            if isinstance(delta, InputMap):
+                part = delta.input_shift(h)
+                shift = part if shift is None else shift + part
+            elif delta is not None:
                 part = added_output(self.linear, delta, h)
                 added = part if added is None else added + part
         result = self.base_layer(x if shift is None else x + shift.to(x.dtype), *args, **kwargs)

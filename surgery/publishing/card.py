@@ -199,6 +199,13 @@ def _what(checked: Checked) -> str:
     changed = f"{checked.modules:,} layers changed" if checked.modules else "a learnt prompt"
     lines = [f"A {title} adapter for {where}: PEFT type `{checked.peft_type}`, {changed}."]
     lines += [f"Each weight W becomes W + dW with `dW = {change}`."] if change else []
+    kind = type_of(checked.config)
+    gains = kind.gains(checked.config) if kind is not None else {}
+    if gains:
+        lines.append(
+            f"{len(gains):,} of them also have gains on W, `diag(1 + g) W - W` or `W diag(1 + g) - W`: on "
+            f"{', '.join(sorted(set(gains.values())))}."
+        )
     lines += [f"{title}: {_cited(paper)}."] if paper else []
     heads = sorted({name.rpartition(".")[0] for name in checked.carried} - {""})
     lines += [f"It brings {', '.join(f'`{head}`' for head in heads[:4])} whole."] if heads else []
@@ -324,7 +331,7 @@ def _plain_lora(checked: Checked, repo: str, revision: str | None) -> str:
         return ""
     named = f"{repo}@{revision}" if revision else repo
     base = f"{checked.base}@{checked.revision}" if checked.revision else checked.base
-    full = not kind.thin
+    full = not kind.thin or bool(kind.gains(checked.config))
     what = "A plain LoRA, for stock PEFT and for servers" + (", with 99 % of every layer's energy:" if full else ":")
     out = f"{repo.partition('/')[2]}-lora"
     command = f"surgery convert {named} --to lora --base {base}{' --energy 0.99' if full else ''} -o {out}"

@@ -3,7 +3,8 @@
 In `dW = diag(o) B diag(s) A` of a packed adapter B and A are integers that the file holds as codes, and s lies on a
 grid of powers of two. What is trained are real numbers that round to them: the forward pass uses the rounded ones, and
 the gradient passes through the rounding as if it were not there (the straight-through estimator, arXiv 1308.3432). So
-what is measured while training is what the file will hold. o stays at one, which is not stored.
+what is measured while training is what the file will hold. Gains on the base weight, which are whole numbers of steps
+too, learn in the same way. o stays at one, which is not stored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from surgery.adapters.names import MODEL_PREFIX
 from surgery.codec.factors import grid_of
-from surgery.deltas.operators import Delta, LowRank
+from surgery.deltas.operators import Delta, Gain, LowRank, Sum
 from surgery.peft_types.layer import AdapterLayer
 from surgery.system.tensors import Tensors
 from surgery.training.preparing import ACTIVE
@@ -49,7 +50,10 @@ class CodeTraining(nn.Module):
         stored = [layer.all_tensors(ACTIVE) for layer in layers.values()]
         scales = torch.cat([tensors["s"].detach().reshape(-1) for tensors in stored])
         fineness = grid_of(scales.double().cpu().numpy())
-        self.factors = nn.ModuleList(_Factors(tensors, codes, fineness) for tensors in stored)
+        gains = [(layer.attachments[ACTIVE].config.gains or {}).get(layer.site.module) for layer in layers.values()]
+        self.factors = nn.ModuleList(
+            _Factors(tensors, codes, fineness, kind) for tensors, kind in zip(stored, gains, strict=True)
+        )
 
     @property
     def pairs(self) -> Iterator[tuple[str, Any, _Factors]]:
@@ -61,12 +65,12 @@ class CodeTraining(nn.Module):
     @property
     def counts(self) -> dict[str, int]:
         """How many numbers are trained, by name in the adapter's file."""
-        parts = (("A", "A"), ("B", "B"), ("exponent", "s"))
+        parts = (("A", "A"), ("B", "B"), ("exponent", "s"), ("gain", "g"))
         return {
             f"{MODEL_PREFIX}{name}.giva_{short}": getattr(factors, own).numel()
             for name, _, factors in self.pairs
             for own, short in parts
-            if getattr(factors, own).requires_grad
+            if getattr(factors, own).requires_grad and getattr(factors, own).numel()
         }
 
     @contextlib.contextmanager
@@ -132,12 +136,19 @@ class _Factors(nn.Module):
     old_A: torch.Tensor
     old_B: torch.Tensor
     old_s: torch.Tensor
+    in_g: torch.Tensor
+    old_g: torch.Tensor
+    step: torch.Tensor
 
-    def __init__(self, tensors: Tensors, codes: bool, fineness: int | None) -> None:
+    def __init__(self, tensors: Tensors, codes: bool, fineness: int | None, kind: str | None = None) -> None:
         super().__init__()
         A, B, s, o = (tensors[name].detach().float() for name in ("A", "B", "s", "o"))
         in_A, in_B = (X.square().mean(dim, keepdim=True).sqrt().clamp_min(0.5) for X, dim in ((A, 1), (B, 0)))
+        g = tensors["g"].detach().float() if kind is not None else torch.zeros(0, device=A.device)
+        t = tensors["t"].detach().float() if kind is not None else torch.zeros(1, device=A.device)
+        in_g = g.square().mean().sqrt().clamp_min(1e-6) if kind is not None else torch.ones((), device=A.device)
         held = {"in_A": in_A, "in_B": in_B, "sign": s.sign(), "o": o, "old_A": A, "old_B": B, "old_s": s}
+        held |= {"in_g": in_g, "old_g": g, "step": t}
         for name, value in held.items():
             self.register_buffer(name, value.clone(), persistent=False)
         self.fineness = fineness
@@ -146,6 +157,9 @@ class _Factors(nn.Module):
         self.A = nn.Parameter(A / in_A, requires_grad=codes and self.whole)
         self.B = nn.Parameter(B / in_B, requires_grad=codes and self.whole)
         self.exponent = nn.Parameter(s.abs().clamp_min(1e-30).log2())
+        self.kind = kind
+        # Gains that are on no grid are stored as they are, and stay.
+        self.gain = nn.Parameter(g / in_g, requires_grad=codes and kind is not None and bool((t > 0).all()))
 
     def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B and A as real numbers; exactly the old ones where they do not train."""
@@ -163,6 +177,13 @@ class _Factors(nn.Module):
             exponent = _through(exponent, (exponent * 2**self.fineness).round() / 2**self.fineness)
         return B, self.sign * exponent.exp2(), A
 
+    def gains(self) -> torch.Tensor:
+        """The gains less one as the file holds them, `(n,)`."""
+        if not self.gain.requires_grad:
+            return self.old_g
+        g = self.gain * self.in_g
+        return _through(g, (g / self.step).round() * self.step)
+
     @torch.no_grad()
     def kept(self, least: float, least_scale: float) -> Tensors:
         """What is stored, with the old values where they have moved by less."""
@@ -171,22 +192,38 @@ class _Factors(nn.Module):
             torch.where((new - old).abs() < least, old, new.round() if self.whole else new)
             for new, old in zip((B, A), olds, strict=True)
         )
-        return {"A": A, "B": B, "s": torch.where(self._moved() < least_scale, self.old_s, self.rounded()[1])}
+        found = {"A": A, "B": B, "s": torch.where(self._moved() < least_scale, self.old_s, self.rounded()[1])}
+        if self.kind is not None:
+            found["g"] = torch.where(self._moved_gains() < least, self.old_g, self.gains())
+        return found
 
     @torch.no_grad()
     def farthest(self) -> tuple[float, float]:
         """How far the number that has moved most has moved, and the scale's logarithm."""
         B, A = self.numbers()
-        codes = max(float((B - self.old_B).abs().max()), float((A - self.old_A).abs().max()))
-        return codes, float(self._moved().max())
+        moved = [(B - self.old_B).abs(), (A - self.old_A).abs(), self._moved_gains()]
+        return max(_largest(each) for each in moved), _largest(self._moved())
+
+    def _moved_gains(self) -> torch.Tensor:
+        """How far the gains have moved, in steps."""
+        if not self.gain.requires_grad:
+            return torch.zeros_like(self.old_g)
+        return (self.gain * self.in_g - self.old_g).abs() / self.step
 
     def _moved(self) -> torch.Tensor:
         return (self.exponent - self.old_s.abs().clamp_min(1e-30).log2()).abs()
 
-    def delta(self, adapter_name: str) -> Delta:
-        """In place of `AdapterLayer.delta`."""
+    def delta(self, adapter_name: str, in_training: bool = False, with_weight: bool = False) -> Delta:
+        """In place of `AdapterLayer.delta`; without the weight that gains are on."""
         B, s, A = self.rounded()
-        return LowRank(self.o[:, None] * B, s[:, None] * A)
+        change = LowRank(self.o[:, None] * B, s[:, None] * A)
+        if self.kind is None:
+            return change
+        return Sum([(1.0, Gain.of_kind(self.kind, self.gains(), None, change.shape)), (1.0, change)])
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
 
 
 def _through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

@@ -331,8 +331,9 @@ class Run:
         self.group.wait()
         report.out = str(unfinished.out)
         if report.bytes > report.source_bytes and is_packed(self.adapter.config):
+            stored = "each of o and the gains is stored" if self.adapter.config.get("gains") else "o is stored"
             report.notes.append(
-                f"o is stored now that it is trained: the file has grown from {report.source_bytes:,} to "
+                f"{stored} now that it is trained: the file has grown from {report.source_bytes:,} to "
                 f"{report.bytes:,} bytes; --only giva_s keeps its size"
             )
 
@@ -379,8 +380,11 @@ def default_rate(adapter: Adapter) -> float:
     rate = training_rate(adapter.config)
     if not is_packed(adapter.config):
         return rate
-    scales = [tensor.abs().float().reshape(-1) for name, tensor in adapter.tensors.items() if name.endswith(".giva_s")]
-    return rate * float(torch.cat(scales).median())
+    for ending in (".giva_s", ".giva_g"):  # gains alone have no scales
+        found = [tensor.abs().float().reshape(-1) for name, tensor in adapter.tensors.items() if name.endswith(ending)]
+        if any(each.numel() for each in found):
+            return rate * float(torch.cat(found).median())
+    return rate
 
 
 def _values(trainer: AdapterTrainer, prepared: Prepared) -> dict[str, torch.Tensor]:

@@ -138,6 +138,11 @@ def main(wanted: list[str]) -> None:
             made = _lora_with_embedding(base, folder / "embedding")
             surgery.convert(made, "giva", folder / "giva-kinds", base=base, energy=1.0, bits=16)
             _write(folder / "giva-kinds", "giva-kinds", base)
+        for kind, options in (("giva-gains", {"max_error": 0.05}), ("giva-gains-floats", {"bits": 16, "rank": 1})):
+            if kind in wanted:
+                made = _dora(base, folder / f"{kind}-source")
+                surgery.convert(made, "giva", folder / kind, base=base, **options)
+                _write(folder / kind, kind, base)
         for kind, to, options in (
             ("giva-codes", "giva", {"ratio": 1.5}),
             ("giva-floats", "giva", {"bits": 16, "rank": 2}),
@@ -151,13 +156,22 @@ def main(wanted: list[str]) -> None:
 
 def _lora_with_embedding(base: Path, folder: Path) -> Path:
     """A LoRA on a linear and an embedding, of whole numbers."""
+    return _lora(base, folder, ["model.embed_tokens", "model.layers.1.mlp.down_proj"])
+
+
+def _dora(base: Path, folder: Path) -> Path:
+    """A DoRA of whole numbers, with the norms of the base for magnitudes."""
+    return _lora(base, folder, [f"model.{name}" for name in TARGETS], use_dora=True)
+
+
+def _lora(base: Path, folder: Path, targets: list[str], **options: Any) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=["model.embed_tokens", "model.layers.1.mlp.down_proj"])
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, **options)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_" in name:
+            if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
                 place = torch.arange(parameter.numel()) * 31 + number * 17
                 parameter.copy_((place % 13 - 6).reshape(parameter.shape) / 8)
     model.save_pretrained(folder, save_embedding_layers=False)

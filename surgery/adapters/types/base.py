@@ -141,6 +141,10 @@ class AdapterType(ABC):
         """Return whether a configuration of this `peft_type` is of this variant."""
         return True
 
+    def gains(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return what the gains on base weights that a file says are on (rows, outputs, inputs), by module."""
+        return {}
+
     def refuse(self, config: Mapping[str, Any], label: str) -> None:  # noqa: B027 - most types refuse nothing
         """Refuse an adapter whose configuration makes it something that cannot be read exactly.
 

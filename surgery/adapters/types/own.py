@@ -47,6 +47,9 @@ class OwnAdapterType(AdapterType):
         on_base = self.method.uses_weight(config) or config.get("store_bases") is False
         return Needs.VALUES if on_base else Needs.NOTHING
 
+    def gains(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        return self.method.gains(config)
+
     def short_name(self, stem: str) -> tuple[str, str] | None:
         module, _, last = stem.rpartition(".")
         return (module, last) if last.startswith(self.method.prefix) else None
