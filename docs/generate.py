@@ -128,7 +128,7 @@ def verb_cells(kind: AdapterType) -> dict[str, str]:
     needs_base = f"yes,{based}" if based else "yes"
     return {
         "inspect": f"norms{based}" if based else "yes",
-        "convert --to giva": f"exact{based}",
+        "convert --to giva": f"exact as gains{based}" if kind.as_gains else f"exact{based}",
         "convert --to lora": f"exact{based}" if kind.thin else f"cut to a rank{based}",
         "merge": "yes",
         "compare": needs_base,

@@ -117,6 +117,7 @@ class AdapterType(ABC):
             opened in its place: `(Adapter, model) -> Adapter`; None where it is opened as it is.
         layers: the kinds of layers that it is read on.
         form_by_base: whether a layer may be a convolution that its tensors do not tell from a linear.
+        as_gains: whether its changes are gains on the base weight and thin factors, which packed GiVA holds as such.
         scales_bias: whether what it adds to outputs comes of gains on them, which the layer's own bias has, too.
         rules: the keys of `adapter_config.json` that it reads besides those of every type, with their rules.
     """
@@ -133,6 +134,7 @@ class AdapterType(ABC):
     whole_numbers: bool = False
     opened_as: str | None = None
     form_by_base: bool = False
+    as_gains: bool = False
     scales_bias: bool = False
     layers: tuple[str, ...] = (LINEAR,)
     rules: Mapping[str, Rule] = {}
@@ -268,6 +270,7 @@ class TensorType(AdapterType):
     bias: Callable[[Mapping[str, Any], str, TensorMap, torch.Tensor | None], torch.Tensor | None] | None = None
     may_be_empty: bool = False
     form_by_base: bool = False
+    as_gains: bool = False
     scales_bias: bool = False
     layers: tuple[str, ...] = (LINEAR,)
     forms: Callable[[Mapping[str, Any], str, TensorMap], Form] | None = None

@@ -62,6 +62,7 @@ DORA = TensorType(
     dimensions={MAGNITUDE: 1},
     base_needs=Needs.VALUES,
     thin=False,
+    as_gains=True,
     rules=LORA_RULES,
     when=lambda config: bool(config.get("use_dora")),
     check=refuse_variants,

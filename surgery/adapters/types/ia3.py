@@ -53,5 +53,6 @@ IA3 = TensorType(
     base_needs=Needs.VALUES,
     thin=False,
     bias=_scaled_bias,
+    as_gains=True,
     scales_bias=True,
 )
