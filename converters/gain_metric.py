@@ -9,7 +9,8 @@ import torch
 
 from surgery.adapters.source import Change, Source
 from surgery.codec.gains import GainVector
-from surgery.converters.request import Budget, Metric
+from surgery.converters.budget import Budget
+from surgery.converters.request import Metric
 from surgery.deltas.operators import INPUTS, Gain
 
 __all__ = ["GainMetric"]

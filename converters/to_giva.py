@@ -22,9 +22,10 @@ from surgery.adapters.packing import (
 from surgery.adapters.source import Change, Source
 from surgery.codec.gains import GainVector
 from surgery.codec.model import Compressed, DoesNotFit, Goal, Moment, compress
+from surgery.converters.budget import Budget
 from surgery.converters.gain_metric import GainMetric
 from surgery.converters.ranks import Spectra, changes_of, decomposed
-from surgery.converters.request import Budget, Request, Result
+from surgery.converters.request import Request, Result
 from surgery.errors import AdapterError, MethodError
 from surgery.models.sites import EXPERT, LINEAR, PARAMETER
 from surgery.storage.format_version import GAINS_VERSION, KINDS_VERSION

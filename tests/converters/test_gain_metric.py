@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from surgery.adapters.source import Change
+from surgery.converters.budget import Budget
 from surgery.converters.gain_metric import DAMPING, GainMetric
-from surgery.converters.request import Budget
 from surgery.deltas.operators import INPUTS, ROWS, Gain
 from surgery.models.sites import Site
 from surgery.passes.moments import Moments
