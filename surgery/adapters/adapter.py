@@ -16,6 +16,7 @@ from surgery.adapters.companions import copy_companions
 from surgery.adapters.experts import experts_apart, experts_joined
 from surgery.adapters.format_registry import AdapterParts, format_of
 from surgery.adapters.inner_folders import inner_adapter
+from surgery.adapters.named_tensors import NamedTensors
 from surgery.adapters.names import (
     CARD_FILE,
     CONFIG_FILE,
@@ -79,14 +80,14 @@ class Adapter:
         folder: Path | None = None,
     ) -> None:
         self.config = dict(config)
-        self.tensors = tensors if isinstance(tensors, MadeTensors) else dict(tensors)
+        self.tensors = tensors
         self.provenance = dict(provenance or {})
         self.card = card
         self.folder = folder
         self.name = folder.resolve().name if folder is not None else None
         self.notes, self.companions = [], {}
         self.weights: Path | None = None
-        self._sorted: TensorNames | None = None
+        self._sorted: tuple[int, TensorNames] | None = None
 
     @classmethod
     def open(cls, adapter: str | Path, layout: str | None = None, *, compact: bool = False) -> Adapter:
@@ -137,6 +138,16 @@ class Adapter:
         return f"Adapter({self.peft_type}, {modules} modules, {len(self.tensors)} tensors)"
 
     @property
+    def tensors(self) -> NamedTensors | MadeTensors:
+        """Every tensor by its name in the file."""
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors if isinstance(tensors, MadeTensors) else NamedTensors(tensors)
+        self._sorted = None
+
+    @property
     def peft_type(self) -> str:
         """The adapter's PEFT type."""
         return str(self.config["peft_type"])
@@ -181,10 +192,9 @@ class Adapter:
     def names(self) -> TensorNames:
         """The names of its tensors, sorted by module."""
         # Sorted once for all layers, and anew where a caller has added tensors or taken some away.
-        listed = list(self.tensors)
-        if self._sorted is None or listed != self._sorted.listed:
-            self._sorted = TensorNames(listed, self.type)
-        return self._sorted
+        if self._sorted is None or self._sorted[0] != self._tensors.version:
+            self._sorted = self._tensors.version, TensorNames(list(self._tensors), self.type)
+        return self._sorted[1]
 
     @property
     def file_size(self) -> int:

@@ -88,7 +88,7 @@ def as_lora(adapter: Adapter) -> Adapter:
         stored = lora_tensors(adapter.form(module), A, B)
         tensors.update({f"{MODEL_PREFIX}{module}.{short}": tensor for short, tensor in stored.items()})
         ranks[module] = int(A.shape[0])
-    mine = {f"{MODEL_PREFIX}{module}.{short}" for module in adapted for short in adapter.modules[module]}
+    mine = {f"{MODEL_PREFIX}{module}.{short}" for module in adapted for short in adapter.layer(module)}
     saved = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith(MODEL_PREFIX)}
     rest = {name: tensor for name, tensor in saved.items() if name not in mine}
     common = ("base_model_name_or_path", "bias", "modules_to_save", "revision", "task_type", "inference_mode")
@@ -118,7 +118,7 @@ def with_fused(adapter: Adapter, names: ModelNames, parts: Mapping[str, FusedPar
             done.add(module)
     if not targets:
         return adapter
-    taken = {f"{MODEL_PREFIX}{module}.{short}" for module in done for short in adapter.modules[module]}
+    taken = {f"{MODEL_PREFIX}{module}.{short}" for module in done for short in adapter.layer(module)}
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if name not in taken}
     others = [module for name in (A_NAME, EMBEDDING_NAMES[0]) for module in adapter.holders(name)]
     config = _plain_config(adapter, [module for module in others if module not in done])

@@ -108,7 +108,8 @@ def _of_files(adapter: Adapter) -> _Base | None:
         return None
     shapes = {key.removesuffix(".weight"): shape for key, shape in tensors.items() if key.endswith(".weight")}
     biases = [key for key in tensors if key.endswith("bias")]
-    return _Base(shapes, biases, lambda module: _by_ending(module, shapes))
+    endings = _endings(shapes)
+    return _Base(shapes, biases, lambda module: module if module in shapes else _by_ending(module, endings))
 
 
 def _headers(name: str) -> dict[str, tuple[int, ...] | None]:
@@ -129,14 +130,23 @@ def _headers(name: str) -> dict[str, tuple[int, ...] | None]:
     return {}
 
 
-def _by_ending(module: str, names: Collection[str]) -> str | None:
+def _endings(names: Collection[str]) -> dict[str, list[str]]:
+    """Every ending of names that begins at a level -> the names that end so, at most two."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            same = found.setdefault(".".join(parts[start:]), [])
+            if len(same) < 2:
+                same.append(name)
+    return found
+
+
+def _by_ending(module: str, endings: Mapping[str, list[str]]) -> str | None:
     """The name that ends as a module's does from its first number on; None where there is none, or several."""
-    if module in names:
-        return module
     parts = module.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
-    ending = "." + ".".join(parts[max(number - 1, 0) :])
-    found = [name for name in names if f".{name}".endswith(ending)]
+    found = endings.get(".".join(parts[max(number - 1, 0) :]), [])
     return found[0] if len(found) == 1 else None
 
 

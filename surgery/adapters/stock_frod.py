@@ -67,7 +67,7 @@ def portable_frod(adapter: Adapter, model: Any) -> Adapter:
             weight = model.get_submodule(site.module).weight.detach()
             weight = site.matrix(weight)
             fingerprint.add(site.key, weight)
-            parts = adapter.modules[site.module]
+            parts = adapter.layer(site.module)
             own = {"l": parts[VECTOR], "s": parts[VALUES], "l0": column_norms(weight.float().cpu(), inverse)}
             _refuse_rounding(site, own, positions)
             if site is group[0]:

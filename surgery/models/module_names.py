@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -75,6 +76,7 @@ class ModelNames:
                 transforms = get_model_conversion_mapping(model)
                 self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
                 self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._known = dict(self.parameters)  # transformers asks for a dictionary
         self._by_pattern = {pattern: each for each in self._converters for pattern in each.source_patterns}
 
     def has(self, name: str, names: Collection[str]) -> bool:
@@ -155,7 +157,7 @@ class ModelNames:
     def _renamed(self, key: str) -> tuple[str, str | None]:
         if not self._renamings and not self._converters:
             return key, None
-        return rename_source_key(key, self._renamings, self._converters, self.prefix, dict(self.parameters))
+        return rename_source_key(key, self._renamings, self._converters, self.prefix, self._known)
 
     def _candidates(self, name: str) -> Iterator[str]:
         """Names that may stand for this one: itself, in the text model of a composite, of a composite's text model."""
@@ -163,7 +165,7 @@ class ModelNames:
         parts = name.split(".")
         if any(word in part for part in parts for word in OTHER_PARTS):
             return
-        for inner, prefix in self._text_models():
+        for inner, prefix in self._text_models:
             rest = name.removeprefix(f"{prefix}.") if prefix else name
             if not name.startswith(f"{inner}."):
                 yield f"{inner}.{rest}"
@@ -174,6 +176,7 @@ class ModelNames:
                 rest = rest.removeprefix("model.")
                 yield rest
 
+    @cached_property
     def _text_models(self) -> list[tuple[str, str]]:
         """The text model inside a composite one: its name there, and the prefix of its own class with a head."""
         if not isinstance(self.model, PreTrainedModel):

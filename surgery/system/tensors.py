@@ -27,7 +27,10 @@ class MadeTensors(MutableTensors):
 
     Attributes:
         planned: as given, and kept up to date.
+        version: grows whenever a name is added or taken away.
     """
+
+    version: int = 0
 
     def __init__(
         self, planned: TensorMap, make: Callable[[str], torch.Tensor], let_go: Callable[[str], object] | None = None
@@ -40,10 +43,12 @@ class MadeTensors(MutableTensors):
         return self._make(name) if found.is_meta else found
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self.version += name not in self.planned
         self.planned[name] = tensor
 
     def __delitem__(self, name: str) -> None:
         found = self.planned.pop(name)
+        self.version += 1
         if found.is_meta and self._let_go is not None:
             self._let_go(name)
 
