@@ -66,7 +66,6 @@ class Adapter:
         companions: files that belong to it (tokenizer, chat templates, processors) and go where it goes: name -> path.
     """
 
-    tensors: MutableTensors
     notes: list[str]
     companions: dict[str, Path]
     as_stored: bool = True
