@@ -35,6 +35,7 @@ QUICK: dict[str, str] = {
     "publishing": "test_checks",
     "training": "test_settings test_new_head",
     "converters": "test_forms test_request test_budget_search test_smoa_fit",
+    "blending": "test_naming test_combinations",
     "exporting": "test_one_rank",
     "serving": "test_cache",
     "cli": "test_failures test_output test_methods",

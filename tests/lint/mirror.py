@@ -91,6 +91,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/peft_types/test_torch_modes.py",
         "tested beside what else trainers and servers do, on the same models",
     ),
+    "surgery/passes/encoders.py": (
+        "tests/passes/test_examples.py tests/passes/test_chats.py",
+        "tested through the samples that it makes",
+    ),
     "surgery/peft_types/tuner.py": (
         "tests/peft_types/test_layer.py tests/peft_types/test_loading.py",
         "never used without its layers",
