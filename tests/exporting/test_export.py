@@ -9,11 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import surgery
+from docs.generate import server_cell
 from surgery.adapters.format_registry import FORMATS
+from surgery.adapters.types.registry import all_types
 from surgery.errors import AdapterError, OptionError, OutputError
 from surgery.exporting.export import export_targets, plain_parts, target_format
 from tests.helpers.adapters import make_adapter, peft_output, weight_changes
-from tests.helpers.exports import EXACT, TARGETS, difference, lora, written_changes
+from tests.helpers.exports import EXACT, FULL, TARGETS, difference, lora, written_changes
 from tests.helpers.models import model_inputs
 
 
@@ -27,6 +29,18 @@ def test_the_server_computes_what_peft_does(kind: str, to: str, llama: Path, tmp
     _, _, parts = plain_parts(surgery.Adapter.open(folder), target_format(to), llama)
     assert difference(want, written_changes(to, tmp_path / "out", parts)) <= 1e-5
     assert report.exact and report.weight_error <= 1e-6 and report.to == to and report.modules == len(report.sites)
+
+
+def test_the_table_of_the_docs_has_an_example_for_each_type(llama: Path, tmp_path: Path) -> None:
+    found: dict[str, str] = {}
+    for name, make in {**EXACT, **FULL}.items():
+        folder = make(llama, tmp_path / name.replace(" ", "-") / "adapter")
+        kind = surgery.Adapter.open(folder).type
+        assert kind is not None
+        found[kind.title] = server_cell(kind)
+        said = found[kind.title].startswith("exact")
+        assert said == (name in EXACT) or "else cut" in found[kind.title], name
+    assert set(found) == {kind.title for kind in all_types() if kind.readable}
 
 
 def test_a_dry_run_says_what_the_run_says_and_writes_nothing(llama: Path, tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,15 +13,7 @@ import surgery
 from surgery.errors import AdapterError
 from surgery.exporting.export import plain_parts, target_format
 from tests.helpers.adapters import make_adapter, weight_changes
-from tests.helpers.exports import EXACT, NAMES, TARGETS, difference, lora, own, stock, written_changes
-
-FULL: dict[str, Callable[[Path, Path], Path]] = {
-    "dora": stock(lambda: lora(use_dora=True)),
-    "hira": stock(lambda: peft.HiraConfig(r=4, target_modules=NAMES)),
-    "ia3": stock(lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"])),
-    "frod": own("frod"),
-    "smoa": own("smoa"),
-}
+from tests.helpers.exports import EXACT, FULL, TARGETS, difference, lora, written_changes
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,6 +17,7 @@ from surgery.adapters.format_registry import AdapterParts
 from surgery.exporting.export import target_format
 from tests.helpers.adapters import make_adapter
 from tests.helpers.models import VOCAB, load_base, perturb, spread
+from tests.helpers.peft_kinds import KINDS
 
 NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
@@ -83,8 +84,24 @@ EXACT: dict[str, Callable[[Path, Path], Path]] = {
     "loha": stock(lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=NAMES)),
     "lokr": stock(lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=NAMES, decompose_both=True)),
     "vera": stock(lambda: peft.VeraConfig(r=5, target_modules=["q_proj"])),
+    "randlora": stock(lambda: peft.RandLoraConfig(r=8, target_modules=["q_proj"], save_projection=True)),
     "packed giva": converted("giva", energy=1.0),
     "inilora": own("inilora"),
+}
+
+
+FULL: dict[str, Callable[[Path, Path], Path]] = {
+    "dora": stock(lambda: lora(use_dora=True)),
+    "hira": stock(lambda: peft.HiraConfig(r=4, target_modules=NAMES)),
+    "ia3": stock(lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"])),
+    "frod": own("frod"),
+    "smoa": own("smoa"),
+}
+FULL |= {
+    name.lower(): stock(
+        lambda config=config, settings=settings: config(target_modules=["q_proj", "v_proj"], **settings)
+    )
+    for name, (config, settings) in KINDS.items()
 }
 
 
