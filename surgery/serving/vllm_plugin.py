@@ -1,8 +1,8 @@
 """vLLM's plugin: adapters of a store, found by name while vLLM runs.
 
 vLLM calls `register` through the entry point group `vllm.general_plugins`. It does nothing unless SURGERY_ADAPTERS
-names a folder of adapters or a namespace of the Hub (`hf://ORG`); SURGERY_ADAPTERS_CACHE, SURGERY_ADAPTERS_MAX_BYTES and
-SURGERY_ADAPTERS_DTYPE say where expanded ones lie, how many bytes of them, and of which numbers.
+names a folder of adapters or a namespace of the Hub (`hf://ORG`); SURGERY_ADAPTERS_CACHE, SURGERY_ADAPTERS_MAX_BYTES
+and SURGERY_ADAPTERS_DTYPE say where expanded ones lie, how many bytes of them, and of which numbers.
 """
 
 from __future__ import annotations
