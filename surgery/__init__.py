@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         OutputError,
         SurgeryError,
         TargetError,
+        UnreachableError,
         WrongBaseError,
     )
     from surgery.exporting.export import export
@@ -98,6 +99,7 @@ __all__ = [
     "TrainReport",
     "TrainSettings",
     "TrainingInterrupted",
+    "UnreachableError",
     "WrongBaseError",
     "__version__",
     "blend",
@@ -151,6 +153,7 @@ _HOMES = {
     "TrainReport": "surgery.training.report",
     "TrainSettings": "surgery.training.settings",
     "TrainingInterrupted": "surgery.training.interruption",
+    "UnreachableError": "surgery.errors",
     "WrongBaseError": "surgery.errors",
     "codec": "surgery.codec",
     "blend": "surgery.blending.blend",

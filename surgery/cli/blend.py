@@ -40,7 +40,7 @@ HOW = ("sum", "ties", "dare", "dare-ties")
 def command(
     members: tuple[str, ...], out: str, to: str, as_json: bool, quiet: bool, verbose: bool, **options: Any
 ) -> None:
-    """Add adapters of one base model up, each with its weight, and write the sum as one adapter.
+    """Add adapters of one base up, each with its weight.
 
     The sum is exact, of any types that are read. A budget cuts it as surgery convert does; with --base and --data in
     what it does to the model's answers. For each member the table says how much of it remains.

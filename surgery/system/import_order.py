@@ -23,8 +23,8 @@ LIGHT = frozenset(
             f"surgery.adapters.{name}"
             for name in (
                 "adapter", "companions", "completeness", "config_schema", "contents", "experts", "foreign_formats",
-                "format_registry", "inner_folders", "lacking", "names", "packing", "regex_check", "tokens", "tokens",
-                "types", "wrapper_names",
+                "format_registry", "inner_folders", "lacking", "named_tensors", "names", "packing", "regex_check",
+                "tokens", "types", "wrapper_names",
             )
         ),
         *(

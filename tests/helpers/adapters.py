@@ -40,6 +40,10 @@ def peft_output(base: Path, folder: Path, inputs: dict[str, torch.Tensor]) -> to
 def weight_changes(base: Path, folder: Path) -> dict[str, torch.Tensor]:
     """dW of every weight that merging with PEFT changes, `(out, in)`, float64, by the layer's name."""
     plain = load_base(base).state_dict()
-    merged = peft.PeftModel.from_pretrained(load_base(base).double(), folder).double().merge_and_unload().state_dict()
+    kind = str(peft.PeftConfig.from_pretrained(folder).peft_type.value)
+    # PSOFT decomposes the base weight as it starts, and not in float64.
+    dtype = torch.float32 if kind == "PSOFT" else torch.float64
+    model = peft.PeftModel.from_pretrained(load_base(base).to(dtype), folder)
+    merged = model.double().merge_and_unload().state_dict()
     changes = {name.removesuffix(".weight"): merged[name] - plain[name].double() for name in plain if name in merged}
     return {name: change for name, change in changes.items() if change.ndim == 2 and bool(change.any())}

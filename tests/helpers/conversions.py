@@ -18,6 +18,7 @@ from tests.helpers.texts import save_tokenizer
 
 def trained(model: Any, config: Any, folder: Path, seed: int = 0) -> Path:
     """A stock adapter as after training: its starting zeros replaced, ranks of falling weight."""
+    torch.manual_seed(seed)  # PEFT's own start is drawn as well
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

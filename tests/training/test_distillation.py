@@ -166,7 +166,7 @@ def test_a_teacher_of_another_model(taught_place: Path) -> None:
 
 def test_a_teacher_with_a_head_that_the_student_lacks(taught_place: Path, tmp_path: Path) -> None:
     surgery.init(taught_place / "bert", "vera", tmp_path / "bare", task="feature-extraction")
-    with pytest.raises(AdapterError, match=r"saves classifier\.\w+, for which the student's model has no taught_place"):
+    with pytest.raises(AdapterError, match=r"saves classifier\.\w+, for which the student's model has no place"):
         surgery.train(
             tmp_path / "bare",
             taught_place / "bert",

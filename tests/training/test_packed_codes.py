@@ -60,7 +60,7 @@ def test_gradients_pass_through_the_rounding(packed: Path, taught_place: Path) -
     name, layer, factors = next(iter(codes.pairs))
     A, B, s = (layer.all_tensors("default")[short].detach().clone() for short in "ABs")
     plain = {"A": A.requires_grad_(), "B": B.requires_grad_()}
-    layer.delta = lambda adapter: LowRank(plain["B"], s[:, None] * plain["A"])
+    layer.delta = lambda adapter, **options: LowRank(plain["B"], s[:, None] * plain["A"])
     found.model(**batch).logits.square().sum().backward()
     torch.testing.assert_close(factors.A.grad, plain["A"].grad * factors.in_A, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(factors.B.grad, plain["B"].grad * factors.in_B, rtol=1e-3, atol=1e-6)
