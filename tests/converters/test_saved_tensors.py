@@ -37,6 +37,7 @@ def test_a_head_is_carried_bit_for_bit(model_folder, tmp_path: Path) -> None:
 def test_a_head_of_another_number_of_labels_than_the_bases_own_is_measured(tmp_path: Path) -> None:
     config = build("bert").config
     config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(1)
     own = transformers.BertForSequenceClassification(config)
     spread(own)
     own.save_pretrained(tmp_path / "base")
@@ -50,9 +51,9 @@ def test_a_head_of_another_number_of_labels_than_the_bases_own_is_measured(tmp_p
         settings = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
         adapters.append(trained(model, settings, tmp_path / str(labels)))
     pairs = surgery.convert(adapters, "lora", tmp_path / "out", base=tmp_path / "base", data=data, samples=12)
-    assert all(report.agreement == 1 and report.kl < 1e-9 for _, report in pairs)
+    assert all(report.agreement == 1 and report.kl < 1e-10 for _, report in pairs)
     cut = surgery.convert(adapters[0], "lora", base=tmp_path / "base", data=data, samples=12, rank=1)[1]
-    assert cut.kl is not None and cut.kl > 1e-6
+    assert cut.kl is not None and cut.kl > 1e-8
 
 
 def test_ratio_counts_factors_and_shows_the_head_apart(headed: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from surgery.adapters.format_registry import AdapterParts
 from surgery.exporting.export import target_format
 from tests.helpers.adapters import make_adapter
 from tests.helpers.models import VOCAB, load_base, perturb, spread
-from tests.helpers.peft_kinds import KINDS
+from tests.helpers.through_peft import KINDS
 
 NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
 

@@ -1,4 +1,4 @@
-"""Settings of the types that are read through PEFT, small enough for tiny layers."""
+"""Adapter types of PEFT with their configurations."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from typing import Any
 
 import peft
 
-__all__ = ["KINDS"]
+# A base model, the adapter's configuration, and whether a LoRA holds it.
 
-# Name -> its configuration class, and its settings besides the targets.
-KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "C3A": (peft.C3AConfig, {"block_size": 16}),
-    "DEFT": (peft.DeftConfig, {"r": 4}),
-    "DELORA": (peft.DeloraConfig, {"r": 4, "rank_pattern": {"k_proj": 2, "value": 2}}),
-    "FOURIERFT": (peft.FourierFTConfig, {"n_frequency": 30}),
-    "GRALORA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2}),
-    "MISS": (peft.MissConfig, {"r": 4}),
-    "MISS bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
-    "MISS mini": (peft.MissConfig, {"r": 4, "mini_r": 4, "init_weights": "mini"}),
-    "PEANUT": (peft.PeanutConfig, {"r": 4}),
-    "PSOFT": (peft.PsoftConfig, {"r": 4}),
-    "ROAD": (peft.RoadConfig, {"group_size": 16}),
-    "SHIRA": (peft.ShiraConfig, {"r": 4}),
-    "VBLORA": (peft.VBLoRAConfig, {"r": 4, "num_vectors": 32, "vector_length": 16}),
-    "VBLORA topk": (
-        peft.VBLoRAConfig, {"r": 4, "num_vectors": 32, "vector_length": 16, "save_only_topk_weights": True}
-    ),
-    "WAVEFT": (peft.WaveFTConfig, {"n_frequency": 30}),
-}  # fmt: skip
+NAMES = ["q_proj", "k_proj", "down_proj"]
+
+
+def ia3(targets: list[str], feedforward: list[str]) -> peft.PeftConfig:
+    return peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
+
+
+def randlora(**settings: Any) -> peft.PeftConfig:
+    return peft.RandLoraConfig(save_projection=False, target_modules=NAMES, **settings)
+
+
+KINDS: dict[str, tuple[str, Any, bool]] = {
+    "adalora": ("llama", lambda: peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=10, target_modules=NAMES), True),
+    "ia3": ("llama", lambda: ia3(NAMES, ["down_proj"]), False),
+    "ia3 with biases": ("bert", lambda: ia3(["key", "value"], []), False),
+    "ia3 of Conv1D": ("gpt2", lambda: ia3(["c_attn", "mlp.c_proj"], ["mlp.c_proj"]), False),
+    "randlora drawn again": ("llama", lambda: randlora(r=4), True),
+    "sparse randlora": ("llama", lambda: randlora(r=5, sparse=True), True),
+}

@@ -19,12 +19,12 @@ from docs.generate import VERBS, verb_cells
 from surgery.adapters.types.base import TensorType
 from surgery.adapters.types.registry import ADAPTER_TYPES, all_types, readable_types, type_of
 from surgery.errors import AdapterError
-from tests.adapters.types.test_through_peft import KINDS as THROUGH
 from tests.adapters.types.test_through_peft import TARGETS
 from tests.helpers.kinds import base_of, trained, verbs
 from tests.helpers.models import load_base, model_inputs, output
 from tests.helpers.peft_kinds import KINDS
 from tests.helpers.stock_adapters import OTHERS, saved
+from tests.helpers.through_peft import KINDS as THROUGH
 
 OF_PEFT = {str(getattr(key, "value", key)): key for key in PEFT_TYPE_TO_CONFIG_MAPPING}
 READ = sorted(set(readable_types()) & set(OF_PEFT))

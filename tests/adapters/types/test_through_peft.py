@@ -13,7 +13,7 @@ from surgery.adapters.types.through_peft import THROUGH_PEFT
 from surgery.errors import AdapterError
 from tests.helpers.kinds import base_of, trained, verbs
 from tests.helpers.models import edit_tensors, load_base
-from tests.helpers.peft_kinds import KINDS
+from tests.helpers.through_peft import KINDS
 
 FILE = "adapter_model.safetensors"
 # Base -> targets: without biases, and with them.
